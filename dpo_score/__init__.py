@@ -1,0 +1,46 @@
+"""Offline batch scoring for Direct Preference Optimization.
+
+The public names are loaded on first use: `import dpo_score` imports neither torch, transformers nor pyarrow.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpo_score.api import precompute, rescore, run, score
+    from dpo_score.scores.evaluate import evaluate_pairs
+    from dpo_score.scores.torch_loss import DPOLoss, sequence_logps
+
+__version__ = "0.1.0"
+__all__ = [
+    "DPOLoss",
+    "__version__",
+    "evaluate_pairs",
+    "precompute",
+    "rescore",
+    "run",
+    "score",
+    "sequence_logps",
+]
+_HOMES = {
+    "DPOLoss": "dpo_score.scores.torch_loss",
+    "evaluate_pairs": "dpo_score.scores.evaluate",
+    "precompute": "dpo_score.api",
+    "rescore": "dpo_score.api",
+    "score": "dpo_score.api",
+    "sequence_logps": "dpo_score.scores.torch_loss",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "run":
+        return import_module("dpo_score.run")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

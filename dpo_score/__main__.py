@@ -1,0 +1,5 @@
+"""`python -m dpo_score` is `dpo-score`."""
+
+from dpo_score.cli import main
+
+main()

@@ -1,0 +1,86 @@
+"""Every error a user can meet, and the exit code of each.
+
+    DpoScoreError                     1   something failed that is not the user's mistake
+    ├── UsageError                    2   the request cannot be carried out as it stands
+    │   ├── ConfigError               2   an option or a key of the pipeline file
+    │   ├── DataError                 2   a data file: names file, row, column and the value seen
+    │   ├── ModelError                2   a model folder, a tokenizer, an adapter
+    │   └── IdentityError             2   OUT belongs to another request: prints the fields that differ
+    ├── StorageError                  1   disk full, read-only, permission: resumable once mended
+    ├── BadRowsError                  3   more rejected rows than --max-bad-rows allows; outputs are kept
+    ├── DamageError                   4   verify found damaged files
+    ├── FailIfError                   5   a --fail-if condition holds
+    └── PolicyFailedError             6   the run finished, but a policy could not be scored
+    Interrupted              130 or 143   stopped by a signal: the same command resumes
+
+A message is one paragraph: what is wrong, where, the value seen, and the way out. Row problems
+are not exceptions: they are `dpo_score.pairs.records.Rejected` values with a code.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DpoScoreError(Exception):
+    """Root of all errors raised on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(DpoScoreError):
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    pass
+
+
+class DataError(UsageError):
+    pass
+
+
+class ModelError(UsageError):
+    pass
+
+
+class IdentityError(UsageError):
+    pass
+
+
+class StorageError(DpoScoreError):
+    pass
+
+
+class BadRowsError(DpoScoreError):
+    exit_code = 3
+
+
+class DamageError(DpoScoreError):
+    exit_code = 4
+
+
+class FailIfError(DpoScoreError):
+    exit_code = 5
+
+
+class PolicyFailedError(DpoScoreError):
+    exit_code = 6
+
+
+class Interrupted(DpoScoreError):
+    """Stopped by a signal between two packs; nothing half-committed."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__("interrupted: the same command resumes where this one stopped")
+        self.exit_code = 128 + signal_number
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A `did you mean` clause for an unknown name, or the list of known ones."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(known)}"
