@@ -1,0 +1,191 @@
+"""The records that flow from a data file to a scorer. No torch, no tokenizer.
+
+    row ──formats──▶ Pair ──render──▶ EncodedPair ──sequences()──▶ TokenSequence (what is scored and cached)
+      └────────────── Rejected (code, reason) ◀──────────┘
+
+Every input row becomes pairs or a `Rejected`; nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids: TypeAlias = NDArray[np.int32]
+Mask: TypeAlias = NDArray[np.bool_]
+Message: TypeAlias = Mapping[str, Any]
+"""A chat message as templates see it: role, content, and whatever else the row holds (tool_calls, name, …)."""
+Text: TypeAlias = str | tuple[Message, ...]
+Side: TypeAlias = Literal["chosen", "rejected"]
+
+REJECT_CODES = frozenset(
+    {
+        "null_field",
+        "no_completion_tokens",
+        "not_assistant_last",
+        "context_mismatch",
+        "bad_role_order",
+        "tie",
+        "non_text_content",
+        "prompt_too_long",
+        "too_long",
+        "too_large",
+        "invalid_utf8",
+        "invalid_json",
+        "invalid_label",
+        "invalid_ids",
+        "wrong_type",
+        "template_error",
+        "nonfinite_logp",
+        "no_reference_value",
+        "not_hh_transcript",
+    }
+)
+MARKS: Mapping[str, str] = {
+    "boundary_shift": "prompt and answer share a token at their boundary, so the cut moved",
+    "special_in_text": "the text spells out special tokens, which the tokenizer takes as such",
+    "content_altered": "the chat template changed or dropped text of the messages",
+    "no_eos": "the rendering ends without an end-of-turn token",
+    "double_bos": "the prompt begins with two BOS tokens",
+    "identical_pair": "both answers are the same",
+    "empty_answer": "an answer is empty",
+}
+"""Findings on a scored pair, and what each means. Trainers train on such pairs, so they are marked, not rejected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a pair comes from. `part` counts the pairs that one row was expanded to (None: exactly one)."""
+
+    dataset: str
+    file: str
+    file_index: int
+    row: int
+    part: int | None = None
+
+    @property
+    def row_id(self) -> str:
+        base = f"{self.file_index}:{self.row}"
+        return base if self.part is None else f"{base}:{self.part}"
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that cannot be scored: `code` from REJECT_CODES, `reason` one sentence, the value as it was seen."""
+
+    source: Source
+    code: str
+    reason: str
+    column: str | None = None
+    value_seen: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """A pre-tokenised row. Masks tell which tokens are scored; None means all of a response, none of a prompt."""
+
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
+    prompt_mask: Mask | None = None
+    chosen_mask: Mask | None = None
+    rejected_mask: Mask | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One preference: `chosen` is better than `rejected` as an answer to `prompt`.
+
+    Strings are raw text; tuples of messages are a conversation. A pair read from a file may be `implicit`;
+    the pair inside an `EncodedPair` never is: it is the pair as it was scored.
+    `tied` marks a labelled tie kept by --keep-ties: scored in the given order and left out of accuracy.
+    """
+
+    source: Source
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    tokens: TokenIds | None = None
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tied: bool = False
+    implicit: bool = False
+    """The row has no prompt of its own: `prompt` is empty, both sides are whole; `text.prompt_split` divides them."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Columns carried to the output: id, subset, group_id, and those of --keep-columns."""
+    pair_id: str = ""
+    """blake2b-128 of the source messages, hexadecimal: stable across re-export, order and renaming of files."""
+
+
+def _ids_digest(*parts: Ids) -> hashlib.blake2b:
+    """A running blake2b-128 over id lists, each with its length before it, so that boundaries count."""
+    digest = hashlib.blake2b(digest_size=16)
+    for ids in parts:
+        digest.update(len(ids).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(ids, dtype="<i4").tobytes())
+    return digest
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenSequence:
+    """The unit of scoring and of the cache: one response after one prompt.
+
+    `scored` is over prompt + response (bool); None is the usual case: every response token. The first token
+    of the whole sequence has no predecessor and is never scored, whatever the mask says.
+    """
+
+    prompt: Ids
+    response: Ids
+    scored: Mask | None = None
+
+    @property
+    def key(self) -> bytes:
+        """Content address: blake2b-128 of both id lists (length-prefixed, little-endian int32) and the mask."""
+        digest = _ids_digest(self.prompt, self.response)
+        if self.scored is not None:
+            digest.update(np.packbits(self.scored).tobytes())
+        return digest.digest()
+
+    @property
+    def scored_positions(self) -> NDArray[np.int64]:
+        """Positions in prompt + response whose log-probability is asked for, ascending, never 0."""
+        if self.scored is None:
+            start = max(len(self.prompt), 1)
+            return np.arange(start, len(self.prompt) + len(self.response))
+        positions = np.flatnonzero(self.scored)
+        return positions[positions > 0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedPair:
+    """A pair as token ids, after truncation. Masks as in `TokenIds`; `marks` from MARKS."""
+
+    pair: Pair
+    prompt_ids: Ids
+    chosen_ids: Ids
+    rejected_ids: Ids
+    prompt_mask: Mask | None = None
+    chosen_mask: Mask | None = None
+    rejected_mask: Mask | None = None
+    chosen_truncated: bool = False
+    rejected_truncated: bool = False
+    marks: tuple[str, ...] = ()
+
+    @property
+    def pair_digest(self) -> str:
+        """blake2b-128 (hex) of the three id lists after the cut: what a trainer recomputes to check a value."""
+        return _ids_digest(self.prompt_ids, self.chosen_ids, self.rejected_ids).hexdigest()
+
+    def sequence(self, side: Side) -> TokenSequence:
+        response = self.chosen_ids if side == "chosen" else self.rejected_ids
+        mask = self.chosen_mask if side == "chosen" else self.rejected_mask
+        if mask is None and self.prompt_mask is None:
+            return TokenSequence(self.prompt_ids, response)
+        prompt_mask = np.zeros(len(self.prompt_ids), bool) if self.prompt_mask is None else self.prompt_mask
+        response_mask = np.ones(len(response), bool) if mask is None else mask
+        return TokenSequence(self.prompt_ids, response, np.concatenate([prompt_mask, response_mask]))

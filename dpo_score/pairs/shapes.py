@@ -1,0 +1,195 @@
+"""The shape of a column, whatever the container: Arrow types and decoded JSON come to the same few kinds.
+
+Promises: string, large_string, string_view and dictionaries of them are `text`; every list type is `list`;
+`datasets.Json()` (Arrow's `arrow.json` extension) is `json` until `refined` by looking at values, because
+such a column carries no type. Nothing here raises on an odd type: it becomes `other`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import pyarrow as pa
+
+Kind: TypeAlias = Literal["text", "int", "float", "bool", "list", "struct", "map", "json", "null", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """`item` is set for lists, `fields` for structs. `encoded`: the cell is a JSON string of this shape."""
+
+    kind: Kind
+    item: Shape | None = None
+    fields: Mapping[str, Shape] = field(default_factory=dict)
+    encoded: bool = False
+
+    def __str__(self) -> str:
+        if self.kind == "list":
+            return f"list<{self.item}>"
+        if self.kind == "struct":
+            return "struct<" + ", ".join(f"{name}: {shape}" for name, shape in self.fields.items()) + ">"
+        return self.kind
+
+
+Shapes: TypeAlias = Mapping[str, Shape]
+
+
+def is_text(shape: Shape | None) -> bool:
+    return shape is not None and shape.kind == "text"
+
+
+def is_number(shape: Shape | None) -> bool:
+    return shape is not None and shape.kind in ("int", "float")
+
+
+def is_message(shape: Shape | None) -> bool:
+    """A struct with role (or ShareGPT's from) and content (or value)."""
+    if shape is None or shape.kind != "struct":
+        return False
+    names = shape.fields.keys()
+    return ("role" in names and ("content" in names or "tool_calls" in names)) or {"from", "value"} <= names
+
+
+def is_messages(shape: Shape | None) -> bool:
+    return shape is not None and shape.kind == "list" and is_message(shape.item)
+
+
+def is_texts(shape: Shape | None) -> bool:
+    return shape is not None and shape.kind == "list" and is_text(shape.item)
+
+
+def is_numbers(shape: Shape | None) -> bool:
+    return shape is not None and shape.kind == "list" and is_number(shape.item)
+
+
+def is_ids(shape: Shape | None) -> bool:
+    return shape is not None and shape.kind == "list" and shape.item is not None and shape.item.kind == "int"
+
+
+def is_plain(shape: Shape) -> bool:
+    """Whether the cells are used as Arrow gives them: nothing to decode, no padding of structs to take out.
+
+    Messages of just role and content count: the checks of a message treat null and missing alike.
+    """
+    if shape.encoded or shape.kind in ("json", "map"):
+        return False
+    if shape.kind == "list":
+        return shape.item is None or is_plain(shape.item)
+    return shape.kind != "struct" or (
+        shape.fields.keys() == {"role", "content"} and all(map(is_text, shape.fields.values()))
+    )
+
+
+def from_arrow(type_: pa.DataType) -> Shape:
+    """The shape of an Arrow type."""
+    if isinstance(type_, pa.BaseExtensionType):
+        return Shape("json") if type_.extension_name == "arrow.json" else from_arrow(type_.storage_type)
+    if pa.types.is_dictionary(type_):
+        return from_arrow(type_.value_type)
+    if pa.types.is_map(type_):
+        return Shape("map", item=from_arrow(type_.item_type))
+    if pa.types.is_struct(type_):
+        return Shape("struct", fields={f.name: from_arrow(f.type) for f in type_.fields})
+    if _is_list(type_):
+        return Shape("list", item=from_arrow(type_.value_type))
+    return Shape(_scalar_kind(type_))
+
+
+def _is_list(type_: pa.DataType) -> bool:
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    views = (pa.types.is_list_view, pa.types.is_large_list_view)
+    return any(test(type_) for test in (*tests, *views))
+
+
+def _scalar_kind(type_: pa.DataType) -> Kind:
+    if pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_):
+        return "text"
+    if pa.types.is_boolean(type_):
+        return "bool"
+    if pa.types.is_integer(type_):
+        return "int"
+    if pa.types.is_floating(type_):
+        return "float"
+    return "null" if pa.types.is_null(type_) else "other"
+
+
+def from_values(values: Iterable[Any]) -> Shape:
+    """The shape that most of some decoded JSON values have; the others are for the row checks to find.
+
+    Nulls have no say; a whole number among fractions is one of them.
+    """
+    by_kind: dict[Kind, list[Any]] = {}
+    for value in values:
+        if value is not None:
+            by_kind.setdefault(_kind(value), []).append(value)
+    if "float" in by_kind and "int" in by_kind:
+        by_kind["float"] += by_kind.pop("int")
+    if not by_kind:
+        return Shape("null")
+    kind = max(by_kind, key=lambda k: len(by_kind[k]))
+    return _of_one_kind(kind, by_kind[kind])
+
+
+def _kind(value: Any) -> Kind:
+    if isinstance(value, Mapping):
+        return "struct"
+    if isinstance(value, list | tuple):
+        return "list"
+    return next((kind for python, kind in _PYTHON_KINDS if isinstance(value, python)), "other")
+
+
+_PYTHON_KINDS: tuple[tuple[type, Kind], ...] = ((str, "text"), (bool, "bool"), (int, "int"), (float, "float"))
+
+
+def _of_one_kind(kind: Kind, values: list[Any]) -> Shape:
+    if kind == "list":
+        return Shape("list", item=from_values(item for value in values for item in value))
+    if kind == "struct":
+        names = dict.fromkeys(str(name) for value in values for name in value)
+        return Shape("struct", fields={name: from_values(value.get(name) for value in values) for name in names})
+    return Shape(kind)
+
+
+def refined(shape: Shape, values: Iterable[Any]) -> Shape:
+    """`shape` with its JSON parts replaced by what the sampled `values` hold.
+
+    A text column counts as encoded messages only if every sampled value decodes to messages: an answer
+    that merely happens to be JSON stays text.
+    """
+    values = [value for value in values if value is not None]
+    if shape.kind == "json":
+        found = from_values(_decoded(values))
+        return Shape(found.kind, found.item, found.fields, encoded=True)
+    if shape.kind == "list" and shape.item is not None and shape.item.kind == "json":
+        return Shape("list", item=refined(shape.item, [item for value in values for item in value]))
+    if shape.kind == "text" and values and all(str(value).lstrip()[:1] in ("[", "{") for value in values):
+        decoded = _decoded(values)
+        if all(is_messages(found) or is_message(found) for found in (from_values([value]) for value in decoded)):
+            found = from_values(decoded)
+            return Shape(found.kind, found.item, found.fields, encoded=True)
+    return shape
+
+
+def _decoded(values: Iterable[Any]) -> list[Any]:
+    """Values that are not JSON stand for themselves, so that they spoil the common shape."""
+    decoded = []
+    for value in values:
+        try:
+            decoded.append(json.loads(value))
+        except (ValueError, TypeError, RecursionError):
+            decoded.append(value)
+    return decoded
+
+
+def agree(a: Shape, b: Shape) -> bool:
+    """Whether two files' columns can be read as one: equal kinds, any number as any other, null as anything."""
+    if "null" in (a.kind, b.kind) or {a.kind, b.kind} <= {"int", "float"}:
+        return True
+    if a.kind != b.kind:
+        return False
+    if a.kind == "list" and a.item and b.item:
+        return agree(a.item, b.item)
+    return all(agree(shape, b.fields[name]) for name, shape in a.fields.items() if name in b.fields)
