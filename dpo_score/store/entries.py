@@ -1,0 +1,160 @@
+"""Cache entries and the Parquet file that holds a block of them.
+
+    key         fixed_size_binary(16)   content address of a sequence
+    check       uint64                  checksum of the row: a flipped bit anywhere in it is found when it is read
+    token_logps list<float32>           one value (nats) per scored token
+    <stat>      list<float32>           one value per scored token, null where the entry has no such statistic
+
+Pure. Legend: N entries, T values of all entries together, row i holding [offsets[i], offsets[i+1]).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dpo_score.errors import DamageError
+
+Float32 = NDArray[np.float32]
+KEY_BYTES = 16
+LOGPS = "token_logps"
+OWN_COLUMNS = ("key", "check")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CacheEntry:
+    """One sequence under one model: `token_logps` (float32, nats, one per scored token), `stats` of that length."""
+
+    token_logps: Float32
+    stats: Mapping[str, Float32] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EntryBlock:
+    """N entries in arrays: keys_N16 bytes, offsets (N+1), per column its T values and which entries have it."""
+
+    keys: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+    columns: Mapping[str, Float32]
+    present: Mapping[str, NDArray[np.bool_]]
+
+    @property
+    def content_digest(self) -> str:
+        """blake2b-128 of keys and values in their order: equal blocks have equal names."""
+        state = hashlib.blake2b(digest_size=16)
+        state.update(self.keys.tobytes())
+        state.update(self.offsets.astype("<i8").tobytes())
+        for name in sorted(self.columns):
+            state.update(name.encode() + b"\0" + self.present[name].tobytes())
+            state.update(self.columns[name].astype("<f4").tobytes())
+        return state.hexdigest()
+
+
+def is_finite(entry: CacheEntry) -> bool:
+    """Whether every value is a number; others are never stored."""
+    return all(bool(np.isfinite(values).all()) for values in (entry.token_logps, *entry.stats.values()))
+
+
+def pack(entries: Mapping[bytes, CacheEntry]) -> EntryBlock:
+    """Arrays of `entries`, in their order. Statistics must be as long as the log-probabilities."""
+    listed = list(entries.values())
+    lengths = np.array([len(entry.token_logps) for entry in listed], np.int64)
+    names = sorted({name for entry in listed for name in entry.stats})
+    columns = {LOGPS: _joined([entry.token_logps for entry in listed], lengths)}
+    columns |= {name: _joined([entry.stats.get(name) for entry in listed], lengths) for name in names}
+    present = {LOGPS: np.ones(len(listed), bool)}
+    present |= {name: np.array([name in entry.stats for entry in listed], bool) for name in names}
+    keys = np.frombuffer(b"".join(entries), np.uint8).reshape(len(listed), KEY_BYTES)
+    return EntryBlock(keys, np.concatenate([[0], np.cumsum(lengths)]), columns, present)
+
+
+def _joined(parts: Sequence[Float32 | None], lengths: NDArray[np.int64]) -> Float32:
+    filled = [np.zeros(n, np.float32) if part is None else part for part, n in zip(parts, lengths, strict=True)]
+    assert [len(part) for part in filled] == lengths.tolist(), "a statistic has one value per scored token"
+    return np.concatenate([np.zeros(0, np.float32), *filled]).astype(np.float32, copy=False)
+
+
+def to_table(block: EntryBlock) -> pa.Table:
+    offsets = pa.array(block.offsets.astype(np.int32))
+    arrays = {
+        "key": pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(KEY_BYTES), len(block.keys), [None, pa.py_buffer(np.ascontiguousarray(block.keys))]
+        ),
+        "check": pa.array(row_checks(block)),
+    }
+    for name in sorted(block.columns):
+        absent = None if block.present[name].all() else pa.array(~block.present[name])
+        arrays[name] = pa.ListArray.from_arrays(offsets, pa.array(block.columns[name]), mask=absent)
+    return pa.table(arrays)
+
+
+def from_table(table: pa.Table, name: str) -> EntryBlock:
+    """The entries of a table. DamageError naming `name` when a row's checksum does not hold."""
+    values = [column for column in table.column_names if column not in OWN_COLUMNS]
+    lists = {column: table.column(column).combine_chunks() for column in values}
+    lengths = _lengths(lists[LOGPS])
+    present = {column: lists[column].is_valid().to_numpy(zero_copy_only=False) for column in values}
+    columns = {column: _filled(lists[column], present[column], lengths, name) for column in values}
+    block = EntryBlock(keys_of(table), np.concatenate([[0], np.cumsum(lengths)]), columns, present)
+    if not np.array_equal(row_checks(block), table.column("check").to_numpy()):
+        raise DamageError(f"{name}: a row does not match its checksum")
+    return block
+
+
+def _lengths(lists: Any) -> NDArray[np.int64]:
+    found: NDArray[np.int64] = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return found
+
+
+def _filled(lists: Any, present: NDArray[np.bool_], lengths: NDArray[np.int64], name: str) -> Float32:
+    """All values of a list column, zeros where an entry has none, so that every column shares its offsets."""
+    if not np.array_equal(_lengths(lists), np.where(present, lengths, 0)):
+        raise DamageError(f"{name}: columns of a row differ in length")
+    values: Float32 = lists.flatten().to_numpy(zero_copy_only=False)
+    if present.all():
+        return values
+    whole = np.zeros(int(lengths.sum()), np.float32)
+    whole[np.repeat(present, lengths)] = values
+    return whole
+
+
+def keys_of(table: pa.Table) -> NDArray[np.uint8]:
+    """The key column as bytes, (N, 16)."""
+    column = table.column("key").combine_chunks()
+    flat = np.frombuffer(column.buffers()[1] or b"", np.uint8)
+    start = column.offset * KEY_BYTES
+    return flat[start : start + len(column) * KEY_BYTES].reshape(len(column), KEY_BYTES)
+
+
+def row_checks(block: EntryBlock) -> NDArray[np.uint64]:
+    """One uint64 per entry: Σ (word + 1) · odd weight of column and position, modulo 2⁶⁴.
+
+    An odd factor is invertible modulo 2⁶⁴, so a change of any one word always changes the sum.
+    """
+    words = block.keys.view("<u8").astype(np.uint64) if len(block.keys) else np.zeros((0, 2), np.uint64)
+    sums: NDArray[np.uint64] = (words * np.array([_weight("key.0"), _weight("key.1")])).sum(axis=1, dtype=np.uint64)
+    lengths = np.diff(block.offsets)
+    position = np.arange(block.offsets[-1]) - np.repeat(block.offsets[:-1], lengths)
+    for name in sorted(block.columns):
+        weights = (position.astype(np.uint64) * np.uint64(2) + np.uint64(1)) * _weight(name)
+        terms = (block.columns[name].view(np.uint32).astype(np.uint64) + np.uint64(1)) * weights
+        running = np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms, dtype=np.uint64)])
+        sums += (running[block.offsets[1:]] - running[block.offsets[:-1]]) * block.present[name].astype(np.uint64)
+    return sums
+
+
+def _weight(name: str) -> np.uint64:
+    return np.uint64(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") | 1)
+
+
+def entry_at(block: EntryBlock, row: int) -> CacheEntry:
+    """One entry, in memory of its own."""
+    start, stop = int(block.offsets[row]), int(block.offsets[row + 1])
+    own = {name: values[start:stop].copy() for name, values in block.columns.items() if block.present[name][row]}
+    return CacheEntry(own.pop(LOGPS), own)

@@ -1,0 +1,135 @@
+"""Identities: what numbers depend on, as canonical JSON, its digest, and the difference of two of them.
+
+    text = data, format, map, template, tokenizer, truncation
+    reference = text + reference weights + numerics
+    policy = reference + policy weights + the loss with its parameters
+
+Pure. Two identities differ exactly when `diff` is not empty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+Fields: TypeAlias = Mapping[str, Any]
+ABSENT = "(absent)"
+SHOWN_CHANGES = 20
+SHOWN_CHARACTERS = 160
+
+
+def canonical_json(obj: Any) -> str:
+    """One spelling per value: sorted keys, no spaces, ASCII, shortest floats. ValueError on NaN and infinities."""
+    return json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(obj: Any) -> str:
+    """blake2b-256 of the canonical JSON, 64 hexadecimal digits."""
+    return hashlib.blake2b(canonical_json(obj).encode("ascii"), digest_size=32).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class FieldChange:
+    """One differing field: its path, and both values as JSON, or ABSENT."""
+
+    path: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {_short(self.old)} → {_short(self.new)}"
+
+
+def diff(old: Any, new: Any) -> tuple[FieldChange, ...]:
+    """Field by field, in the order of the paths; empty exactly when `digest(old) == digest(new)`."""
+    return tuple(_changes("", old, new))
+
+
+def _changes(path: str, old: Any, new: Any) -> Iterator[FieldChange]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and (old or new):
+        for key in sorted({*old, *new}):
+            yield from _changes(f"{path}.{key}" if path else key, _at(old, key), _at(new, key))
+    elif _is_list(old) and _is_list(new) and (old or new):
+        for i in range(max(len(old), len(new))):
+            yield from _changes(f"{path}[{i}]", _item(old, i), _item(new, i))
+    elif _shown(old) != _shown(new):
+        yield FieldChange(path, _shown(old), _shown(new))
+
+
+class _Nothing:
+    """A field that one side does not have."""
+
+
+def _at(fields: Fields, key: str) -> Any:
+    return fields.get(key, _Nothing)
+
+
+def _item(items: Sequence[Any], index: int) -> Any:
+    return items[index] if index < len(items) else _Nothing
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _shown(value: Any) -> str:
+    return ABSENT if value is _Nothing else canonical_json(value)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+
+
+def listed(changes: Sequence[FieldChange]) -> str:
+    """The changes as indented lines, at most SHOWN_CHANGES of them."""
+    lines = [f"  {change}" for change in changes[:SHOWN_CHANGES]]
+    if len(changes) > SHOWN_CHANGES:
+        lines.append(f"  … and {len(changes) - SHOWN_CHANGES} more fields")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Identities:
+    """The fields of the three identities of one output folder; policies by name, each with a `loss` mapping."""
+
+    text: Fields
+    reference: Fields = field(default_factory=dict)
+    policies: Mapping[str, Fields] = field(default_factory=dict)
+
+    @property
+    def text_digest(self) -> str:
+        return digest({"text": self.text})
+
+    @property
+    def reference_digest(self) -> str:
+        return digest({"text": self.text, "reference": self.reference})
+
+    def policy_digest(self, name: str) -> str:
+        return digest({"text": self.text, "reference": self.reference, "policy": self.policies[name]})
+
+    def to_json(self) -> dict[str, Any]:
+        return {"text": self.text, "reference": self.reference, "policies": self.policies}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Identities:
+        return cls(fields["text"], fields["reference"], fields["policies"])
+
+    def changes(self, new: Identities) -> tuple[FieldChange, ...]:
+        """What differs where both say something: a policy only one of them names is no change."""
+        shared = sorted({*self.policies} & {*new.policies})
+        return diff(self._about(shared), new._about(shared))
+
+    def _about(self, policies: Sequence[str]) -> dict[str, Any]:
+        return {**self.to_json(), "policies": {name: self.policies[name] for name in policies}}
+
+    def joined(self, new: Identities) -> Identities:
+        """These identities with the policies of both."""
+        return Identities(self.text, self.reference, {**self.policies, **new.policies})
+
+    def without_losses(self) -> Identities:
+        """What log-probabilities depend on: everything but the `loss` of each policy."""
+        kept = {name: {k: v for k, v in fields.items() if k != "loss"} for name, fields in self.policies.items()}
+        return Identities(self.text, self.reference, kept)

@@ -1,0 +1,222 @@
+"""A store on an object store, through fsspec: s3://, gs://, memory://.
+
+Promises: an object appears whole (one PUT, never a rename); tables are built and checked in a local spool folder
+first; create-if-absent is a conditional PUT where the file system has one; one writer by lease. Requests that
+fail in passing are retried by the client library with back-off. Not promised: a lease against clocks that differ
+by minutes, or create-if-absent on stores without conditional PUT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+
+from dpo_score.errors import StorageError
+from dpo_score.store import lease, names, storage, tables
+from dpo_score.store.faults import RESUME, translated
+from dpo_score.store.local import LocalStore
+from dpo_score.store.protocol import FileStat, WarningsTo, json_bytes, log, parse_json
+from dpo_score.store.tables import FileRecord
+
+CLIENT_ERRORS = (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError"), ("gcsfs.retry", "HttpError"))
+
+
+@contextmanager
+def _translated(url: str) -> Iterator[None]:
+    """As `translated`, for what the client libraries in use raise beside OSError (no route, no credentials)."""
+    with translated(url):
+        try:
+            yield
+        except _client_errors() as error:
+            if isinstance(error, OSError):
+                raise
+            raise StorageError(f"{url}: the object store cannot be used ({error}). {RESUME} once it can be") from error
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    return tuple(getattr(sys.modules[module], name) for module, name in CLIENT_ERRORS if module in sys.modules)
+
+
+class RemoteStore:
+    """Objects under one URL. The spool folder lives in the temporary folder of this machine, as long as the store."""
+
+    def __init__(self, url: str, warnings_to: WarningsTo = log.warning) -> None:
+        self._protocol = url.split("://", 1)[0]
+        self._fs, self._root = fsspec.core.url_to_fs(url.rstrip("/"), use_listings_cache=False)
+        self._warn = warnings_to
+        spool = tempfile.mkdtemp(prefix="dpo-score-")
+        weakref.finalize(self, shutil.rmtree, spool, ignore_errors=True)
+        self._spool = LocalStore(spool, warnings_to)
+        self._guard: Callable[[], None] = lambda: None
+
+    def __repr__(self) -> str:
+        return f"RemoteStore({self.url()!r})"
+
+    def url(self, name: str = "") -> str:
+        return self._protocol + "://" + self._path(name).lstrip("/")
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{names.checked(name)}" if name else str(self._root)
+
+    # writing
+
+    def write_bytes(self, name: str, data: bytes, if_absent: bool = False) -> bool:
+        """One PUT. With `if_absent`, False and no change when the object exists."""
+        self._guard()
+        with _translated(self.url(name)):
+            try:
+                storage.put(self._fs, self._path(name), data, if_absent)
+            except FileExistsError:
+                if not if_absent:
+                    raise
+                return False
+        return True
+
+    def write_json(self, name: str, obj: Any, if_absent: bool = False) -> bool:
+        return self.write_bytes(name, json_bytes(obj), if_absent)
+
+    def write_chunks(self, name: str, chunks: Iterable[bytes]) -> FileRecord:
+        return self._upload(self._spool.write_chunks(name, chunks))
+
+    def write_table(self, name: str, table: pa.Table, metadata: Mapping[str, str]) -> FileRecord:
+        return self._upload(self._spool.write_table(name, table, metadata))
+
+    def write_tables(
+        self,
+        name: str,
+        schema: pa.Schema,
+        parts: Iterable[pa.Table],
+        metadata: Mapping[str, str],
+        group_rows: int = tables.ROW_GROUP_ROWS,
+    ) -> FileRecord:
+        return self._upload(self._spool.write_tables(name, schema, parts, metadata, group_rows))
+
+    def _upload(self, record: FileRecord) -> FileRecord:
+        self._guard()
+        try:
+            with _translated(self.url(record.name)):
+                storage.put(self._fs, self._path(record.name), self._spool.path(record.name))
+        finally:
+            self._spool.remove(record.name)
+        return record
+
+    # reading
+
+    def read_bytes(self, name: str) -> bytes:
+        with _translated(self.url(name)):
+            data: bytes = self._fs.cat_file(self._path(name))
+        return data
+
+    def read_json(self, name: str) -> Any:
+        return parse_json(self.read_bytes(name), self.url(name))
+
+    def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        with _translated(self.url(name)), self._fs.open(self._path(name), "rb") as file:
+            return tables.read(file, self.url(name), columns)
+
+    def open_table(self, name: str) -> Any:
+        with self.reading(name):
+            return tables.open_parquet(self._fs.open(self._path(name), "rb"))
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        with _translated(self.url(name)), tables.damage_named(self.url(name)):
+            yield
+
+    def local_copy(self, name: str) -> Path:
+        """The object in the spool folder, downloaded once: for names whose contents never change."""
+        copy = self._spool.path(name)
+        if not copy.exists():
+            self._spool.write_chunks(name, self._chunks(name))
+        return copy
+
+    def _chunks(self, name: str) -> Iterator[bytes]:
+        with _translated(self.url(name)), self._fs.open(self._path(name), "rb") as file:
+            while chunk := file.read(storage.BUFFER_BYTES):
+                yield chunk
+
+    def sha256(self, name: str) -> str:
+        digest = hashlib.sha256()
+        for chunk in self._chunks(name):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    def exists(self, name: str) -> bool:
+        with _translated(self.url(name)):
+            return bool(self._fs.isfile(self._path(name)))
+
+    def stat(self, name: str) -> FileStat | None:
+        with _translated(self.url(name)):
+            try:
+                found = self._fs.info(self._path(name))
+                modified = found.get("LastModified") or self._fs.modified(self._path(name))
+            except FileNotFoundError:
+                return None
+        return FileStat(int(found["size"]), modified.timestamp())
+
+    def list(self, prefix: str = "") -> tuple[str, ...]:
+        with _translated(self.url(prefix)):
+            found = self._fs.find(self._path(prefix))
+        below = sorted(path.removeprefix(f"{self._root}/") for path in found)
+        return tuple(name for name in below if prefix or not name.startswith(f"{names.WORK}/"))
+
+    # removing
+
+    def remove(self, name: str) -> None:
+        self._guard()
+        with _translated(self.url(name)), suppress(FileNotFoundError):
+            storage.delete(self._fs, self._path(name))
+
+    def quarantine(self, name: str) -> str:
+        kept = names.quarantine_name(name)
+        self.write_bytes(kept, self.read_bytes(name))
+        self.remove(name)
+        return kept
+
+    def sweep(self) -> tuple[str, ...]:
+        """Nothing is ever unfinished here."""
+        return ()
+
+    # one writer
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """One run at a time, by lease; every write checks that the lease still holds."""
+        with lease.held(self) as guard:
+            lease.refuse_shares(self)
+            with self._guarded(guard):
+                yield
+
+    @contextmanager
+    def share(self, name: str) -> Iterator[None]:
+        """One of several runs that divide the work: shuts out whole runs, and another share of this name."""
+        with ExitStack() as held:
+            with lease.held(self, seconds=lease.SHARE_SECONDS):
+                guard = held.enter_context(lease.held(self, f"share-{name}"))
+            with self._guarded(guard):
+                yield
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """For a holder of a share: alone among the shares, after waiting for those that came before."""
+        with lease.held(self, "turn", seconds=math.inf):
+            yield
+
+    @contextmanager
+    def _guarded(self, guard: Callable[[], None]) -> Iterator[None]:
+        self._guard = guard
+        try:
+            yield
+        finally:
+            self._guard = lambda: None
