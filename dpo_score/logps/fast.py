@@ -1,0 +1,83 @@
+"""The fast path: prefix-shared packs through the model's body, and a tiled head on the tokens that predict.
+
+Every token of a block is computed once: no padding, one prompt for all its responses, no logits nobody asked for.
+The numbers are those of the plain path to rounding; verify.py says whether that holds on the model at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpo_score.logps import attention, attention_gpu
+from dpo_score.logps.anatomy import Anatomy
+from dpo_score.logps.head import token_values
+from dpo_score.logps.numerics import Numerics
+from dpo_score.logps.plain import Values, split
+from dpo_score.logps.plan import Layout, lay_out, plan
+from dpo_score.pairs.records import TokenSequence
+
+
+class FastPath:
+    """Scores packs with a model whose attention is taken over while a pack runs."""
+
+    def __init__(self, anatomy: Anatomy, numerics: Numerics, stats: Sequence[str] = ()) -> None:
+        if anatomy.head is None:
+            raise attention.Unshareable("its logits are not those of a linear head on its hidden states")
+        self.anatomy = anatomy
+        self.head = anatomy.head
+        self.numerics = numerics
+        self.stats = tuple(stats)
+        self.forwards = 0
+        if numerics.compile:
+            compile_layers(anatomy.body)
+
+    def plan(self, sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
+        """Indices of `sequences` by pack."""
+        return plan(sequences, self.numerics.batch_tokens)
+
+    def compute(self, sequences: Sequence[TokenSequence]) -> list[Values]:
+        """One pack: the values of every sequence, in order."""
+        layout = lay_out(sequences, self.numerics.batch_tokens if self.numerics.device_kind == "cuda" else 0)
+        self.forwards += 1
+        with torch.inference_mode(), attention.installed(self.anatomy.model):
+            with attention.sharing(layout, self._gpu(layout)):
+                hidden_TH = self._hidden(layout)
+            out = self.anatomy.out_device
+            rows, source, target = (_on(out, array) for array in (layout.rows, layout.sources, layout.targets))
+            values = token_values(self.head, hidden_TH[rows], source, target, self.stats)
+        return split(values, layout.counts)
+
+    def _gpu(self, layout: Layout) -> Any:
+        if self.anatomy.device.type != "cuda":
+            return None
+        return attention_gpu.PreparedPack.of(layout, self.anatomy.device, self.numerics.kernel)
+
+    def _hidden(self, layout: Layout) -> Tensor:
+        """Hidden states [T, H] of the pack."""
+        ids, positions = (_on(self.anatomy.device, array)[None] for array in (layout.ids, layout.positions))
+        return self.anatomy.hidden(ids, position_ids=positions)[0]
+
+
+def _on(device: torch.device, array: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def compile_layers(body: nn.Module) -> None:
+    """Compile each decoder layer for itself, once for all token counts: seconds to start, where a whole model takes
+    minutes. Layers that are already compiled stay as they are."""
+    for layer in decoder_layers(body):
+        if layer._compiled_call_impl is None:
+            layer.compile(dynamic=True)
+
+
+def decoder_layers(body: nn.Module) -> list[nn.Module]:
+    """The layers of the largest stack in a body that no other stack holds (a list of experts is inside a layer)."""
+    stacks = [m for m in body.modules() if isinstance(m, nn.ModuleList)]
+    inner = {id(part) for stack in stacks for part in stack.modules() if part is not stack}
+    outer = [list(stack) for stack in stacks if id(stack) not in inner]
+    return max(outer, key=lambda layers: sum(p.numel() for layer in layers for p in layer.parameters()), default=[])

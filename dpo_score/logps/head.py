@@ -1,0 +1,128 @@
+"""Hidden states to token log-probabilities, tiled over rows and vocabulary: the full logits never exist.
+
+A tile of logits is folded into a running maximum m and sum s = Σ exp(x − m), rescaled when m rises (online softmax,
+Milakov and Gimelshein, arXiv 1805.02867); log p of a target is its logit − m − log s. Sums are fp32. The statistics
+of results.STATS come from the same tiles. Memory: one tile and a few numbers per row, whatever N and V are.
+
+Shapes: N rows of hidden size H, V vocabulary entries, n targets (n ≥ N: one row may predict several).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpo_score.logps.anatomy import Head
+from dpo_score.logps.plain import CHUNK_LOGITS, read_logits
+
+TILES = {"cpu": (1024, 2048), "cuda": (8192, 8192)}
+"""(rows, vocabulary) of a tile: what stays in cache on a CPU, what keeps a GPU's matrix units busy."""
+
+
+def token_values(
+    head: Head, hidden_NH: Tensor, source_n: Tensor, target_n: Tensor, stats: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """'logp' and the statistics, fp32 [n]: target j is predicted from row `source_n[j]`."""
+    values = {name: torch.empty(len(target_n), device=hidden_NH.device) for name in ("logp", *stats)}
+    step = _row_step(head, hidden_NH)
+    for begin in range(0, len(hidden_NH), step):
+        mine = torch.nonzero((source_n >= begin) & (source_n < begin + step))[:, 0]
+        tile = hidden_NH[begin : begin + step]
+        part = _rows(head, tile, source_n[mine] - begin, target_n[mine], stats)
+        for name, value in part.items():
+            values[name][mine] = value
+    return values
+
+
+def _row_step(head: Head, hidden_NH: Tensor) -> int:
+    if head.weight is None:
+        return max(1, CHUNK_LOGITS // head.vocabulary)
+    return _tile(hidden_NH.device.type)[0]
+
+
+def _tile(kind: str) -> tuple[int, int]:
+    return TILES.get(kind, TILES["cuda"])
+
+
+def _rows(head: Head, hidden_NH: Tensor, source_n: Tensor, target_n: Tensor, stats: Sequence[str]) -> dict[str, Tensor]:
+    if head.weight is None:
+        return read_logits(head.logits(hidden_NH)[source_n], target_n, stats)
+    fold = Fold.empty(len(hidden_NH), source_n, target_n, stats)
+    width = _tile(hidden_NH.device.type)[1]
+    for begin in range(0, head.vocabulary, width):
+        fold.add(_logits(head, hidden_NH, begin, begin + width), begin)
+    return fold.values()
+
+
+def _logits(head: Head, hidden_NH: Tensor, begin: int, end: int) -> Tensor:
+    """fp32 logits [N, end − begin] of one vocabulary tile, with the model's scale, bias and cap."""
+    assert head.weight is not None
+    weight = head.weight[begin:end]
+    if hidden_NH.dtype != weight.dtype:
+        weight = weight.to(hidden_NH.dtype)
+    if hidden_NH.is_cuda and hidden_NH.dtype != torch.float32:
+        raw = torch.mm(hidden_NH, weight.T, out_dtype=torch.float32)
+    else:
+        raw = torch.mm(hidden_NH, weight.T).float()
+    if head.bias is not None:
+        raw += head.bias[begin:end]
+    return head.shape(raw)
+
+
+@dataclass(slots=True, eq=False)
+class Fold:
+    """Running sums over vocabulary tiles. Per row: maximum, Σe^(x−m), and if asked Σe^2(x−m), Σ(x−m)e^(x−m)."""
+
+    source: Tensor
+    target: Tensor
+    stats: Sequence[str]
+    top: Tensor
+    mass: Tensor
+    squares: Tensor
+    moment: Tensor
+    logit: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, source_n: Tensor, target_n: Tensor, stats: Sequence[str]) -> Fold:
+        zeros = torch.zeros(rows, device=source_n.device)
+        logit = torch.full((len(target_n),), -math.inf, device=source_n.device)
+        return cls(source_n, target_n, stats, zeros - math.inf, zeros, zeros, zeros, logit)
+
+    def add(self, logits_NV: Tensor, begin: int) -> None:
+        """One tile; `logits_NV` is overwritten."""
+        self._pick(logits_NV, begin)
+        top = torch.maximum(self.top, logits_NV.amax(1))
+        shift = torch.where(top == self.top, torch.zeros_like(top), self.top - top)
+        decay = shift.exp()
+        base = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
+        offset_NV = logits_NV.sub_(base[:, None])
+        weight_NV = offset_NV.exp() if "entropy" in self.stats else offset_NV.exp_()
+        if "entropy" in self.stats:
+            carried = torch.where(self.mass > 0, self.moment + shift * self.mass, self.moment)
+            self.moment = decay * carried + torch.nan_to_num(offset_NV.mul_(weight_NV), nan=0.0).sum(1)
+        self.mass = self.mass * decay + weight_NV.sum(1)
+        if "log_sum_sq_probs" in self.stats:
+            self.squares = self.squares * decay.square() + weight_NV.square_().sum(1)
+        self.top = top
+
+    def _pick(self, logits_NV: Tensor, begin: int) -> None:
+        """Keep the logit of each target that lies in this tile (without asking the device how many there are)."""
+        place = self.target - begin
+        inside = (place >= 0) & (place < logits_NV.shape[1])
+        found = logits_NV[self.source, place.clamp(0, logits_NV.shape[1] - 1)]
+        self.logit = torch.where(inside, found, self.logit)
+
+    def values(self) -> dict[str, Tensor]:
+        mass, top = self.mass[self.source], self.top[self.source]
+        values = {"logp": self.logit - top - mass.log()}
+        if "log_sum_sq_probs" in self.stats:
+            values["log_sum_sq_probs"] = self.squares[self.source].log() - 2 * mass.log()
+        if "entropy" in self.stats:
+            values["entropy"] = mass.log() - self.moment[self.source] / mass
+        if "top1" in self.stats:
+            values["top1"] = (self.logit >= top).float()
+        return values
