@@ -1,0 +1,82 @@
+"""`--loss path.py:function`: a loss from the user's own file.
+
+    def my_loss(columns: dict[str, numpy.ndarray], beta: float) -> numpy.ndarray: ...
+
+`columns` are the numeric columns of a score table as float64, NaN where null; the result has one value per row.
+Naming the file is consent to run it: nothing else is ever imported from data. Its identity is the SHA-256 of the
+file, so what it imports in turn is not covered. Derivatives are unknown, hence `dpo_weight` is null.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_score.errors import ConfigError
+
+_CUSTOM = re.compile(r"(?P<path>.+\.py):(?P<function>[A-Za-z_]\w*)")
+
+
+@dataclass(frozen=True, slots=True)
+class CustomLoss:
+    path: str
+    function: str
+    sha256: str
+    call: Callable[[dict[str, NDArray[np.float64]], float], Any]
+
+
+def is_custom(name: str) -> bool:
+    return _CUSTOM.fullmatch(name) is not None
+
+
+def load_custom(name: str) -> CustomLoss:
+    """Import the file and find the function; ConfigError when either is not there."""
+    match = _CUSTOM.fullmatch(name)
+    if match is None:
+        raise ConfigError(f"loss {name!r}: write path/to/file.py:function")
+    path = Path(match["path"]).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"loss {name!r}: there is no file {str(path)!r}")
+    content = path.read_bytes()
+    function = getattr(_import_file(path, name), match["function"], None)
+    if not callable(function):
+        raise ConfigError(f"loss {name!r}: {path.name} defines no function {match['function']!r}")
+    return CustomLoss(str(path), match["function"], hashlib.sha256(content).hexdigest(), function)
+
+
+def _import_file(path: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"dpo_score_custom_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"loss {name!r}: {str(path)!r} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises, the message is theirs
+        raise ConfigError(f"loss {name!r}: importing the file failed: {type(error).__name__}: {error}") from error
+    return module
+
+
+def evaluate_custom(
+    loss: CustomLoss, columns: Mapping[str, NDArray[np.float64]], beta: float, rows: int
+) -> NDArray[np.float64]:
+    """One float64 per row; ConfigError when the function fails or returns another shape."""
+    try:
+        result = np.asarray(loss.call({key: value.copy() for key, value in columns.items()}, beta), dtype=np.float64)
+    except Exception as error:  # as above
+        raise ConfigError(
+            f"loss {loss.path}:{loss.function} failed: {type(error).__name__}: {error}; columns: {', '.join(columns)}"
+        ) from error
+    if result.shape != (rows,):
+        raise ConfigError(
+            f"loss {loss.path}:{loss.function} returned shape {result.shape}, not one value for each of {rows} rows"
+        )
+    return result

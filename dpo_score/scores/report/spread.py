@@ -1,0 +1,84 @@
+"""Where a policy is right and how its margins lie: dot plots by group, histograms. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_score.scores.lineup import Scored
+from dpo_score.scores.matchup import counted
+from dpo_score.scores.report import figures
+from dpo_score.scores.report.facts import Cell, Facts, Palette, percent, signed
+from dpo_score.scores.report.figures import Dot
+
+SHOWN_HISTOGRAMS = 8
+
+
+def subsets(facts: Facts, colours: Palette) -> list[dict[str, Any]]:
+    """Dot plots: data sets where there are several, subsets where there are any."""
+    listed = []
+    for label, heading in (("dataset", "Data set"), ("subset", "Subset")):
+        groups = facts.found["subsets"][label]
+        if len(groups) >= (2 if label == "dataset" else 1):
+            listed.append({"heading": heading, **dot_plot(groups, colours)})
+    return listed
+
+
+def dot_plot(groups: Cell, colours: Palette, ranked: bool = True) -> dict[str, Any]:
+    """Accuracy of the key policies in each group. `ranked`: highest first, else in the order given."""
+    cells = {name: [group["policies"][policy]["accuracy"] for policy in colours.key] for name, group in groups.items()}
+    values = [
+        v for row in cells.values() for cell in row for v in (cell["value"], *(cell["ci95"] or ())) if v is not None
+    ]
+    low, high = min([0.5, *values]), max([0.5, *values])
+    low, high = max(0.0, np.floor(10 * low) / 10), min(1.0, np.ceil(10 * high + 1e-9) / 10)
+    high = high if high > low else low + 0.1
+    order = sorted(groups, key=lambda name: (-(cells[name][-1]["value"] or 0.0), name)) if ranked else list(groups)
+    rows = [
+        {
+            "name": name,
+            "pairs": groups[name]["pairs"],
+            "svg": _dots(name, cells[name], colours, low, high),
+            "values": [percent(cell["value"]) for cell in cells[name]],
+        }
+        for name in order
+    ]
+    legend = [(name, figures.swatch(colours.colours[name])) for name in colours.key]
+    means = [_mean_of([cell["value"] for cell in column]) for column in zip(*cells.values(), strict=True)]
+    return {"rows": rows, "axis": figures.dot_axis(low, high), "legend": legend, "means": means}
+
+
+def _mean_of(values: Sequence[float | None]) -> str:
+    """The macro mean: each group counting once."""
+    kept = [value for value in values if value is not None]
+    return percent(sum(kept) / len(kept) if kept else None)
+
+
+def _dots(name: str, cells: Sequence[Cell], colours: Palette, low: float, high: float) -> Any:
+    dots = []
+    for policy, cell in zip(colours.key, cells, strict=True):
+        least, most = cell["ci95"] or (None, None)
+        dots.append(Dot(cell["value"], least, most, colours.colours[policy]))
+    spoken = ", ".join(f"{policy} {percent(cell['value'])}" for policy, cell in zip(colours.key, cells, strict=True))
+    return figures.dot_row(dots, low, high, f"{name}: {spoken}", 0.5)
+
+
+def margins(facts: Facts, colours: Palette) -> list[dict[str, Any]]:
+    """Histograms on one scale, at most SHOWN_HISTOGRAMS policies, evenly drawn from all."""
+    edges = np.asarray(facts.found["margin_edges"])
+    policies = facts.lineup.policies
+    places = np.unique(np.linspace(0, len(policies) - 1, min(len(policies), SHOWN_HISTOGRAMS)).astype(int))
+    chosen = [policies[int(place)] for place in places]
+    top = max(max(counted(policy.margins, edges)) for policy in chosen)
+    return [_margin(policy, edges, top, colours) for policy in chosen]
+
+
+def _margin(policy: Scored, edges: Any, top: int, colours: Palette) -> dict[str, Any]:
+    kept = policy.margins[np.isfinite(policy.margins)]
+    below = float(np.mean(kept < 0)) if len(kept) else None
+    note = f"{percent(below)} below 0; median {signed(float(np.median(kept)) if len(kept) else None)}"
+    spoken = f"margins of {policy.name}: {note}"
+    svg = figures.histogram(counted(policy.margins, edges), edges.tolist(), spoken, colours.colours[policy.name], top)
+    return {"name": policy.name, "note": note, "svg": svg}
