@@ -1,0 +1,81 @@
+"""What one process works with: OUT, the cache, the loaded model, the voice, the stop request.
+
+These have a lifetime; everything else in this room is data.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from dpo_score.options import default_cache_dir
+from dpo_score.run.interrupts import StopRequest
+from dpo_score.run.progress import Progress
+from dpo_score.store.cache import LogpCache, open_cache
+from dpo_score.store.filedigest import FileDigests
+from dpo_score.store.storage import Store
+
+if TYPE_CHECKING:
+    from dpo_score.logps.model import ModelShelf
+    from dpo_score.run.job import Job, PolicyJob, ReferenceJob
+    from dpo_score.store.records import CommitRecord
+
+
+class Crew(Protocol):
+    """Other processes that compute blocks. `work` returns when all of `todo` is committed, or raises as a stage does
+    that runs here."""
+
+    def work(self, job: Job, task: ReferenceJob | PolicyJob, todo: Sequence[int]) -> None: ...
+
+
+def _unnoticed(_record: CommitRecord) -> None:
+    """Nobody asked to hear of commits."""
+
+
+@dataclass
+class Desk:
+    """Shared by the stages of one process. The model shelf is made on first use: a full cache needs no torch model.
+
+    `cache_url`: where log-probs are kept when that is an object store; what only this machine needs is in `cache_dir`.
+    `crew`: who computes blocks in this process's stead. `committed` hears of every block committed here.
+    """
+
+    store: Store
+    cache_dir: Path
+    progress: Progress
+    stop: StopRequest = field(default_factory=StopRequest)
+    trust_remote_code: bool = False
+    device_map: str | None = None
+    quantization: Literal["int8", "nf4"] | None = None
+    cache_url: str | None = None
+    crew: Crew | None = None
+    committed: Callable[[CommitRecord], None] = _unnoticed
+
+    @cached_property
+    def cache(self) -> LogpCache:
+        return open_cache(self.cache_url or self.cache_dir, self.progress.warn)
+
+    @cached_property
+    def digests(self) -> FileDigests:
+        return FileDigests(self.cache_dir)
+
+    @cached_property
+    def shelf(self) -> ModelShelf:
+        from dpo_score.logps.model import ModelShelf
+
+        return ModelShelf(self.trust_remote_code, self.device_map, self.quantization)
+
+
+def cache_folder(asked: str | None) -> Path:
+    """The folder asked for; the user's own where a URL was asked for, or nothing."""
+    return Path(asked).expanduser() if asked and cache_url(asked) is None else default_cache_dir()
+
+
+def cache_url(asked: str | None) -> str | None:
+    """The fsspec URL that log-probs are kept under, if it is one."""
+    named = asked or os.environ.get("DPO_SCORE_CACHE_DIR")
+    return named if named and "://" in named else None

@@ -1,0 +1,226 @@
+"""The end of a run: committed parts → summary.json, the data-set card, the resolved pipeline; then `complete`.
+
+Everything is read back from the files, in block order, so the summary of a resumed run equals that of an
+uninterrupted one. No times and no host names in summary.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+
+from dpo_score.errors import BadRowsError, PolicyFailedError
+from dpo_score.pairs.records import MARKS
+from dpo_score.pipeline import dump_config
+from dpo_score.run import noise, rewardbench
+from dpo_score.run.card import score_card
+from dpo_score.run.desk import Desk
+from dpo_score.run.environment import now
+from dpo_score.run.job import SCHEMA_VERSION, Job, text_notice
+from dpo_score.run.stages import part
+from dpo_score.scores.metrics import summarise
+from dpo_score.store.manifest import finish_manifest, read_manifest, reopen_manifest
+from dpo_score.store.records import CommitRecord, read_records, record_name
+from dpo_score.store.storage import FileRecord, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run ends with. `failures`: policy → why it was not scored."""
+
+    out: str
+    summary: Mapping[str, Any]
+    failures: Mapping[str, str] = field(default_factory=dict)
+    max_bad_rows: float | None = None
+
+    def raise_failures(self) -> None:
+        """PolicyFailedError, else BadRowsError when more rows were rejected than --max-bad-rows allows."""
+        if self.failures:
+            lines = "\n".join(f"  {name}: {reason}" for name, reason in self.failures.items())
+            raise PolicyFailedError(f"the run finished, but these policies were not scored:\n{lines}")
+        for name, summary in self.summary["policies"].items():
+            counts = summary["overall"]
+            check_bad_rows(f"policy {name!r}", counts["n"], counts["n"] - counts["scored"], self.max_bad_rows, self.out)
+
+
+def check_bad_rows(label: str, rows: int, bad: int, allowed: float | None, out: str) -> None:
+    """`allowed` below 1 is a share of the rows, else a count; null allows any number."""
+    if allowed is None or bad <= (allowed * rows if allowed < 1 else allowed):
+        return
+    raise BadRowsError(
+        f"{label}: {bad} of {rows} rows were rejected, more than --max-bad-rows {allowed:g} allows. Scores are kept; "
+        f"see {out}/rejects for row, code and reason"
+    )
+
+
+def finish(desk: Desk, job: Job, failures: Mapping[str, str]) -> Outcome:
+    """Write what a person reads, then mark the manifest complete."""
+    summary = summary_of(desk.store, job)
+    warn_of_marks(desk, summary)
+    warn_of_noise(desk, summary)
+    reopen_manifest(desk.store)
+    outputs = [
+        _written(desk.store, "summary.json", summary),
+        _text(desk.store, "README.md", score_card(job, summary)),
+        _text(desk.store, "pipeline.yaml", dump_config(job.config)),
+    ]
+    _clear_texts(desk.store)
+    manifest = read_manifest(desk.store)
+    assert manifest is not None
+    manifest = replace(manifest, warnings=tuple(dict.fromkeys((*manifest.warnings, *desk.progress.warnings))))
+    finish_manifest(desk.store, manifest, now(), outputs)
+    assert job.config.out is not None
+    return Outcome(job.config.out, summary, failures, job.config.max_bad_rows)
+
+
+def summary_of(store: Store, job: Job) -> dict[str, Any]:
+    """Numbers of every policy whose wanted blocks are all committed, whatever command scored it."""
+    manifest = read_manifest(store)
+    names = list(manifest.identities.policies) if manifest else []
+    scored = [name for name in names if _complete(store, job, f"scores/{name}")]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "data": _data_summary(store, job),
+        "text": {"marks": marks(store, job), "render": text_notice(job)},
+        "policies": {name: _policy_summary(store, job, name) for name in scored},
+    }
+
+
+WORTH_A_WARNING = ("content_altered", "no_eos", "double_bos", "boundary_shift", "special_in_text")
+MARKED_SHARE = 0.01
+
+
+def warn_of_marks(desk: Desk, summary: Mapping[str, Any]) -> None:
+    """What the template did to more than 1 % of the pairs, with a row to look at."""
+    pairs = max(summary["data"]["scored_by_reference"], 1)
+    for mark, found in summary["text"]["marks"].items():
+        if mark in WORTH_A_WARNING and found["pairs"] > MARKED_SHARE * pairs:
+            share = f"{found['pairs']:,} of {pairs:,} pairs"
+            desk.progress.warn(f"{mark}: {MARKS[mark]}: {share}, e.g. row {found['first']}")
+
+
+def _data_summary(store: Store, job: Job) -> dict[str, Any]:
+    counts = total_counts(store, job, "reference")
+    return {
+        "rows": counts.pop("rows", 0),
+        "files": sum(len(dataset.files) for dataset in job.datasets),
+        "datasets": {
+            d.spec.name: {"rows": d.rows, "format": d.format.full_name, "polarity": d.format.polarity}
+            for d in job.datasets
+        },
+        "scored_by_reference": counts.pop("scored", 0),
+        "rejected": counts,
+    }
+
+
+def total_counts(store: Store, job: Job, stage: str) -> dict[str, int]:
+    """Counts of all wanted blocks of a stage, added up."""
+    total: dict[str, int] = {}
+    for record in _records(store, job, stage):
+        for name, count in record.counts.items():
+            total[name] = total.get(name, 0) + count
+    return dict(sorted(total.items()))
+
+
+def _policy_summary(store: Store, job: Job, name: str) -> dict[str, Any]:
+    own = next((policy.reference.stage for policy in job.policies if policy.name == name), "reference")
+    rejects = ["rejects/data", f"rejects/{own}", f"rejects/{name}"]
+    summary = summarise(
+        _tables(store, job, f"scores/{name}"),
+        rejects=(table for folder in rejects for table in _tables(store, job, folder)),
+    )
+    loss = next((policy.loss.identity() for policy in job.policies if policy.name == name), None)
+    if loss is None:
+        manifest = read_manifest(store)
+        loss = manifest.identities.policies[name]["loss"] if manifest else None
+    found = {"loss": loss, **summary, "noise": _noise(store, job, name, own)}
+    return {**found, "rewardbench": _rewardbench(store, job, name, rejects)} if job.config.rewardbench else found
+
+
+def _rewardbench(store: Store, job: Job, name: str, rejects: Sequence[str]) -> dict[str, Any]:
+    """The benchmark's table of one policy."""
+    lost = (table["row_id"].to_pylist() for folder in rejects for table in _tables(store, job, folder, ["row_id"]))
+    manifest = read_manifest(store)
+    assert manifest is not None
+    setting = rewardbench.Setting.of(manifest, str(job.config.rewardbench), name)
+    return rewardbench.summary(setting, _tables(store, job, f"scores/{name}"), [row for rows in lost for row in rows])
+
+
+def _noise(store: Store, job: Job, name: str, reference: str) -> dict[str, Any]:
+    """The noise floor under this policy's margins, from the first block of both stages."""
+    own, other = _first_note(store, job, f"scores/{name}"), _first_note(store, job, reference)
+    parts = _tables(store, job, f"scores/{name}", ["margins_nats"])
+    margins = [value for table in parts for value in table["margins_nats"].to_pylist() if value is not None]
+    if own is None and other is not None:  # taken over from the reference: the noise of both cancels
+        return {"policy": None, "reference": None, "margin_mean": 0.0, "margin_max": 0.0, "share_below": 0.0}
+    return noise.of_policy(own, other, margins)
+
+
+def _first_note(store: Store, job: Job, stage: str) -> Mapping[str, Any] | None:
+    first = next(_records(store, job, stage), None)
+    return first.notes.get("noise") if first is not None else None
+
+
+def warn_of_noise(desk: Desk, summary: Mapping[str, Any]) -> None:
+    """Margins that are smaller than the error they were computed with say nothing."""
+    for name, policy in summary["policies"].items():
+        floor, mean = policy["noise"]["margin_mean"], policy["overall"]["margins_nats"]["mean"]
+        if floor is not None and mean is not None and floor > abs(mean) > 0.0:
+            desk.progress.warn(
+                f"{name}: the mean margin, {mean:.2g} nats, is below the noise floor of its numerics, {floor:.2g} nats "
+                "a pair: use --dtype float32"
+            )
+
+
+def marks(store: Store, job: Job) -> dict[str, Any]:
+    """How many scored pairs carry each mark, with the first row that does."""
+    found: dict[str, dict[str, Any]] = {}
+    for table in _tables(store, job, "reference", ["row_id", "marks"]):
+        for row_id, names in zip(table["row_id"].to_pylist(), table["marks"].to_pylist(), strict=True):
+            for name in names:
+                entry = found.setdefault(name, {"pairs": 0, "first": row_id})
+                entry["pairs"] += 1
+    return found
+
+
+def _tables(store: Store, job: Job, folder: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    for block in job.rows:
+        name = part(folder, block, job.rows.blocks)
+        if store.exists(name):
+            yield store.read_table(name, columns)
+
+
+def _records(store: Store, job: Job, stage: str) -> Iterator[CommitRecord]:
+    records = read_records(store, stage)
+    for block in job.rows:
+        record = records.get(record_name(stage, block, job.rows.blocks))
+        if isinstance(record, CommitRecord):
+            yield record
+
+
+def _complete(store: Store, job: Job, stage: str) -> bool:
+    return len(list(_records(store, job, stage))) == len(list(job.rows))
+
+
+def _written(store: Store, name: str, summary: Mapping[str, Any]) -> FileRecord:
+    store.write_json(name, summary)
+    return _record(store, name)
+
+
+def _text(store: Store, name: str, text: str) -> FileRecord:
+    store.write_bytes(name, text.encode())
+    return _record(store, name)
+
+
+def _record(store: Store, name: str) -> FileRecord:
+    stat = store.stat(name)
+    assert stat is not None
+    return FileRecord(name, stat.size, 0, store.sha256(name))
+
+
+def _clear_texts(store: Store) -> None:
+    for name in store.list(".work/text"):
+        store.remove(name)

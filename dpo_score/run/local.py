@@ -1,0 +1,292 @@
+"""One process, one device: both stages block by block, then the summary.
+
+Promises: committed blocks are not computed again; the data record comes last; a policy that fails is reported
+and the others go on; the first signal stops between two packs, and the same command resumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pyarrow as pa
+
+from dpo_score.config import RunConfig
+from dpo_score.errors import ConfigError, DataError, ModelError
+from dpo_score.logps.numerics import Numerics
+from dpo_score.logps.source import ModelSource
+from dpo_score.run.desk import Desk, cache_folder, cache_url
+from dpo_score.run.environment import versions
+from dpo_score.run.finish import Outcome, finish
+from dpo_score.run.interrupts import listening
+from dpo_score.run.job import Job, PolicyJob, ReferenceJob
+from dpo_score.run.overlap import ahead, behind
+from dpo_score.run.prepare import identified, prepare
+from dpo_score.run.progress import Progress
+from dpo_score.run.publish import publish
+from dpo_score.run.stages import BlockResult, metadata, part, policy_block, reference_block, write_block
+from dpo_score.run.texts import BlockText, BlockTexts
+from dpo_score.run.tokens import TokenGuard
+from dpo_score.run.trackers import check_trackers
+from dpo_score.run.values import FastPathRefusedError, ModelValues, plain
+from dpo_score.store.identity import digest
+from dpo_score.store.manifest import Manifest, reopen_manifest, save_manifest
+from dpo_score.store.manifest import restart as throw_away
+from dpo_score.store.records import CommitRecord, commit, read_records, record_name
+from dpo_score.store.resume import Action, BlockRange, file_states, next_action, settle
+from dpo_score.store.storage import Store, open_store
+
+Compute = Callable[[BlockText], BlockResult]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Whose blocks are worked on. `describe`: what each part says of itself."""
+
+    name: str
+    label: str
+    identity: str
+    describe: Mapping[str, str]
+
+
+def run(config: RunConfig, progress: Progress, restart: bool = False) -> Outcome:
+    """Score every policy of `config`; returns what was found, errors of single policies included.
+
+    Raises UsageError before any work, StorageError, Interrupted.
+    """
+    with at_desk(config, progress, check(config)) as desk:
+        if restart:
+            throw_away(desk.store)
+        job, manifest = prepare(config, desk)
+        return ended(desk, job, run_stages(desk, job, manifest))
+
+
+def check(config: RunConfig) -> str:
+    """What a run cannot do without, before any work; returns its folder."""
+    if config.out is None:
+        raise ConfigError("no folder for the results: add --out DIR (or `out:` to the pipeline file)")
+    if not config.policies:
+        raise ConfigError("no policy: add --policy NAME=MODEL, or use `dpo-score precompute` for the reference alone")
+    check_trackers(config.log_to)
+    return config.out
+
+
+def run_stages(desk: Desk, job: Job, manifest: Manifest) -> dict[str, str]:
+    """Every block of both stages that is due; returns the policies that failed, with the reason."""
+    run_references(desk, job)
+    return {policy.name: text for policy in job.policies if (text := _try_policy(desk, job, manifest, policy))}
+
+
+def ended(desk: Desk, job: Job, failures: Mapping[str, str]) -> Outcome:
+    """The summary, and what people read."""
+    outcome = finish(desk, job, failures)
+    publish(desk, job)
+    return outcome
+
+
+@contextmanager
+def at_desk(config: RunConfig, progress: Progress, out: str, share: str | None = None) -> Iterator[Desk]:
+    """OUT, or one share of it, locked and swept, signals heard, the model let go at the end."""
+    if config.blocks is not None and share is None:
+        raise ConfigError("--blocks divides `dpo-score run` alone: leave it out here")
+    store = open_store(out, warnings_to=progress.warn)
+    with store.share(share) if share else store.lock(), listening() as stop:
+        store.sweep()
+        desk = desk_at(config, progress, store)
+        desk.stop = stop
+        yield desk
+
+
+def desk_at(config: RunConfig, progress: Progress, store: Store) -> Desk:
+    """What one process works with; takes no lock."""
+    return Desk(
+        store,
+        cache_folder(config.cache_dir),
+        progress,
+        trust_remote_code=config.trust_remote_code,
+        device_map=config.compute.device_map,
+        quantization=config.compute.quantization,
+        cache_url=cache_url(config.cache_dir),
+    )
+
+
+def run_references(desk: Desk, job: Job) -> None:
+    """Stage one for the run's reference and for those that policies brought along."""
+    for reference in job.references:
+        run_reference(desk, job, reference)
+
+
+def run_reference(desk: Desk, job: Job, reference: ReferenceJob) -> None:
+    """Stage one for one reference."""
+    todo = _due(desk, job, reference.stage, reference.identity, _reference_outputs(reference))
+    _let(desk, job, reference, todo)
+
+
+def reference_work(desk: Desk, job: Job, reference: ReferenceJob) -> tuple[Stage, Compute]:
+    """What is done with each block of stage one."""
+    values = _model_values(desk, job, reference.source, reference.numerics)
+    guard = TokenGuard(job.tokenizer, reference.source)
+
+    def compute(text: BlockText) -> BlockResult:
+        guard.check(text.table)
+        return reference_block(job, reference, text, values)
+
+    return Stage(reference.stage, reference.label, reference.identity, metadata(reference.identity)), compute
+
+
+def _let(desk: Desk, job: Job, task: ReferenceJob | PolicyJob, todo: Sequence[int]) -> None:
+    """Have the blocks of one stage computed: by the crew where there is one, else here."""
+    if not todo:
+        return
+    if desk.crew is not None:
+        desk.crew.work(job, task, todo)
+    else:
+        work(desk, job, *stage_work(desk, job, task), todo)
+
+
+def stage_work(desk: Desk, job: Job, task: ReferenceJob | PolicyJob) -> tuple[Stage, Compute]:
+    """What is done with each block of a stage. The model is loaded at the first miss."""
+    return policy_work(desk, job, task) if isinstance(task, PolicyJob) else reference_work(desk, job, task)
+
+
+def _try_policy(desk: Desk, job: Job, manifest: Manifest, policy: PolicyJob) -> str | None:
+    """None when the policy is scored, else why not."""
+    if policy.failure is not None and _complete(desk, job, policy.name, manifest):
+        desk.progress.say(f"{policy.name}: scored before; its folder is not read again")
+        return None
+    if policy.failure is not None:
+        return policy.failure
+    try:
+        run_policy(desk, job, policy)
+    except FastPathRefusedError as refusal:
+        desk.progress.warn(f"{policy.name}: scored on the plain path, which is slower: {refusal}")
+        return _retry_plain(desk, job, manifest, policy)
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+def _retry_plain(desk: Desk, job: Job, manifest: Manifest, policy: PolicyJob) -> str | None:
+    """The policy once more with plain numerics, which become part of its identity."""
+    assert policy.numerics is not None
+    again = identified(replace(policy, numerics=plain(policy.numerics)), manifest.identities)
+    identities = manifest.identities.joined(replace(manifest.identities, policies={policy.name: again.fields}))
+    save_manifest(desk.store, replace(manifest, identities=identities))
+    try:
+        run_policy(desk, job, again)
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+def run_policy(desk: Desk, job: Job, policy: PolicyJob) -> None:
+    """Stage two for one policy."""
+    _let(desk, job, policy, _due(desk, job, policy.stage, policy.identity, (policy.stage, f"rejects/{policy.name}")))
+
+
+def policy_work(desk: Desk, job: Job, policy: PolicyJob) -> tuple[Stage, Compute]:
+    """What is done with each block of stage two."""
+    blocks = job.rows.blocks
+    values = None if policy.equals_reference else _model_values(desk, job, policy.source, policy.numerics)
+    guard = TokenGuard(job.tokenizer, policy.source)
+
+    def compute(text: BlockText) -> BlockResult:
+        guard.check(text.table)
+        found = desk.store.read_table(part(policy.reference.stage, text.block, blocks))
+        return policy_block(job, policy, text, found.replace_schema_metadata(None), values)
+
+    return Stage(policy.stage, policy.name, policy.identity, metadata(policy.identity, policy)), compute
+
+
+def _model_values(desk: Desk, job: Job, source: ModelSource | None, numerics: Numerics | None) -> ModelValues | None:
+    if source is None or numerics is None:
+        return None
+    from dpo_score.run.tables import STATS
+
+    stats = [STATS[name] for name in job.stats]
+    return ModelValues(desk, source, numerics, stats, job.cache_snapshots.get(source.key), _next_after(job, source))
+
+
+def _next_after(job: Job, source: ModelSource) -> ModelSource | None:
+    """The model that comes after `source`: its weights are read while `source` computes."""
+    sources = [found for _, found, _ in job.models]
+    place = sources.index(source)
+    return next((later for later in sources[place + 1 :] if later.digest != source.digest), None)
+
+
+def work(desk: Desk, job: Job, stage: Stage, compute: Compute, todo: Sequence[int]) -> None:
+    """Read ahead, compute, commit behind; in block order."""
+    reopen_manifest(desk.store)
+    texts = BlockTexts(desk, job, job.references[0].identity)
+    with desk.progress.stage(stage.label, job.rows.mine, job.rows.mine - job.rows.count(todo)), behind() as submit:
+        for text in ahead(texts.each(todo)):
+            desk.stop.check()
+            desk.progress.block(text.stop - text.start, unique_tokens(text.table))
+            submit(partial(_commit, desk, job, stage, text, compute(text)))
+            desk.progress.rows(text.stop - text.start)
+
+
+def unique_tokens(text: pa.Table) -> int:
+    """Tokens of a block with each pair's prompt counted once: what progress is measured by."""
+    return sum(len(text[f"{part}_ids"].combine_chunks().flatten()) for part in ("prompt", "chosen", "rejected"))
+
+
+def _commit(desk: Desk, job: Job, stage: Stage, text: BlockText, result: BlockResult) -> None:
+    refuse_changed_input(desk, job)
+    record = CommitRecord(
+        stage=stage.name,
+        block=text.block,
+        blocks=job.rows.blocks,
+        start=text.start,
+        stop=text.stop,
+        identity=stage.identity,
+        files=write_block(desk, result, stage.describe),
+        counts=result.counts,
+        row_ids_digest=digest(list(result.row_ids)),
+        notes=result.notes,
+        versions=versions(None),
+    )
+    commit(desk.store, record)
+    desk.committed(record)
+
+
+def refuse_changed_input(desk: Desk, job: Job) -> None:
+    """A data file that changed while it was read: what was read of it is not committed."""
+    for dataset in job.datasets:
+        for file in dataset.files:
+            if desk.digests.sha256(file.path) != file.sha256:
+                raise DataError(f"{file.path} changed while it was being scored: run the same command with --restart")
+
+
+def _due(desk: Desk, job: Job, stage: str, identity: str, folders: Sequence[str]) -> list[int]:
+    """Blocks to compute, after every found block was skipped, cleared or set aside."""
+    records, blocks, due = read_records(desk.store, stage), job.rows.blocks, []
+    for block in job.rows:
+        name = record_name(stage, block, blocks)
+        record = records.get(name)
+        expected = BlockRange(block, blocks, *job.rows.span(block))
+        action = next_action(identity, expected, record, file_states(desk.store, record))
+        warning = settle(desk.store, name, action, record, [part(folder, block, blocks) for folder in folders])
+        if warning:
+            desk.progress.warn(warning)
+        if action is not Action.SKIP:
+            due.append(block)
+    return due
+
+
+def _reference_outputs(reference: ReferenceJob) -> list[str]:
+    folders = [reference.stage, f"rejects/{reference.stage}"]
+    return folders if reference.name else [*folders, "rejects/data"]
+
+
+def _complete(desk: Desk, job: Job, policy: str, manifest: Manifest) -> bool:
+    """Whether every wanted block of a policy is committed (its weights need not exist any more)."""
+    if policy not in manifest.identities.policies:
+        return False
+    records = read_records(desk.store, f"scores/{policy}")
+    return all(
+        isinstance(records.get(record_name(f"scores/{policy}", block, job.rows.blocks)), CommitRecord)
+        for block in job.rows
+    )

@@ -1,0 +1,175 @@
+"""The texts of pairs, read again from the data that OUT was scored from, and their tokens.
+
+Scores hold no text. Promises: a text is given only when the data files are still there and their digests are those
+that were scored; tokens only when their ids give the stored pair_digest. Else the reason is given instead. Reads the
+tokenizer when tokens are asked for, never a model's weights (a .gguf file is converted once, as for a run).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_score.config import RunConfig
+from dpo_score.errors import DamageError, DpoScoreError, UsageError
+from dpo_score.logps.limits import context_limit
+from dpo_score.logps.locate import locate
+from dpo_score.logps.source import TOKENIZER_FILES, ModelSource, Resolver, resolve_policy
+from dpo_score.pairs.dataset import Dataset, open_datasets, read_rows_at
+from dpo_score.pairs.records import EncodedPair, Pair, Rejected, Text
+from dpo_score.pairs.render import Renderer
+from dpo_score.pairs.rewardbench import make_renderer
+from dpo_score.pairs.tokenizer import load_tokenizer
+from dpo_score.pipeline import load_config
+from dpo_score.run.desk import cache_folder
+from dpo_score.store.filedigest import FileDigests
+from dpo_score.store.manifest import Manifest
+from dpo_score.store.storage import Store
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextSource:
+    """The data of a run as they were when it was scored."""
+
+    config: RunConfig
+    datasets: tuple[Dataset, ...]
+
+    def pairs(self, row_ids: Iterable[str]) -> dict[str, Pair]:
+        """row_id → pair, for those rows that still give one."""
+        wanted = set(row_ids)
+        offsets = self._offsets()
+        rows = sorted({self._position(row_id, offsets) for row_id in wanted})
+        found = read_rows_at(self.datasets, rows)
+        return {pair.source.row_id: pair for pair in found if isinstance(pair, Pair) and pair.source.row_id in wanted}
+
+    def _offsets(self) -> dict[int, tuple[int, int]]:
+        """File index → rows before it, and source rows that one of its units takes."""
+        offsets, before = {}, 0
+        for dataset in self.datasets:
+            for file in dataset.files:
+                offsets[file.index] = (before, dataset.format.rows_per_unit)
+                before += file.rows
+        return offsets
+
+    @staticmethod
+    def _position(row_id: str, offsets: Mapping[int, tuple[int, int]]) -> int:
+        file, row = (int(part) for part in row_id.split(":")[:2])
+        before, per_unit = offsets[file]
+        return before + row // per_unit
+
+
+def stored_config(store: Store) -> RunConfig:
+    """The configuration that a run resolved, from OUT/pipeline.yaml. Raises UsageError where there is none."""
+    if not store.exists("pipeline.yaml"):
+        raise UsageError(f"{store.url('pipeline.yaml')} does not exist: the run has not finished yet")
+    return load_config(str(store.local_copy("pipeline.yaml")), {}, environment={})
+
+
+def text_source(store: Store, manifest: Manifest) -> TextSource | str:
+    """The data of a run, or in one sentence why their texts cannot be shown."""
+    try:
+        config = stored_config(store)
+        digests = FileDigests(cache_folder(config.cache_dir))
+        datasets = open_datasets(config.data, seed=config.seed, sha256=digests.sha256, keep_columns=config.keep_columns)
+    except (UsageError, DamageError) as error:
+        return f"the data cannot be read again: {error}"
+    now = {dataset.spec.name: dataset.fingerprint() for dataset in datasets}
+    if json.loads(json.dumps(now)) != manifest.identities.text.get("data"):
+        return "the data files are not those that were scored: they have changed since"
+    return TextSource(config, datasets)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reader:
+    """Pairs → tokens. `tokenizer` is None for sets that hold token ids."""
+
+    tokenizer: Any
+    renderer: Renderer
+
+    def encode(self, pair: Pair) -> EncodedPair | Rejected:
+        return self.renderer.encode([pair])[0]
+
+
+def make_reader(config: RunConfig, date: str | None = None) -> Reader:
+    """What turns pairs into ids, as a run makes it. `date`: the one that a run fixed. Raises UsageError."""
+    text = config.text if date is None else config.text.model_copy(update={"date": date})
+    folder, limit = _tokenizer_home(config)
+    name = text.tokenizer or folder
+    tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code) if name else None
+    return Reader(tokenizer, make_renderer(config.rewardbench, tokenizer, text, limit))
+
+
+def _tokenizer_home(config: RunConfig) -> tuple[str | None, int | None]:
+    """The folder of the tokenizer and the longest sequence of the model that lends it."""
+    spec = config.reference
+    if spec is not None and spec.columns is None and spec.adapter is None:
+        folder = locate(spec.model, revision=spec.revision, allow_pickle=config.allow_pickle).path
+        if folder.is_dir() and any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return str(folder), _limit_of(folder)
+    source = _resolved(config)
+    return (None, None) if source is None else (str(source.tokenizer_folder), context_limit(source.config))
+
+
+def _limit_of(folder: Path) -> int | None:
+    path = folder / "config.json"
+    return context_limit(json.loads(path.read_text("utf-8"))) if path.is_file() else None
+
+
+def _resolved(config: RunConfig) -> ModelSource | None:
+    """The reference, else the first policy, in full: for adapters and .gguf files."""
+    cache = cache_folder(config.cache_dir)
+    resolver = Resolver(cache, FileDigests(cache).sha256, config.allow_pickle, config.trust_remote_code)
+    spec = config.reference
+    if spec is not None and spec.columns is None:
+        return resolver.resolve(spec.model, revision=spec.revision, adapter=spec.adapter)
+    if config.policies:
+        return resolve_policy(config.policies[0], None, config.policy_base, resolver)
+    return None
+
+
+def stored_reader(source: TextSource, manifest: Manifest) -> Reader | str:
+    """The reader of a run, or in one sentence why there is none now."""
+    try:
+        return make_reader(source.config, manifest.notes.get("date"))
+    except DpoScoreError as error:
+        return f"the tokenizer cannot be read again: {error}"
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token: what decoding gains by it. Bytes of one character go to the token that completes it."""
+    texts, start, read = [], 0, 0
+    for end in range(1, len(ids) + 1):
+        before = _decoded(tokenizer, ids[start:read])
+        now = _decoded(tokenizer, ids[start:end])
+        if now.endswith("�") and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(now[len(before) :])
+        start, read = read, end
+    return texts
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    if not len(ids):
+        return ""
+    text: str = tokenizer.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def plain_text(text: Text) -> str:
+    """A side as one string: an answer as it is, several messages with their roles."""
+    if isinstance(text, str):
+        return text
+    if len(text) == 1 and text[0].get("role") == "assistant" and isinstance(text[0].get("content"), str):
+        return str(text[0]["content"])
+    return "\n\n".join(f"{message.get('role', '?')}: {_content(message)}" for message in text)
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in message.items() if key not in ("role", "content") and value}
+    content = message.get("content")
+    shown = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
+    return f"{shown} {json.dumps(rest, ensure_ascii=False, default=str)}" if rest else shown

@@ -1,0 +1,294 @@
+"""A configuration → a `Job`: every name resolved, every `auto` decided, OUT's manifest opened or compared.
+
+Order matters: what OUT already decided (numerics, block size, rendered date, cache files) is read first and
+wins over what would be decided today. Nothing here runs a model except the one-off check of the fast path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+from dpo_score.config import ModelSpec, PolicySpec, RunConfig
+from dpo_score.errors import ConfigError, ModelError
+from dpo_score.logps.limits import context_limit
+from dpo_score.logps.numerics import Numerics, resolve_numerics, with_own_softmax
+from dpo_score.logps.source import ModelSource, Resolver, resolve_policy
+from dpo_score.pairs.dataset import Dataset, mean_text_bytes, open_datasets
+from dpo_score.pairs.render import Renderer
+from dpo_score.pairs.rewardbench import make_renderer, text_of
+from dpo_score.run.desk import Desk
+from dpo_score.run.environment import host, now, versions
+from dpo_score.run.job import Job, PolicyJob, ReferenceJob, Rows, block_rows, extra_fields, sampled, text_notice
+from dpo_score.run.placement import check_placement
+from dpo_score.run.tokens import choose_tokenizer
+from dpo_score.run.values import overlaid, plain
+from dpo_score.run.verdicts import trusted
+from dpo_score.scores.losses import parse_loss
+from dpo_score.store.identity import Identities
+from dpo_score.store.manifest import Manifest, ManifestRequest, open_manifest, read_manifest
+
+
+class Preparation:
+    """One pass over a configuration; `job()` and `manifest()` are its results."""
+
+    def __init__(self, config: RunConfig, desk: Desk) -> None:
+        self.config, self.desk = config, desk
+        self.found: Manifest | None = read_manifest(desk.store)
+        self.resolver = Resolver(
+            desk.cache_dir,
+            desk.digests.sha256,
+            allow_pickle=config.allow_pickle,
+            trust_remote_code=config.trust_remote_code,
+            say=desk.progress.say,
+        )
+        self.losses = {policy.name: parse_loss(_loss_spec(config, policy)) for policy in config.policies}
+        self.datasets = self._open_data()
+        self.config = self._settled(config)
+        self.reference = self._resolve_reference()
+        self.policies = {policy.name: self._resolve_policy(policy) for policy in config.policies}
+        found = (self.reference, *self.policies.values())
+        check_placement(config.compute, [s for s in found if isinstance(s, ModelSource)], desk.progress.say)
+        self.renderer = self._make_renderer()
+        self.numerics = self._decide_numerics()
+        self.rows = self._decide_rows()
+
+    def _settled(self, config: RunConfig) -> RunConfig:
+        """`config` with commits in place of branches, and the text settings that a benchmark asks for."""
+        data = tuple(dataset.spec for dataset in self.datasets)
+        text = text_of(config.rewardbench, config.text) if config.rewardbench else config.text
+        return config.model_copy(update={"data": data, "text": text})
+
+    def _open_data(self) -> tuple[Dataset, ...]:
+        keep = self._kept_columns()
+        return open_datasets(
+            self.config.data, seed=self.config.seed, sha256=self.desk.digests.sha256, keep_columns=keep
+        )
+
+    def _kept_columns(self) -> tuple[str, ...]:
+        """--keep-columns, and the columns that the reference or a loss reads."""
+        specs = [spec for spec in (self.config.reference, *(p.reference for p in self.config.policies)) if spec]
+        references = [name for spec in specs for name in (spec.columns or ())]
+        offsets = [loss.modifiers.offset_column for loss in self.losses.values()]
+        names = (*self.config.keep_columns, *references, *(name for name in offsets if name))
+        return tuple(dict.fromkeys(names))
+
+    def _resolve_reference(self) -> ModelSource | None:
+        spec = self.config.reference
+        if spec is None or spec.columns is not None:
+            self._require_reference_free(spec is None)
+            return None
+        return self._resolved(spec)
+
+    def _resolved(self, spec: ModelSpec) -> ModelSource:
+        return self._quantized(self.resolver.resolve(spec.model, revision=spec.revision, adapter=spec.adapter))
+
+    def _quantized(self, source: ModelSource) -> ModelSource:
+        """Weights that are quantised at load are other weights: their digest says so."""
+        how = self.config.compute.quantization
+        return replace(source, digest=f"{source.digest}:{how}") if how else source
+
+    def _require_reference_free(self, nothing: bool) -> None:
+        for policy in self.config.policies:
+            if nothing and policy.reference is None and not self.losses[policy.name].reference_free:
+                raise ConfigError(
+                    f"policy {policy.name!r}: loss {self.losses[policy.name].name!r} compares with a reference, and "
+                    "none is named. Add --reference MODEL (or columns:CHOSEN,REJECTED), or choose a reference-free "
+                    "loss such as simpo, orpo or cpo"
+                )
+
+    def _resolve_policy(self, policy: PolicySpec) -> ModelSource | str:
+        """The source, or why there is none (the other policies go on)."""
+        try:
+            return self._quantized(resolve_policy(policy, self.reference, self.config.policy_base, self.resolver))
+        except ModelError as error:
+            return str(error)
+
+    def _make_renderer(self) -> Renderer:
+        first = self._text_model()
+        text = self.config.text
+        if text.date is None and self.found is not None:
+            text = text.model_copy(update={"date": self.found.notes.get("date")})
+        self.tokenizer = choose_tokenizer(self.config, first, self.policies, self.desk.progress.say)
+        limit = context_limit(first.config) if first else None
+        return make_renderer(self.config.rewardbench, self.tokenizer, text, limit)
+
+    def _text_model(self) -> ModelSource | None:
+        """Whose tokenizer and context limit hold for all: the reference's, else the first policy's that resolves."""
+        sources = [source for source in self.policies.values() if isinstance(source, ModelSource)]
+        first = self.reference or next(iter(sources), None)
+        if first is None and self.policies:
+            raise ModelError(next(text for text in self.policies.values() if isinstance(text, str)))
+        return first
+
+    def _decide_numerics(self) -> Numerics | None:
+        """Once for the run: from the manifest, else resolved and, for the fast path, checked on the model."""
+        if self.found is not None and self.found.numerics.get("run"):
+            return overlaid(Numerics.from_json(self.found.numerics["run"]), self.config.compute)
+        model = self._text_model()
+        if model is None:
+            return None
+        rows = sum(dataset.rows for dataset in self.datasets)
+        numerics = resolve_numerics(self.config.compute, model.config, parameters(model), rows_hint=rows)
+        if self.config.rewardbench == "exact":
+            numerics = with_own_softmax(numerics)
+        return trusted(self.desk, model, numerics)
+
+    def _decide_rows(self) -> Rows:
+        total = sum(dataset.rows for dataset in self.datasets)
+        sample = sampled(total, self.config.sample, self.config.seed)
+        if self.found is not None:
+            size = self.found.block_rows
+        else:
+            model = self._text_model()
+            bytes_ = sum(mean_text_bytes(d) * d.rows for d in self.datasets) / max(total, 1)
+            kind = self.numerics.device_kind if self.numerics else "cpu"
+            size = block_rows(len(sample) if sample else total, bytes_, parameters(model) if model else 1, kind)
+        return Rows(total, size, self.config.limit, sample, self.config.share)
+
+    def text_fields(self) -> dict[str, Any]:
+        return {
+            "data": {dataset.spec.name: dataset.fingerprint() for dataset in self.datasets},
+            "text": self.renderer.identity(),
+            "sample": self.config.sample,
+            "seed": self.config.seed if self.config.sample else None,
+            "keep_columns": list(self.config.keep_columns),
+        }
+
+    def reference_fields(self, source: ModelSource | None, columns: Sequence[str] | None) -> dict[str, Any]:
+        return {
+            "weights": source.key if source else None,
+            "columns": list(columns) if columns else None,
+            "numerics": self.numerics.to_json() if self.numerics else None,
+            "block_rows": self.rows.block_rows,
+            "stats": sorted(self.stats()),
+            "per_token": self.config.compute.per_token,
+        }
+
+    def stats(self) -> tuple[str, ...]:
+        """--stats, and what a loss needs (WPO weighting reads Σ log Σp²)."""
+        needed = ["wpo"] if any(loss.modifiers.wpo for loss in self.losses.values()) else []
+        return tuple(dict.fromkeys((*self.config.compute.stats, *needed)))
+
+    def job(self) -> Job:
+        spec = self.config.reference
+        run = Identities(self.text_fields(), self.reference_fields(self.reference, spec.columns if spec else None))
+        own = self._reference_job("", spec, self.reference, run)
+        policies = tuple(self._policy_job(policy, own, run) for policy in self.config.policies)
+        brought = {policy.reference.name: policy.reference for policy in policies if policy.reference.name}
+        return Job(
+            config=self.config,
+            datasets=self.datasets,
+            rows=self.rows,
+            tokenizer=self.tokenizer,
+            renderer=self.renderer,
+            extra=extra_fields(self.datasets, self._kept_columns()),
+            references=(own, *brought.values()),
+            policies=policies,
+            identities=replace(run, policies={p.name: p.fields for p in policies if p.source is not None}),
+            stats=self.stats(),
+        )
+
+    def _reference_job(self, name: str, spec: Any, source: ModelSource | None, run: Identities) -> ReferenceJob:
+        columns = spec.columns if spec is not None else None
+        fields = self.reference_fields(source, columns)
+        identity = replace(run, reference=fields).reference_digest
+        return ReferenceJob(name, source, columns, self.numerics if source else None, fields, identity)
+
+    def _numerics_of(self, policy: str) -> Numerics | None:
+        """The run's, but plain for a policy that OUT had to score on the plain path."""
+        stored = self.found.identities.policies.get(policy, {}).get("numerics") if self.found else None
+        if self.numerics is None or stored != plain(self.numerics).to_json():
+            return self.numerics
+        return plain(self.numerics)
+
+    def _policy_job(self, policy: PolicySpec, own: ReferenceJob, run: Identities) -> PolicyJob:
+        reference = own
+        if policy.reference is not None:
+            spec = policy.reference
+            source = None
+            if spec.columns is None:
+                source = self._resolved(spec)
+            reference = self._reference_job(policy.name, spec, source, run)
+        found = self.policies[policy.name]
+        source, failure = (found, None) if isinstance(found, ModelSource) else (None, found)
+        loss, spec_of_loss = self.losses[policy.name], _loss_spec(self.config, policy)
+        numerics = self._numerics_of(policy.name)
+        job = PolicyJob(policy.name, source, loss, spec_of_loss, reference, numerics, {}, "", failure)
+        return identified(job, run)
+
+
+def identified(job: PolicyJob, run: Identities) -> PolicyJob:
+    """The job with the fields and the identity that follow from its source, numerics, loss and own reference."""
+    fields: dict[str, Any] = {
+        "weights": job.source.key if job.source else None,
+        "numerics": job.numerics.to_json() if job.numerics else None,
+        "loss": job.loss.identity(),
+    }
+    if job.reference.name:
+        fields["reference"] = dict(job.reference.fields)
+    alone = Identities(run.text, run.reference, {job.name: fields})
+    return replace(job, fields=fields, identity=alone.policy_digest(job.name))
+
+
+def prepare(
+    config: RunConfig, desk: Desk, opening: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> tuple[Job, Manifest]:
+    """Resolve everything and open the manifest, inside `opening()`.
+
+    Raises UsageError (data, model, configuration, identity).
+    """
+    preparation = Preparation(config, desk)
+    job = preparation.job()
+    request = ManifestRequest(
+        identities=job.identities,
+        numerics={"run": preparation.numerics.to_json()} if preparation.numerics else {},
+        block_rows=job.rows.block_rows,
+        total_rows=job.rows.total,
+        started=now(),
+        host=host(),
+        versions=versions(preparation.numerics),
+        cache_snapshots=snapshots(desk, job),
+        notes={"date": preparation.renderer.identity()["date"], "names": _names(job)},
+        strict_env=config.strict_env,
+        out=config.out or "",
+    )
+    with opening():
+        manifest = open_manifest(desk.store, request)
+    for line in (*(dataset.summary() for dataset in job.datasets), text_notice(job)):
+        desk.progress.say(line)
+    return replace(job, cache_snapshots=manifest.cache_snapshots), manifest
+
+
+def snapshots(desk: Desk, job: Job) -> dict[str, list[str]]:
+    """Cache files that exist now, by the weights they belong to: lookups of this OUT see these and no others."""
+    from dpo_score.run.values import cache_fields
+
+    return {
+        source.key: list(desk.cache.namespace(cache_fields(source, numerics)).snapshot())
+        for _, source, numerics in job.models
+    }
+
+
+def parameters(source: ModelSource) -> int:
+    """Parameters by the size of the weight files: close enough for block sizes and estimates."""
+    width = 4 if "32" in str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32") else 2
+    return sum(path.stat().st_size for path in source.weights) // width
+
+
+def _names(job: Job) -> dict[str, str]:
+    named = {"reference": job.references[0].source} | {policy.name: policy.source for policy in job.policies}
+    return {name: source.name for name, source in named.items() if source is not None}
+
+
+def _loss_spec(config: RunConfig, policy: PolicySpec) -> Any:
+    spec = policy.loss or config.loss
+    if "," in spec.name:
+        first = spec.name.split(",")[0]
+        raise ConfigError(
+            f"loss {spec.name!r}: a run scores one loss: run it with --loss {first}, then the grid costs no model: "
+            f"dpo-score rescore {config.out or 'OUT'} --loss {spec.name}"
+        )
+    return spec if policy.beta is None else spec.model_copy(update={"beta": policy.beta})

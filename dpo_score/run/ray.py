@@ -1,0 +1,139 @@
+"""The same stages on a Ray cluster: one worker per device holds the model and takes runs of blocks.
+
+    driver (lock, manifest, backlog) ──Assignment──▶ worker: reads, renders, computes, commits    ──Report──▶ driver
+
+Promises: bytes as a local run writes them; a run begun here is continued there and the other way round; a worker or
+node that is lost costs at most the blocks it had begun; errors, exit codes and signals are those of a local run. Ray
+places and restarts the workers and asks an autoscaler for nodes. Not promised: data, models, CACHE and OUT must be
+under the same paths, or on an object store, for all machines.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from dpo_score.config import RunConfig
+from dpo_score.errors import ConfigError
+from dpo_score.logps.numerics import Numerics
+from dpo_score.run.desk import Desk, cache_folder, cache_url
+from dpo_score.run.finish import Outcome
+from dpo_score.run.interrupts import SIGNALS
+from dpo_score.run.local import at_desk, check, ended, run_stages
+from dpo_score.run.prepare import prepare
+from dpo_score.run.progress import Progress
+from dpo_score.run.ray_crew import Device, RayCrew
+from dpo_score.store.manifest import read_manifest
+from dpo_score.store.manifest import restart as throw_away
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+CONNECT_SECONDS = 10.0
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+"""No usage reports to anybody, and no advice about a default of Ray's that is not used here."""
+
+
+def run(config: RunConfig, progress: Progress, restart: bool = False) -> Outcome:
+    """As `local.run`, with the blocks computed by workers of a Ray cluster."""
+    folder = check(config)
+    with at_desk(config, progress, folder) as desk:
+        if restart:
+            throw_away(desk.store)
+        with crewed(config, desk) as config:
+            job, manifest = prepare(config, desk)
+            failures = run_stages(desk, job, manifest)
+        return ended(desk, job, failures)
+
+
+@contextmanager
+def crewed(config: RunConfig, desk: Desk) -> Iterator[RunConfig]:
+    """The desk with a crew on a cluster; yields the configuration with what the machines must agree on spelt out."""
+    ray = _ray()
+    with _cluster(ray, config):
+        config = _explicit(config, desk)
+        with RayCrew(ray, config, desk, _device(ray, config, desk)) as crew:
+            if read_manifest(desk.store) is None:
+                crew.decide()
+            desk.crew = crew
+            yield config
+
+
+def _ray() -> ModuleType:
+    if find_spec("ray") is None:
+        raise ConfigError("--engine ray needs Ray, which is not installed: pip install 'dpo-score[ray]'")
+    import ray
+
+    found: ModuleType = ray
+    return found
+
+
+@contextmanager
+def _cluster(ray: Any, config: RunConfig) -> Iterator[None]:
+    """A cluster: the one this process has joined, else that at --ray-address or RAY_ADDRESS, else one made here."""
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    address = config.compute.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+    _refuse_unreachable(address)
+    heard = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"no Ray cluster at {address}: {' '.join(str(error).split())}") from None
+    finally:
+        for number, handler in heard.items():
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _refuse_unreachable(address: str) -> None:
+    """ConfigError within seconds where nobody listens: Ray itself would try for minutes."""
+    if address.startswith("ray://"):
+        raise ConfigError(f"--ray-address {address}: Ray Client is not used; start on the head, or by `ray job submit`")
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(f"no Ray cluster at {address}: {error}") from None
+
+
+def _explicit(config: RunConfig, desk: Desk) -> RunConfig:
+    """What other machines would decide by themselves, decided here: thread count and cache folder."""
+    found = read_manifest(desk.store)
+    threads = config.compute.threads
+    if threads is None and found is not None and found.numerics.get("run"):
+        threads = Numerics.from_json(found.numerics["run"]).threads
+    if threads is None:
+        import torch
+
+        threads = torch.get_num_threads()
+    cache = cache_url(config.cache_dir) or str(cache_folder(config.cache_dir).absolute())
+    compute = config.compute.model_copy(update={"threads": threads})
+    return config.model_copy(update={"compute": compute, "cache_dir": cache})
+
+
+def _device(ray: Any, config: RunConfig, desk: Desk) -> Device:
+    """A GPU each where the run computes on GPUs, else --threads cores each."""
+    there, asked = ray.cluster_resources(), config.compute.device
+    if ":" in asked:
+        raise ConfigError(f"--device {asked} names one GPU; Ray gives each worker one of its own: say --device cuda")
+    found = read_manifest(desk.store)
+    if found is not None and found.numerics.get("run"):
+        asked = Numerics.from_json(found.numerics["run"]).device_kind
+    gpus, cores, threads = int(there.get("GPU", 0)), int(there.get("CPU", 0)), int(config.compute.threads or 1)
+    if asked == "cuda" or (asked == "auto" and gpus):
+        return Device(1, 1, config.compute.workers or max(gpus, 1))
+    return Device(threads, 0, config.compute.workers or max(cores // threads, 1))
