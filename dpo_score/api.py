@@ -1,0 +1,115 @@
+"""The package as a library: the commands as functions, and `score` for pairs and models that are in memory.
+
+Options are those of the command line by their names (`max_length=512`, `loss_param=["ld_alpha=0.5"]`). Mistakes raise
+`dpo_score.errors.DpoScoreError`. Importing this file imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_score.errors import ConfigError
+from dpo_score.run.called import configured, run
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from dpo_score.run.held import HeldModel
+    from dpo_score.run.precompute import PrecomputeOutcome
+
+__all__ = ["precompute", "rescore", "run", "score"]
+
+
+def precompute(
+    pipeline: str | None = None,
+    *,
+    to: str = "trl",
+    rename: str | None = None,
+    restart: bool = False,
+    quiet: bool = True,
+    **options: Any,
+) -> PrecomputeOutcome:
+    """`dpo-score precompute`: fill the cache with reference log-probs and, with `out`, write the data set with them."""
+    from dpo_score.run import precompute as stage
+    from dpo_score.run.progress import Progress
+
+    return stage.precompute(configured(pipeline, options), Progress(quiet), restart=restart, to=to, rename=rename)
+
+
+def rescore(
+    out: str | Path,
+    loss: str | Iterable[str] = "sigmoid",
+    beta: float | Iterable[float] | None = None,
+    *,
+    label_smoothing: float | None = None,
+    loss_param: Sequence[str] = (),
+    reference_policy: str | None = None,
+) -> dict[str, Any]:
+    """`dpo-score rescore`: every loss × beta over the log-probs that `out` holds, without a model."""
+    from dpo_score.run import rescore as grid
+
+    losses = loss if isinstance(loss, str) else ",".join(loss)
+    betas = [beta] if isinstance(beta, int | float) else beta
+    listed = None if betas is None else ",".join(str(value) for value in betas)
+    return grid.rescore(str(out), losses, listed, label_smoothing, loss_param, reference_policy)
+
+
+def score(
+    pairs: Any, *, policy: Any, reference: Any = None, tokenizer: Any = None, quiet: bool = True, **options: Any
+) -> pl.DataFrame:
+    """Score columns of `pairs`, in their order: one row a pair, null where it could not be scored (see `status`).
+
+    pairs: a polars or pyarrow table, a datasets.Dataset or dicts, in any form of `dpo-score formats`. policy and
+    reference: a folder, hub id or MODEL+ADAPTER, or a loaded model, which is left as it was found; reference "base" is
+    a loaded PEFT policy without its adapters. policy may be a mapping, name → model: then the first column is `policy`.
+    tokenizer: a loaded one or a name (default: the reference's, else the policy's). Log-probs: sums, nats, float64.
+    """
+    import polars as pl
+
+    with tempfile.TemporaryDirectory(prefix="dpo-score-") as folder:
+        found = _scored(pairs, policy, reference, tokenizer, quiet, options, Path(folder))
+    frames = {name: pl.DataFrame(pl.from_arrow(table)) for name, table in found.items()}
+    if not isinstance(policy, Mapping):
+        return frames["policy"]
+    named = [frame.select(pl.lit(name).alias("policy"), pl.all()) for name, frame in frames.items()]
+    return pl.concat(named, how="diagonal_relaxed")
+
+
+def _scored(
+    pairs: Any, policy: Any, reference: Any, tokenizer: Any, quiet: bool, options: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    from dpo_score.run.desk import Desk, cache_folder
+    from dpo_score.run.library import scored_tables, written
+    from dpo_score.run.progress import Progress
+    from dpo_score.store.storage import open_store
+
+    policies = dict(policy) if isinstance(policy, Mapping) else {"policy": policy}
+    held = _held(policies, reference)
+    settings = {
+        **options,
+        "data": [f"pairs={written(pairs, folder)}"],
+        "policy": [f"{name}={'held' if name in held else os.fspath(model)}" for name, model in policies.items()],
+        **({"reference": os.fspath(reference)} if reference is not None and "" not in held else {}),
+        **({"tokenizer": os.fspath(tokenizer)} if isinstance(tokenizer, str | Path) else {}),
+    }
+    config = configured(None, settings)
+    desk = Desk(open_store(folder / "out"), cache_folder(config.cache_dir), Progress(quiet))
+    return scored_tables(config, desk, held, None if isinstance(tokenizer, str | Path) else tokenizer)
+
+
+def _held(policies: Mapping[str, Any], reference: Any) -> dict[str, HeldModel]:
+    """The models among policies and reference that are objects, not names; "" is the reference."""
+    from dpo_score.run.held import HeldModel
+
+    held = {name: HeldModel(model) for name, model in policies.items() if not isinstance(model, str | Path)}
+    if reference == "base" and len(held) != 1:
+        raise ConfigError('reference "base": give one loaded PEFT model as the policy, whose base is meant')
+    if reference == "base":
+        held[""] = HeldModel(next(iter(held.values())).model, bare=True)
+    elif reference is not None and not isinstance(reference, str | Path):
+        held[""] = HeldModel(reference)
+    return held

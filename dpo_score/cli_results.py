@@ -1,0 +1,85 @@
+"""The commands that read results: finish, compare, report, audit. No command here loads a model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Out = Annotated[str, typer.Argument(metavar="OUT", help="folder that a run wrote")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Put the commands of this file on `app`."""
+    for command in (finish, compare, report, audit):
+        app.command()(command)
+
+
+def finish(
+    out: Out,
+    without: Annotated[list[str] | None, typer.Option(metavar="NAME", help="leave a policy out; repeatable")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="only warnings and errors")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """After `run --blocks 0/N … N-1/N`: check that every block is there; summary, card and report."""
+    from dpo_score.run import shares, show
+    from dpo_score.run.progress import Progress
+
+    outcome = shares.finish(out, Progress(quiet), without or [])
+    show.outcome(outcome, as_json=as_json)
+    outcome.raise_failures()
+
+
+def compare(
+    out: Out,
+    other: Annotated[str | None, typer.Argument(metavar="[OUT_B]", help="a second folder")] = None,
+    policies: Annotated[str | None, typer.Option(help="all, or a comma list of names")] = None,
+    baseline: Annotated[str | None, typer.Option(help="the policy that the others are set against")] = None,
+    fail_if: Annotated[
+        list[str] | None, typer.Option(help="exit 5 when it holds: 'diff.accuracy.high < 0'; repeatable")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which policy is better, pair by pair, with intervals and adjusted p values.
+
+    --fail-if: [diff.]METRIC[group].bound OP NUMBER, joined by and / or. METRIC: accuracy, margins, margins_nats, loss,
+    chosen_rewards, rejected_rewards. Group: a subset or worst_subset. Bound: low, high, p. NUMBER: or baseline."""
+    from dpo_score.run import compare as pairwise
+    from dpo_score.run import show_compare
+
+    found = pairwise.compare([out, *([other] if other else [])], policies, baseline, fail_if or [])
+    show_compare.compared(found, as_json=as_json)
+    pairwise.raise_failed(found)
+
+
+def report(
+    out: Out,
+    baseline: Annotated[str | None, typer.Option(help="the policy that the others are set against")] = None,
+    no_text: Annotated[bool, typer.Option("--no-text", help="leave the texts of pairs out")] = False,
+    format_: Annotated[str, typer.Option("--format", help="html, or tables on standard output: md, csv, tex")] = "html",
+    as_json: AsJson = False,
+) -> None:
+    """OUT/report.html: verdict, curves, subsets, margins, length, what changed, worst pairs, labels in doubt."""
+    from dpo_score.run import report as page
+    from dpo_score.run import show_compare
+
+    if format_ != "html":
+        typer.echo(page.tables(out, format_, baseline))
+        return
+    where, found = page.report(out, no_text=no_text, baseline=baseline)
+    show_compare.compared(found, as_json=as_json)
+    if not as_json:
+        typer.echo(f"report: {where}")
+
+
+def audit(
+    out: Out,
+    policies: Annotated[str | None, typer.Option(help="all, or a comma list of names")] = None,
+    no_text: Annotated[bool, typer.Option("--no-text", help="leave the texts of pairs out")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Labels worth a second look: pairs that every policy ranks against the label, as OUT/audit.parquet."""
+    from dpo_score.run import audit as labels
+
+    labels.show(labels.audit(out, policies, no_text), as_json=as_json)
