@@ -1,0 +1,165 @@
+"""A warmed process that forks one child per command line, so that a child costs no imports.
+
+    stdin   {"argv": [...], "watch": [folder, ...],
+             "fault": {"kind": "kill" | errno name | signal, "call": i, "after": bool, "times": n}}
+    stdout  {"status": exit code, or -signal; "calls": [primitive, ...]; "errors": stderr text; "strays": [...]}
+
+In the child the storage primitives are numbered; the fault strikes before or after call number `call`. `watch`
+reports files that anything but the primitives (or a lock) opened for writing under the folders of the command.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dpo_score.store import storage
+from tests.store.shim import PRIMITIVES
+
+BLOCK_ROWS = 20
+BETWEEN_SIGNALS = 0.5
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+def warm_up() -> None:
+    """Import what a run imports, and start no thread."""
+    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+    import pyarrow.parquet
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    from dpo_score import cli  # noqa: F401
+    from dpo_score.logps import model, scorer, verify  # noqa: F401
+    from dpo_score.run import local, prepare
+
+    torch.set_num_threads(1)
+    assert pyarrow.parquet is not None
+    assert local.run is not None
+    prepare.block_rows = lambda *_: BLOCK_ROWS  # type: ignore[assignment]
+
+
+class Numbered:
+    """Numbers the primitive calls of this process and lets the fault strike."""
+
+    def __init__(self, fault: dict[str, Any], log: Path) -> None:
+        self._fault, self._count = fault, 0
+        self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for name in PRIMITIVES:
+            setattr(storage, name, self._wrapped(name, getattr(storage, name)))
+
+    def _wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            self._count += 1
+            number = self._count
+            os.write(self._log, f"{name}\n".encode())
+            strikes = number == self._fault.get("call")
+            if strikes and not self._fault.get("after"):
+                self._strike()
+            result = real(*args)
+            if strikes and self._fault.get("after"):
+                self._strike()
+            return result
+
+        return call
+
+    def _strike(self) -> None:
+        kind = self._fault["kind"]
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif kind in ("SIGINT", "SIGTERM"):
+            for _ in range(self._fault.get("times", 1)):
+                os.kill(os.getpid(), getattr(signal, kind))
+                time.sleep(BETWEEN_SIGNALS)
+        elif kind is not None:
+            number = getattr(errno, kind)
+            raise OSError(number, os.strerror(number))
+
+
+def watch(folders: list[str], strays: Path) -> None:
+    """Report every opening for writing below `folders` that did not come through storage or a lock."""
+    report = os.open(strays, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event != "open" or not isinstance(args[0], (str, bytes)):
+            return
+        path = os.fsdecode(args[0])
+        if args[2] & WRITING and any(path.startswith(folder) for folder in folders):
+            where = _callers()
+            if not any(part in where for part in ("dpo_score/store/storage.py", "/filelock/")):
+                os.write(report, f"{path} {where}\n".encode())
+
+    sys.addaudithook(hook)
+
+
+def _callers() -> str:
+    frame: FrameType | None = sys._getframe(2)
+    found = []
+    while frame is not None:
+        found.append(frame.f_code.co_filename)
+        frame = frame.f_back
+    return " ".join(found)
+
+
+def child(job: dict[str, Any], folder: Path) -> None:
+    """Run one command line; never returns."""
+    status = 70
+    try:
+        err = os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT)
+        os.dup2(err, 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if job.get("watch"):
+            watch(job["watch"], folder / "strays")
+        Numbered(job.get("fault") or {}, folder / "calls")
+        status = _main(job["argv"])
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _main(argv: list[str]) -> int:
+    from dpo_score import cli
+
+    try:
+        cli.main(argv)
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
+    except BaseException:  # noqa: BLE001 - whatever it is, the test wants to see it
+        traceback.print_exc()
+        return 70
+    return 0
+
+
+def serve() -> None:
+    warm_up()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            pid = os.fork()
+            if not pid:
+                child(job, folder)
+            _, status = os.waitpid(pid, 0)
+            text = {n: (folder / n).read_text() if (folder / n).exists() else "" for n in ("calls", "stderr", "strays")}
+        answer = {
+            "status": os.waitstatus_to_exitcode(status),
+            "calls": text["calls"].split(),
+            "errors": text["stderr"],
+            "strays": text["strays"].splitlines(),
+        }
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,57 @@
+"""pipelines/ray_cluster.yaml as a Ray job, submitted to a head on this machine as the file says."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dpo_score.run.status import status
+from dpo_score.run.verify import verify
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address that jobs are submitted to."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    arguments = {"num_cpus": 2, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
+    cluster = Cluster(initialize_head=True, head_node_args=arguments)
+    yield f"http://127.0.0.1:{port}"
+    cluster.shutdown()
+
+
+def submitted(pipeline: Path) -> list[str]:
+    """The job-submission command that the pipeline file gives, as words."""
+    line = next(line for line in pipeline.read_text().splitlines() if "ray job submit" in line)
+    return line.strip("# ").split()
+
+
+def test_the_pipeline_runs_as_a_job(head: str, tmp_path: Path) -> None:
+    words = submitted(ROOT / "pipelines/ray_cluster.yaml")
+    there = {
+        "http://HEAD:8265": head,
+        "/shared/out": str(tmp_path / "out"),
+        "ray": str(Path(sys.executable).parent / "ray"),
+    }
+    words = [there.get(word, word) for word in words]
+    at = words.index("dpo-score")
+    words[at : at + 1] = [sys.executable, "-m", "dpo_score"]
+    words += ["--limit", "8", "--cache-dir", str(tmp_path / "cache")]
+    found = subprocess.run(words, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=600)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    assert status(str(tmp_path / "out"))["state"] == "complete"
+    verify(str(tmp_path / "out")).raise_damage()

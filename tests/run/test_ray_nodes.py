@@ -1,0 +1,49 @@
+"""Two Ray nodes on this machine, one of them lost in the middle of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_score.run import engines, local
+from dpo_score.run.progress import Progress
+from dpo_score.run.verify import verify
+from tests.run.conftest import preference_rows, write_rows
+from tests.run.test_ray import AtRow, on_ray
+from tests.run.test_shares import results
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head that computes nothing, and a node with one core; a second is added by the test."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    found.add_node(num_cpus=1)
+    ray.init(address=found.address, log_to_driver=False, logging_level="ERROR")
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+def test_a_node_lost_in_the_middle(cluster: Any, runner: Any, tmp_path: Path) -> None:
+    data, out, whole = (
+        write_rows(tmp_path / "pairs.parquet", preference_rows(500)),
+        tmp_path / "out",
+        tmp_path / "whole",
+    )
+    node = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    progress = AtRow(5, lambda: cluster.remove_node(node, allow_graceful=False))
+    engines.run(on_ray(runner.config(data, out)), progress)
+    assert any("a worker was lost" in line for line in progress.warnings)
+    verify(str(out)).raise_damage()
+    local.run(runner.config(data, whole, cache_dir=str(tmp_path / "other")), Progress(quiet=True))
+    assert results(out) == results(whole)

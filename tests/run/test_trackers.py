@@ -1,0 +1,182 @@
+"""What trackers are sent, read back with their real libraries where installed; a failure is a sentence, no more."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dpo_score.errors import ConfigError
+from dpo_score.run import trackers
+from dpo_score.run.results import open_out
+from tests.run.small_run import small_run
+
+missing = {name: importlib.util.find_spec(name) is None for name in ("mlflow", "tensorboard")}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_run(per_token=False).out, tmp_path / "out"))
+
+
+def sent(out: Path, name: str) -> list[str]:
+    store, _ = open_out(str(out))
+    return trackers.log_run([name], store, str(out))
+
+
+def payload(out: Path) -> dict[str, object]:
+    store, manifest = open_out(str(out))
+    summary = store.read_json("summary.json")
+    (found,) = trackers.payloads(summary, manifest, str(out), "<html>")
+    return found
+
+
+def test_one_family_of_checkpoints_by_step_with_trl_names(out: Path) -> None:
+    found = payload(out)
+    summary = json.loads((out / "summary.json").read_text())
+    assert found["family"] == "checkpoints"
+    points = found["points"]
+    assert isinstance(points, list)
+    assert [point["step"] for point in points] == [10, 20, 30]
+    overall = summary["policies"]["step-20"]["overall"]
+    assert {name: points[1]["values"][name] for name in trackers.TRL_NAMES} == {
+        name: overall[name] for name in trackers.TRL_NAMES
+    }
+    assert "pairs/a/rewards/margins" in points[0]["values"]
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("step-40", "checkpoints"),
+        ("dpo-checkpoint-40", "dpo"),
+        ("sweep-7", "sweep"),
+        ("final", "final"),
+        ("v.x_9", "v.x"),
+    ],
+)
+def test_families(name: str, family: str) -> None:
+    assert trackers.family_of(name) == family
+
+
+def test_groups_with_odd_names_keep_apart() -> None:
+    names = [trackers._plain(name) for name in ("a b.c", "a/b", "a:b", "é" * 200)]
+    assert names[0] == "a b.c"
+    assert len(set(names)) == 4
+    assert all(re.fullmatch(r"[A-Za-z0-9_. -]{1,90}", name) for name in names)
+
+
+def test_no_text_of_the_data_is_sent(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    monkeypatch.setattr(trackers, "_sent", lambda name, payload: kept.append(json.dumps(payload)))
+    assert sent(out, "mlflow") == []
+    assert "wizards" not in kept[0]
+    assert "</html>" in kept[0]
+
+
+def test_an_unknown_or_missing_tracker_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'mlflow'"):
+        trackers.check_trackers(["mlfow"])
+    monkeypatch.setitem(trackers.PACKAGES, "wandb", "no_such_package")
+    with pytest.raises(ConfigError, match="pip install no_such_package"):
+        trackers.check_trackers(["wandb"])
+
+
+def fake(folder: Path, name: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package `name` that a child process imports."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("raise OSError('server \\x1b[31m away')", "server"),
+        ("import sys; sys.exit('no account')", "no account"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "exit code -9"),
+        ("import time; time.sleep(60)", "no answer"),
+    ],
+)
+def test_a_failing_tracker_is_said_and_fails_nothing(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, said: str
+) -> None:
+    fake(tmp_path / "fakes", "wandb", source, monkeypatch)
+    if "sleep" in source:
+        monkeypatch.setattr(trackers, "SECONDS", 5)
+    (problem,) = sent(out, "wandb")
+    assert said in problem
+    assert "\x1b" not in problem
+
+
+WANDB = """
+import json, os, pathlib
+class Run:
+    def __enter__(self): return self
+    def __exit__(self, *_): pathlib.Path(os.environ["WROTE"]).write_text(json.dumps(self.rows))
+    rows = []
+    def define_metric(self, *_, **__): pass
+    def log(self, values): self.rows.append(values)
+    def log_artifact(self, artifact): self.rows.append({"artifact": artifact.size}); return self
+    def wait(self): pass
+class Artifact:
+    def __init__(self, name, type): pass
+    def add_file(self, path): self.size = os.path.getsize(path)
+def init(**options):
+    Run.rows.append(options)
+    return Run()
+"""
+
+
+def test_wandb_is_called_as_it_documents(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(tmp_path / "fakes", "wandb", WANDB, monkeypatch)
+    monkeypatch.setenv("WROTE", str(tmp_path / "wrote.json"))
+    assert sent(out, "wandb") == []
+    start, *points, artifact = json.loads((tmp_path / "wrote.json").read_text())
+    assert start["resume"] == "allow"
+    assert [point["checkpoint_step"] for point in points] == [10, 20, 30]
+    assert artifact["artifact"] > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing["tensorboard"], reason="tensorboard is not installed")
+def test_tensorboard_reads_back_what_was_logged(out: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert sent(out, "tensorboard") == []
+    assert sent(out, "tensorboard") == []
+    folder = out.parent / "tensorboard" / "out" / "checkpoints"
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    summary = json.loads((out / "summary.json").read_text())
+    found = {scalar.step: scalar.value for scalar in events.Scalars("rewards/margins")}
+    assert found == {
+        step: pytest.approx(summary["policies"][f"step-{step}"]["overall"]["rewards/margins"], rel=1e-6)
+        for step in (10, 20, 30)
+    }
+    assert (folder / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing["mlflow"], reason="mlflow is not installed")
+@pytest.mark.filterwarnings("ignore")  # of the libraries that MLflow reads its own files with
+def test_mlflow_reads_back_what_was_logged(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.chdir(tmp_path)
+    assert sent(out, "mlflow") == []
+    assert sent(out, "mlflow") == []
+    mlflow.set_tracking_uri(uri)
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("dpo-score")
+    (run,) = client.search_runs([experiment.experiment_id])
+    summary = json.loads((out / "summary.json").read_text())
+    history = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "rewards/chosen")}
+    assert history == {step: summary["policies"][f"step-{step}"]["overall"]["rewards/chosen"] for step in (10, 20, 30)}
+    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["report.html"]

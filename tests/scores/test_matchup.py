@@ -1,0 +1,69 @@
+"""What a comparison finds on made policies, and what it says of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dpo_score.scores.lineup import line_up
+from dpo_score.scores.matchup import counted, margin_edges, matchup
+from tests.scores.scored import SETTINGS, policies, scored
+
+
+def test_a_better_policy_is_told_apart_and_equals_are_not() -> None:
+    lineup = line_up(policies(0, 400, {"weak": 0.0, "good": 0.6, "twin": 0.62}))
+    found = matchup(lineup, baseline="weak")
+    tied = {item["policy"]: item["tied"] for item in found["versus_best"]["accuracy"]}
+    assert found["best"] in ("good", "twin")
+    assert tied["weak"] is False
+    assert sum(tied.values()) == 1
+    assert {item["policy"] for item in found["versus_baseline"]["margins"]} == {"good", "twin"}
+    assert all(item["mean"] > 0 for item in found["versus_baseline"]["accuracy"])
+    assert "cannot be told from it" in found["sentence"]
+    assert "weak is worse" in found["sentence"]
+    assert "Against weak, " in found["sentence"]
+
+
+def test_the_result_is_strict_json() -> None:
+    found = matchup(line_up([scored("flat", [0.0, 0.0]), scored("a", [1.0, -1.0])]), baseline="flat")
+    json.dumps(found, allow_nan=False)
+
+
+def test_won_and_lost_rows_add_up() -> None:
+    lineup = line_up([scored("a", [1, 1, -1, -1, 0]), scored("b", [1, -1, 1, -1, 1])])
+    item = matchup(lineup, baseline="a")["versus_baseline"]["accuracy"][0]
+    assert (item["won"], item["lost"], item["both_right"], item["both_wrong"]) == (1, 1, 1, 1)
+    assert item["n"] == 4
+
+
+def test_unlike_things_are_not_subtracted_but_accuracy_is() -> None:
+    a, b = scored("a", [1, -1, 2]), scored("b", [2, 1, 2], settings=replace(SETTINGS, beta=0.5))
+    found = matchup(line_up([a, b]), baseline="a")["versus_baseline"]
+    assert found["margins"][0]["mean"] is None
+    assert "β" in found["margins"][0]["reason"]
+    assert found["margins_nats"][0]["mean"] is not None
+    assert found["accuracy"][0]["mean"] is not None
+
+
+def test_only_ties_are_said_to_be_ties() -> None:
+    found = matchup(line_up([scored("same", [0.0, 0.0])]))
+    assert found["best"] is None
+    assert "tie" in found["sentence"]
+
+
+def test_chance_is_named() -> None:
+    lineup = line_up([scored("coin", [1.0, -1.0] * 20)])
+    assert "cannot be told from guessing" in matchup(lineup)["sentence"]
+    assert "guessing would do better" in matchup(line_up([scored("bad", [-1.0] * 40)]))["sentence"]
+
+
+@pytest.mark.parametrize("nats", [[0.0], [1.0, 2.0, 3.0], [-5.0, 1e6], list(range(-50, 50))])
+def test_every_margin_falls_in_one_bin(nats: list[float]) -> None:
+    policy = scored("a", nats)
+    edges = margin_edges([policy])
+    assert edges[0] <= 0.0 <= edges[-1]
+    assert np.all(np.diff(edges) > 0)
+    assert sum(counted(policy.margins, edges)) == len(nats)

@@ -1,0 +1,45 @@
+"""Tables as Markdown, CSV and LaTeX: same numbers, names escaped for each."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+
+from dpo_score.scores.lineup import line_up
+from dpo_score.scores.matchup import matchup
+from dpo_score.scores.report.tables import CSV_COLUMNS, FORMATS, grids, write
+from tests.scores.scored import policies, scored
+
+
+def found() -> dict[str, object]:
+    names = [("=1+1", "a|b_c&d")[i % 2] for i in range(60)]
+    made = policies(0, 60, {"one": 0.1, "two": 0.6})
+    return matchup(line_up([scored(p.name, p.rows.values["margins_nats"], subsets=names) for p in made]), "one")
+
+
+def test_csv_is_long_and_exact_and_no_cell_is_a_formula() -> None:
+    result = found()
+    rows = list(csv.DictReader(io.StringIO(write(result, "csv"))))
+    assert tuple(rows[0]) == CSV_COLUMNS
+    assert float(rows[0]["value"]) == result["policies"][0]["accuracy"]["value"]  # type: ignore[index]
+    assert {row["group"] for row in rows} == {"", "d", "'=1+1", "a|b_c&d"}
+
+
+def test_markdown_has_a_cell_for_every_column() -> None:
+    for line in write(found(), "md").splitlines():
+        if line.startswith("|"):
+            assert line.replace("\\|", "").count("|") in (6, 7, 5)
+    assert "a\\|b\\_c&d" in write(found(), "md")
+
+
+def test_latex_escapes_names_and_balances_environments() -> None:
+    text = write(found(), "tex")
+    assert r"a|b\_c\&d" in text
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == len(grids(found()))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_single_policy_of_ties_has_tables_too(form: str) -> None:
+    assert "flat" in write(matchup(line_up([scored("flat", [0.0, 0.0])])), form)
