@@ -7,6 +7,7 @@
     │   ├── ModelError                2   a model folder, a tokenizer, an adapter
     │   └── IdentityError             2   OUT belongs to another request: prints the fields that differ
     ├── StorageError                  1   disk full, read-only, permission: resumable once mended
+    ├── GroupLostError                1   a process that holds part of a model died or fell silent: resumable
     ├── BadRowsError                  3   more rejected rows than --max-bad-rows allows; outputs are kept
     ├── DamageError                   4   verify found damaged files
     ├── FailIfError                   5   a --fail-if condition holds
@@ -20,6 +21,7 @@ are not exceptions: they are `dpo_score.pairs.records.Rejected` values with a co
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -50,6 +52,10 @@ class IdentityError(UsageError):
 
 
 class StorageError(DpoScoreError):
+    pass
+
+
+class GroupLostError(DpoScoreError):
     pass
 
 
@@ -84,3 +90,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {close[0]!r}?"
     return f"known: {', '.join(known)}"
+
+
+_CLIENT_ERRORS = (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError"), ("gcsfs.retry", "HttpError"))
+
+
+def client_errors(*also: type[Exception]) -> tuple[type[Exception], ...]:
+    """`also`, and what the object-store libraries in use raise beside OSError: no route, no credentials."""
+    found = tuple(getattr(sys.modules[module], name) for module, name in _CLIENT_ERRORS if module in sys.modules)
+    return (*also, *found)

@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal, TypeAlias
 
 from dpo_score.config import DataSpec
-from dpo_score.errors import DataError
+from dpo_score.errors import DataError, client_errors
 from dpo_score.pairs.cells import seen
 
 FileKind: TypeAlias = Literal["parquet", "lines", "array"]
@@ -74,8 +74,9 @@ def _matching(fs: Any, root: str, spec: DataSpec) -> list[Located] | None:
             return _located(fs, spec, str(PurePosixPath(root).parent), [fs.info(root)])
         if fs.isdir(root):
             return _located(fs, spec, root, fs.find(root, detail=True).values())
-    except OSError as error:
-        raise DataError(f"data set {spec.name!r}: cannot read {spec.path}: {error.strerror or error}") from None
+    except client_errors(OSError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"data set {spec.name!r}: cannot read {spec.path}: {why}") from None
     if _HUB_ID.match(spec.path) and not (is_parquet(spec.path) or is_json(spec.path)):
         return None
     raise DataError(f"data set {spec.name!r}: {spec.path} does not exist; give a file, a folder, a glob or a URL")
@@ -176,7 +177,7 @@ def open_binary(path: str) -> Any:
     compression = "infer" if _without_packing(path).endswith(_JSON) else None
     try:
         return fsspec.open(path, "rb", compression=compression).open()
-    except (OSError, ValueError, ImportError) as error:
+    except client_errors(OSError, ValueError, ImportError) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
@@ -185,7 +186,7 @@ def kind_of(file: Located) -> FileKind:
     with open_binary(file.path) as handle:
         try:
             head = handle.read(512)
-        except (OSError, EOFError) as error:
+        except client_errors(OSError, EOFError) as error:
             raise DataError(f"{file.path} cannot be read: {error}") from None
         if head[:4] == b"PAR1":
             _refuse_cut_parquet(handle, file)
@@ -223,6 +224,6 @@ def content_sha256(path: str) -> str:
         with fsspec.open(path, "rb").open() as handle:
             while piece := handle.read(1 << 20):
                 digest.update(piece)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    except client_errors(OSError) as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_score.errors import DataError
+from dpo_score.errors import DataError, client_errors
 from dpo_score.pairs.cells import Problem, seen
 from dpo_score.pairs.files import Located, kind_of, open_binary
 from dpo_score.pairs.shapes import Shapes, from_arrow, from_values
@@ -61,7 +61,7 @@ class ParquetRows:
         self.path = path
         try:
             self._read_footer()
-        except _DAMAGE as error:
+        except client_errors(*_DAMAGE) as error:
             raise DataError(_damaged(path, error)) from None
 
     def _read_footer(self) -> None:
@@ -79,7 +79,7 @@ class ParquetRows:
         try:
             source = self.path if "://" not in self.path else open_binary(self.path)
             return pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
-        except _DAMAGE as error:
+        except client_errors(*_DAMAGE) as error:
             raise DataError(_damaged(self.path, error)) from None
 
     def stream(self, start: int, columns: Sequence[str]) -> Iterator[RawRow]:
@@ -95,7 +95,7 @@ class ParquetRows:
     def _rows_of(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         try:
             yield from batches
-        except _DAMAGE as error:
+        except client_errors(*_DAMAGE) as error:
             raise DataError(_damaged(self.path, error)) from None
 
     def _position(self, row: int) -> tuple[int, int]:
@@ -172,7 +172,7 @@ class JsonRows:
                     yield from self._array(handle.read())
                 else:
                     yield from (line for line in handle if line.strip())
-        except (OSError, EOFError) as error:
+        except client_errors(OSError, EOFError) as error:
             raise DataError(f"{self.path} cannot be read: {error}") from None
 
     def _array(self, content: bytes) -> list[Any]:

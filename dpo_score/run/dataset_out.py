@@ -20,8 +20,8 @@ from dpo_score.run.dataset_plan import Export, RunRows, SetPlan, Slice, per_item
 from dpo_score.run.desk import Desk
 from dpo_score.run.environment import versions
 from dpo_score.run.exports import MASKS, TOKEN_IDS, VALUES, renamed
+from dpo_score.run.inputs import refuse_changed_input
 from dpo_score.run.job import SCHEMA_VERSION, Job
-from dpo_score.run.local import refuse_changed_input
 from dpo_score.run.original_rows import OriginalRows, fitted, together
 from dpo_score.run.splits import Shard, shards_of, splits_of
 from dpo_score.run.stages import part
@@ -90,7 +90,7 @@ class DatasetWriter:
         final = pa.schema([column.with_name(name) for column, name in zip(schema, names, strict=True)])
         metadata = {"dpo_score.schema": str(SCHEMA_VERSION), "dpo_score.identity": self.identity}
         file = self._desk.store.write_tables(shard.name, final, parts, metadata)
-        refuse_changed_input(self._desk, self._job)
+        refuse_changed_input(self._desk, self._job, shard.start, shard.stop)
         commit(self._desk.store, self._record(shard, file))
 
     def _record(self, shard: Shard, file: FileRecord) -> CommitRecord:

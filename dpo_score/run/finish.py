@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from dpo_score.errors import BadRowsError, PolicyFailedError
@@ -152,11 +153,11 @@ def _rewardbench(store: Store, job: Job, name: str, rejects: Sequence[str]) -> d
 def _noise(store: Store, job: Job, name: str, reference: str) -> dict[str, Any]:
     """The noise floor under this policy's margins, from the first block of both stages."""
     own, other = _first_note(store, job, f"scores/{name}"), _first_note(store, job, reference)
-    parts = _tables(store, job, f"scores/{name}", ["margins_nats"])
-    margins = [value for table in parts for value in table["margins_nats"].to_pylist() if value is not None]
     if own is None and other is not None:  # taken over from the reference: the noise of both cancels
         return {"policy": None, "reference": None, "margin_mean": 0.0, "margin_max": 0.0, "share_below": 0.0}
-    return noise.of_policy(own, other, margins)
+    parts = _tables(store, job, f"scores/{name}", ["margins_nats"])
+    margins = [part["margins_nats"].drop_null().to_numpy() for part in parts]
+    return noise.of_policy(own, other, np.concatenate([np.empty(0), *margins]))
 
 
 def _first_note(store: Store, job: Job, stage: str) -> Mapping[str, Any] | None:

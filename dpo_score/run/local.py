@@ -14,12 +14,13 @@ from functools import partial
 import pyarrow as pa
 
 from dpo_score.config import RunConfig
-from dpo_score.errors import ConfigError, DataError, ModelError
+from dpo_score.errors import ConfigError, ModelError
 from dpo_score.logps.numerics import Numerics
 from dpo_score.logps.source import ModelSource
 from dpo_score.run.desk import Desk, cache_folder, cache_url
 from dpo_score.run.environment import versions
 from dpo_score.run.finish import Outcome, finish
+from dpo_score.run.inputs import refuse_changed_input
 from dpo_score.run.interrupts import listening
 from dpo_score.run.job import Job, PolicyJob, ReferenceJob
 from dpo_score.run.overlap import ahead, behind
@@ -234,7 +235,7 @@ def unique_tokens(text: pa.Table) -> int:
 
 
 def _commit(desk: Desk, job: Job, stage: Stage, text: BlockText, result: BlockResult) -> None:
-    refuse_changed_input(desk, job)
+    refuse_changed_input(desk, job, text.start, text.stop)
     record = CommitRecord(
         stage=stage.name,
         block=text.block,
@@ -250,14 +251,6 @@ def _commit(desk: Desk, job: Job, stage: Stage, text: BlockText, result: BlockRe
     )
     commit(desk.store, record)
     desk.committed(record)
-
-
-def refuse_changed_input(desk: Desk, job: Job) -> None:
-    """A data file that changed while it was read: what was read of it is not committed."""
-    for dataset in job.datasets:
-        for file in dataset.files:
-            if desk.digests.sha256(file.path) != file.sha256:
-                raise DataError(f"{file.path} changed while it was being scored: run the same command with --restart")
 
 
 def _due(desk: Desk, job: Job, stage: str, identity: str, folders: Sequence[str]) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from dpo_score.errors import DamageError
 from dpo_score.logps.numerics import Numerics
@@ -57,14 +58,14 @@ def remember(store: Store, namespace: str, found: Noise) -> None:
     store.write_json(f"noise/{namespace}.json", found)
 
 
-def of_policy(policy: Noise | None, reference: Noise | None, margins: Sequence[float]) -> dict[str, Any]:
+def of_policy(policy: Noise | None, reference: Noise | None, margins: NDArray[np.float64]) -> dict[str, Any]:
     """The summary's entry: both models' noise, that of the margin (nats), and the share of margins below its mean."""
     found: dict[str, Any] = {"policy": _public(policy), "reference": _public(reference)}
     combined = _margin_noise(policy, reference)
     if isinstance(combined, str):
         return {**found, "margin_mean": None, "margin_max": None, "share_below": None, "reason": combined}
     mean = float(np.mean(combined))
-    sizes = np.abs(np.asarray(margins, np.float64))
+    sizes = np.abs(margins)
     share = float(np.mean(sizes < mean)) if len(sizes) else None
     return {**found, "margin_mean": mean, "margin_max": float(np.max(combined)), "share_below": share}
 

@@ -146,8 +146,7 @@ def _finish(desk: Desk, job: Job, writer: DatasetWriter, export: Export, summary
 
 def _noise(store: Store) -> Mapping[str, Any]:
     """What the first block's record says of the noise of its values."""
-    records = sorted(read_records(store, "reference").items())
-    first = records[0][1] if records else None
+    first = next(iter(read_records(store, "reference").values()), None)
     found = first.notes.get("noise") if isinstance(first, CommitRecord) else None
     return found or {}
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dpo_score.errors import StorageError
+from dpo_score.errors import StorageError, client_errors
 
 RESUME = "Nothing committed is lost: the same command resumes"
 ROOM = f"{RESUME} once there is room"
@@ -62,3 +62,15 @@ def translated(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise explain(error, path) from error
+
+
+@contextmanager
+def translated_remote(url: str) -> Iterator[None]:
+    """As `translated`, for what the client libraries in use raise beside OSError (no route, no credentials)."""
+    with translated(url):
+        try:
+            yield
+        except client_errors() as error:
+            if isinstance(error, OSError):
+                raise
+            raise StorageError(f"{url}: the object store cannot be used ({error}). {RESUME} once it can be") from error

@@ -1,9 +1,11 @@
 """sha256 of large files, remembered, so that a second run reads no weights.
 
     CACHE/file-digests/<digest of the path>.json   {path, size, mtime_ns, ctime_ns, inode, sha256}
+                                                   {path, size, version, sha256} of an object behind a URL
 
 A remembered digest is used only while all of these are as they were when the file was read. A file changed within
-the last seconds is not remembered, since a second change could leave no trace in its times.
+the last seconds is not remembered, since a second change could leave no trace in its times. `version` is a digest of
+what the object store tells of an object: its ETag, its time.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_score.errors import DamageError, StorageError
-from dpo_score.store.faults import translated
+from dpo_score.store.faults import translated, translated_remote
 from dpo_score.store.identity import digest
 from dpo_score.store.storage import open_store
 
@@ -25,14 +27,14 @@ ATTEMPTS = 2
 
 
 class FileDigests:
-    """Digests of local files, kept under the cache folder."""
+    """Digests of files, kept under the cache folder of this machine."""
 
     def __init__(self, cache_root: str | Path) -> None:
         self._store = open_store(cache_root)
 
     def sha256(self, path: str | Path) -> str:
-        """The sha256 of a file in hexadecimal. StorageError when it cannot be read or changes while it is."""
-        real = Path(os.path.realpath(path))
+        """The sha256 of a file or URL in hexadecimal. StorageError when it cannot be read or changes while it is."""
+        real = str(path) if _is_url(path) else os.path.realpath(path)
         for _ in range(ATTEMPTS):
             before = _state(real)
             known = self._known(real, before)
@@ -44,7 +46,7 @@ class FileDigests:
                 return found
         raise StorageError(f"{real} keeps changing while it is read; wait until it is written, then run again")
 
-    def _known(self, path: Path, state: dict[str, Any]) -> str | None:
+    def _known(self, path: str, state: dict[str, Any]) -> str | None:
         name = _name(path)
         if not self._store.exists(name):
             return None
@@ -55,28 +57,56 @@ class FileDigests:
         known = isinstance(entry, dict) and {key: entry.get(key) for key in state} == state
         return str(entry["sha256"]) if known and entry.get("checksum") == _checksum(entry) else None
 
-    def _remember(self, path: Path, state: dict[str, Any], sha256: str) -> None:
-        if time.time_ns() - max(state["mtime_ns"], state["ctime_ns"]) < SETTLED_NS:
+    def _remember(self, path: str, state: dict[str, Any], sha256: str) -> None:
+        if "mtime_ns" in state and time.time_ns() - max(state["mtime_ns"], state["ctime_ns"]) < SETTLED_NS:
             return
         entry = {**state, "sha256": sha256}
         self._store.write_json(_name(path), {**entry, "checksum": _checksum(entry)})
 
 
-def _name(path: Path) -> str:
-    return f"{FOLDER}/{digest(str(path))[:32]}.json"
+def _is_url(path: str | Path) -> bool:
+    return isinstance(path, str) and "://" in path
+
+
+def _name(path: str) -> str:
+    return f"{FOLDER}/{digest(path)[:32]}.json"
 
 
 def _checksum(entry: dict[str, Any]) -> str:
     return digest({key: value for key, value in entry.items() if key != "checksum"})
 
 
-def _state(path: Path) -> dict[str, Any]:
+def _state(path: str) -> dict[str, Any]:
+    if _is_url(path):
+        return _object_state(path)
     with translated(path):
-        found = path.stat()
+        found = Path(path).stat()
     times = {"mtime_ns": found.st_mtime_ns, "ctime_ns": found.st_ctime_ns}
-    return {"path": str(path), "size": found.st_size, "inode": found.st_ino, **times}
+    return {"path": path, "size": found.st_size, "inode": found.st_ino, **times}
 
 
-def _hashed(path: Path) -> str:
-    with translated(path), path.open("rb") as file:
+def _object_state(url: str) -> dict[str, Any]:
+    """One request; never from a listing that was kept."""
+    with translated_remote(url):
+        fs, root = _opened(url)
+        found = fs.info(root)
+    return {"path": url, "size": int(found["size"]), "version": hashlib.sha256(repr(found).encode()).hexdigest()}
+
+
+def _opened(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    return fs, str(root)
+
+
+def _hashed(path: str) -> str:
+    with translated_remote(path), _open(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open(path: str) -> Any:
+    if not _is_url(path):
+        return Path(path).open("rb")
+    fs, root = _opened(path)
+    return fs.open(root, "rb")

@@ -8,7 +8,7 @@ A record carries a checksum of itself, so an altered one is told from a true one
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
@@ -123,10 +123,34 @@ def read_record(store: Store, name: str) -> StoredRecord:
     return record
 
 
-def read_records(store: Store, stage: str) -> dict[str, StoredRecord]:
+class StoredRecords(Mapping[str, StoredRecord]):
+    """The records of one stage by their names, in order; each is read when it is asked for, and not kept.
+
+    So a look at a million blocks holds a million names and one record.
+    """
+
+    def __init__(self, store: Store, names: Iterable[str]) -> None:
+        self._store, self._names = store, dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> StoredRecord:
+        if name not in self._names:
+            raise KeyError(name)
+        return read_record(self._store, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def read_records(store: Store, stage: str) -> StoredRecords:
     """All records of one stage, by their names (`record_name`); those of other block counts too."""
-    found = [name for name in store.list(f"{COMMITS}/{stage}") if _NAME.fullmatch(name)]
-    return {name: read_record(store, name) for name in found if record_stage(name) == stage}
+    found = (name for name in store.list(f"{COMMITS}/{stage}") if _NAME.fullmatch(name))
+    return StoredRecords(store, (name for name in found if record_stage(name) == stage))
 
 
 def record_stage(name: str) -> str | None:

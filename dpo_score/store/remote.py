@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,30 +21,11 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
-from dpo_score.errors import StorageError
 from dpo_score.store import lease, names, storage, tables
-from dpo_score.store.faults import RESUME, translated
+from dpo_score.store.faults import translated_remote
 from dpo_score.store.local import LocalStore
 from dpo_score.store.protocol import FileStat, WarningsTo, json_bytes, log, parse_json
 from dpo_score.store.tables import FileRecord
-
-CLIENT_ERRORS = (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError"), ("gcsfs.retry", "HttpError"))
-
-
-@contextmanager
-def _translated(url: str) -> Iterator[None]:
-    """As `translated`, for what the client libraries in use raise beside OSError (no route, no credentials)."""
-    with translated(url):
-        try:
-            yield
-        except _client_errors() as error:
-            if isinstance(error, OSError):
-                raise
-            raise StorageError(f"{url}: the object store cannot be used ({error}). {RESUME} once it can be") from error
-
-
-def _client_errors() -> tuple[type[Exception], ...]:
-    return tuple(getattr(sys.modules[module], name) for module, name in CLIENT_ERRORS if module in sys.modules)
 
 
 class RemoteStore:
@@ -74,7 +54,7 @@ class RemoteStore:
     def write_bytes(self, name: str, data: bytes, if_absent: bool = False) -> bool:
         """One PUT. With `if_absent`, False and no change when the object exists."""
         self._guard()
-        with _translated(self.url(name)):
+        with translated_remote(self.url(name)):
             try:
                 storage.put(self._fs, self._path(name), data, if_absent)
             except FileExistsError:
@@ -105,7 +85,7 @@ class RemoteStore:
     def _upload(self, record: FileRecord) -> FileRecord:
         self._guard()
         try:
-            with _translated(self.url(record.name)):
+            with translated_remote(self.url(record.name)):
                 storage.put(self._fs, self._path(record.name), self._spool.path(record.name))
         finally:
             self._spool.remove(record.name)
@@ -114,7 +94,7 @@ class RemoteStore:
     # reading
 
     def read_bytes(self, name: str) -> bytes:
-        with _translated(self.url(name)):
+        with translated_remote(self.url(name)):
             data: bytes = self._fs.cat_file(self._path(name))
         return data
 
@@ -122,7 +102,7 @@ class RemoteStore:
         return parse_json(self.read_bytes(name), self.url(name))
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        with _translated(self.url(name)), self._fs.open(self._path(name), "rb") as file:
+        with translated_remote(self.url(name)), self._fs.open(self._path(name), "rb") as file:
             return tables.read(file, self.url(name), columns)
 
     def open_table(self, name: str) -> Any:
@@ -131,7 +111,7 @@ class RemoteStore:
 
     @contextmanager
     def reading(self, name: str) -> Iterator[None]:
-        with _translated(self.url(name)), tables.damage_named(self.url(name)):
+        with translated_remote(self.url(name)), tables.damage_named(self.url(name)):
             yield
 
     def local_copy(self, name: str) -> Path:
@@ -142,7 +122,7 @@ class RemoteStore:
         return copy
 
     def _chunks(self, name: str) -> Iterator[bytes]:
-        with _translated(self.url(name)), self._fs.open(self._path(name), "rb") as file:
+        with translated_remote(self.url(name)), self._fs.open(self._path(name), "rb") as file:
             while chunk := file.read(storage.BUFFER_BYTES):
                 yield chunk
 
@@ -153,11 +133,11 @@ class RemoteStore:
         return digest.hexdigest()
 
     def exists(self, name: str) -> bool:
-        with _translated(self.url(name)):
+        with translated_remote(self.url(name)):
             return bool(self._fs.isfile(self._path(name)))
 
     def stat(self, name: str) -> FileStat | None:
-        with _translated(self.url(name)):
+        with translated_remote(self.url(name)):
             try:
                 found = self._fs.info(self._path(name))
                 modified = found.get("LastModified") or self._fs.modified(self._path(name))
@@ -166,7 +146,7 @@ class RemoteStore:
         return FileStat(int(found["size"]), modified.timestamp())
 
     def list(self, prefix: str = "") -> tuple[str, ...]:
-        with _translated(self.url(prefix)):
+        with translated_remote(self.url(prefix)):
             found = self._fs.find(self._path(prefix))
         below = sorted(path.removeprefix(f"{self._root}/") for path in found)
         return tuple(name for name in below if prefix or not name.startswith(f"{names.WORK}/"))
@@ -175,7 +155,7 @@ class RemoteStore:
 
     def remove(self, name: str) -> None:
         self._guard()
-        with _translated(self.url(name)), suppress(FileNotFoundError):
+        with translated_remote(self.url(name)), suppress(FileNotFoundError):
             storage.delete(self._fs, self._path(name))
 
     def quarantine(self, name: str) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from dpo_score.errors import StorageError
@@ -25,9 +27,9 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Paths whose bytes were read."""
-    seen: list[Path] = []
+    seen: list[str] = []
     real = filedigest._hashed
     monkeypatch.setattr(filedigest, "_hashed", lambda path: seen.append(path) or real(path))
     return seen
@@ -37,20 +39,20 @@ def sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def test_the_second_run_reads_nothing(tmp_path: Path, weights: Path, reads: list[Path]) -> None:
+def test_the_second_run_reads_nothing(tmp_path: Path, weights: Path, reads: list[str]) -> None:
     for _ in range(3):
         assert FileDigests(tmp_path / "cache").sha256(weights) == sha(b"weights")
-    assert reads == [weights]
+    assert reads == [str(weights)]
 
 
-def test_a_link_is_the_file_it_leads_to(tmp_path: Path, weights: Path, reads: list[Path]) -> None:
+def test_a_link_is_the_file_it_leads_to(tmp_path: Path, weights: Path, reads: list[str]) -> None:
     (tmp_path / "link").symlink_to(weights)
     digests = FileDigests(tmp_path / "cache")
     assert digests.sha256(weights) == digests.sha256(tmp_path / "link")
     assert len(reads) == 1
 
 
-def test_another_content_of_equal_size_and_time_is_read_again(tmp_path: Path, weights: Path, reads: list[Path]) -> None:
+def test_another_content_of_equal_size_and_time_is_read_again(tmp_path: Path, weights: Path, reads: list[str]) -> None:
     digests = FileDigests(tmp_path / "cache")
     digests.sha256(weights)
     before = weights.stat()
@@ -89,9 +91,9 @@ def test_a_damaged_memory_is_not_believed(tmp_path: Path, weights: Path) -> None
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = filedigest._hashed
 
-    def slow(path: Path) -> str:
+    def slow(path: str) -> str:
         found = real(path)
-        with path.open("ab") as file:
+        with Path(path).open("ab") as file:
             file.write(b"more")
         return found
 
@@ -103,3 +105,24 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, weights: Path, mon
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"gone: it is not there"):
         FileDigests(tmp_path / "cache").sha256(tmp_path / "gone")
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/bucket/pairs.parquet", b"pairs")
+    yield "memory://bucket/pairs.parquet"
+    memory.store.clear()
+
+
+def test_an_object_is_read_once_until_it_changes(tmp_path: Path, url: str, reads: list[str]) -> None:
+    for _ in range(3):
+        assert FileDigests(tmp_path / "cache").sha256(url) == sha(b"pairs")
+    assert reads == [url]
+    fsspec.filesystem("memory").pipe_file("/bucket/pairs.parquet", b"PAIRS")
+    assert FileDigests(tmp_path / "cache").sha256(url) == sha(b"PAIRS")
+
+
+def test_an_object_that_is_not_there(tmp_path: Path, url: str) -> None:
+    with pytest.raises(StorageError, match=r"memory://bucket/gone: it is not there"):
+        FileDigests(tmp_path / "cache").sha256("memory://bucket/gone")
