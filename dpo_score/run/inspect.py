@@ -15,9 +15,10 @@ from rich.text import Text
 
 from dpo_score.errors import UsageError
 from dpo_score.escape import safe
-from dpo_score.pairs.dataset import Dataset, open_datasets, read_rows_at
+from dpo_score.pairs.dataset import Dataset, read_rows_at
 from dpo_score.pairs.records import EncodedPair, Pair, Rejected, Side
 from dpo_score.pipeline import load_config
+from dpo_score.run.data import open_data
 from dpo_score.run.pair_texts import Reader, make_reader, pieces
 from dpo_score.run.show import console
 from dpo_score.store.storage import open_store
@@ -47,7 +48,7 @@ def inspect(target: str, row: int, settings: dict[str, Any]) -> None:
         return
     is_pipeline = target.endswith((".yaml", ".yml"))
     config = load_config(target, settings) if is_pipeline else load_config(None, {**settings, "data": [target]})
-    datasets = open_datasets(config.data, seed=config.seed)
+    datasets = open_data(config)
     items = _row(datasets, row)
     reader = make_reader(config)
     screen = console()

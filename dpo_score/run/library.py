@@ -19,10 +19,11 @@ from dpo_score.errors import ConfigError, DataError, ModelError
 from dpo_score.logps.limits import context_limit
 from dpo_score.logps.numerics import Numerics, resolve_numerics
 from dpo_score.logps.source import ModelSource, Resolver, resolve_policy
-from dpo_score.pairs.dataset import Dataset, PairReader, open_datasets
+from dpo_score.pairs.dataset import Dataset, PairReader
 from dpo_score.pairs.records import EncodedPair, Pair, Rejected
 from dpo_score.pairs.render import Renderer
 from dpo_score.pairs.tokenizer import load_tokenizer
+from dpo_score.run.data import open_data
 from dpo_score.run.desk import Desk
 from dpo_score.run.held import HeldModel, HeldValues
 from dpo_score.run.job import Job, PolicyJob, ReferenceJob, Rows, extra_fields
@@ -91,7 +92,7 @@ def scored_tables(
     `held`: loaded models by policy name, "" being the reference; all others are named in `config`. Rows that could
     not be scored are null but for where they come from. Raises UsageError.
     """
-    datasets = open_datasets(config.data, seed=config.seed, keep_columns=_kept(config))
+    datasets = open_data(config, keep_columns=_kept(config))
     models = _resolved(config, desk, held)
     taking_part = Participants(models, _numerics(config, desk, models))
     tokenizer = tokenizer if tokenizer is not None else _tokenizer(config, models)

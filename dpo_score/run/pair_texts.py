@@ -18,12 +18,13 @@ from dpo_score.errors import DamageError, DpoScoreError, UsageError
 from dpo_score.logps.limits import context_limit
 from dpo_score.logps.locate import locate
 from dpo_score.logps.source import TOKENIZER_FILES, ModelSource, Resolver, resolve_policy
-from dpo_score.pairs.dataset import Dataset, open_datasets, read_rows_at
+from dpo_score.pairs.dataset import Dataset, read_rows_at
 from dpo_score.pairs.records import EncodedPair, Pair, Rejected, Text
 from dpo_score.pairs.render import Renderer
 from dpo_score.pairs.rewardbench import make_renderer
 from dpo_score.pairs.tokenizer import load_tokenizer
 from dpo_score.pipeline import load_config
+from dpo_score.run.data import open_data
 from dpo_score.run.desk import cache_folder
 from dpo_score.store.filedigest import FileDigests
 from dpo_score.store.manifest import Manifest
@@ -73,7 +74,7 @@ def text_source(store: Store, manifest: Manifest) -> TextSource | str:
     try:
         config = stored_config(store)
         digests = FileDigests(cache_folder(config.cache_dir))
-        datasets = open_datasets(config.data, seed=config.seed, sha256=digests.sha256, keep_columns=config.keep_columns)
+        datasets = open_data(config, sha256=digests.sha256)
     except (UsageError, DamageError) as error:
         return f"the data cannot be read again: {error}"
     now = {dataset.spec.name: dataset.fingerprint() for dataset in datasets}

@@ -16,9 +16,10 @@ from dpo_score.errors import ConfigError, ModelError
 from dpo_score.logps.limits import context_limit
 from dpo_score.logps.numerics import Numerics, resolve_numerics, with_own_softmax
 from dpo_score.logps.source import ModelSource, Resolver, resolve_policy
-from dpo_score.pairs.dataset import Dataset, mean_text_bytes, open_datasets
+from dpo_score.pairs.dataset import Dataset, mean_text_bytes
 from dpo_score.pairs.render import Renderer
 from dpo_score.pairs.rewardbench import make_renderer, text_of
+from dpo_score.run.data import open_data
 from dpo_score.run.desk import Desk
 from dpo_score.run.environment import host, now, versions
 from dpo_score.run.job import Job, PolicyJob, ReferenceJob, Rows, block_rows, extra_fields, sampled, text_notice
@@ -62,10 +63,7 @@ class Preparation:
         return config.model_copy(update={"data": data, "text": text})
 
     def _open_data(self) -> tuple[Dataset, ...]:
-        keep = self._kept_columns()
-        return open_datasets(
-            self.config.data, seed=self.config.seed, sha256=self.desk.digests.sha256, keep_columns=keep
-        )
+        return open_data(self.config, sha256=self.desk.digests.sha256, keep_columns=self._kept_columns())
 
     def _kept_columns(self) -> tuple[str, ...]:
         """--keep-columns, and the columns that the reference or a loss reads."""
