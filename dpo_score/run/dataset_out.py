@@ -76,12 +76,6 @@ class DatasetWriter:
         records = [record for stage in stages for _, record in sorted(read_records(self._desk.store, stage).items())]
         return [file for record in records if isinstance(record, CommitRecord) for file in record.files]
 
-    def schema(self, split: str) -> pa.Schema:
-        """The columns that the files of a split were written with."""
-        first = next(shard for shard in self.shards if shard.split == split)
-        with self._desk.store.open_table(first.name) as opened:
-            return opened.schema_arrow.remove_metadata()
-
     def write(self, shard: Shard) -> None:
         """One file and its record. Raises DataError when an input changed meanwhile, StorageError."""
         schema = together(plan.schema for plan in self._planned()) or self._plan_of(shard).schema

@@ -17,7 +17,7 @@ from dpo_score.errors import BadRowsError, PolicyFailedError
 from dpo_score.pairs.records import MARKS
 from dpo_score.pipeline import dump_config
 from dpo_score.run import noise, rewardbench
-from dpo_score.run.card import score_card
+from dpo_score.run.card import README, SUMMARY, card, data_set
 from dpo_score.run.desk import Desk
 from dpo_score.run.environment import now
 from dpo_score.run.job import SCHEMA_VERSION, Job, text_notice
@@ -64,10 +64,12 @@ def finish(desk: Desk, job: Job, failures: Mapping[str, str]) -> Outcome:
     warn_of_noise(desk, summary)
     reopen_manifest(desk.store)
     outputs = [
-        _written(desk.store, "summary.json", summary),
-        _text(desk.store, "README.md", score_card(job, summary)),
+        _written(desk.store, SUMMARY, summary),
+        _text(desk.store, README, card(desk.store)),
         _text(desk.store, "pipeline.yaml", dump_config(job.config)),
     ]
+    beside = data_set(desk.store)
+    outputs += beside.files if beside is not None else ()
     _clear_texts(desk.store)
     manifest = read_manifest(desk.store)
     assert manifest is not None

@@ -27,6 +27,7 @@ from dpo_score.run.overlap import ahead, behind
 from dpo_score.run.prepare import identified, prepare
 from dpo_score.run.progress import Progress
 from dpo_score.run.publish import publish
+from dpo_score.run.restart import throw_away
 from dpo_score.run.stages import BlockResult, metadata, part, policy_block, reference_block, write_block
 from dpo_score.run.texts import BlockText, BlockTexts
 from dpo_score.run.tokens import TokenGuard
@@ -34,7 +35,6 @@ from dpo_score.run.trackers import check_trackers
 from dpo_score.run.values import FastPathRefusedError, ModelValues, plain
 from dpo_score.store.identity import digest
 from dpo_score.store.manifest import Manifest, reopen_manifest, save_manifest
-from dpo_score.store.manifest import restart as throw_away
 from dpo_score.store.records import CommitRecord, commit, read_records, record_name
 from dpo_score.store.resume import Action, BlockRange, file_states, next_action, settle
 from dpo_score.store.storage import Store, open_store

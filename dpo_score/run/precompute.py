@@ -21,7 +21,7 @@ from typing import Any
 from dpo_score.config import RunConfig
 from dpo_score.errors import ConfigError
 from dpo_score.pipeline import dump_config
-from dpo_score.run.card import data_card
+from dpo_score.run.card import CONTRACT, LOADER, README, SUMMARY, card, data_set, described
 from dpo_score.run.contract import contract
 from dpo_score.run.dataset_out import DatasetWriter
 from dpo_score.run.dataset_plan import Export
@@ -41,7 +41,7 @@ from dpo_score.store.protocol import json_bytes
 from dpo_score.store.records import CommitRecord, read_records
 from dpo_score.store.storage import FileRecord, Store
 
-CONTRACT, LOADER = "dpo_score.json", "load_ref_logps.py"
+PIPELINE = "pipeline.yaml"
 _SHARD = re.compile(r"data/\w+-\d{5,}-of-\d{5,}\.parquet")
 
 
@@ -86,7 +86,7 @@ def precompute(
         return _fill_cache(config, progress)
     out, config = config.out, config.model_copy(update={"policies": ()})
     with at_desk(config, progress, out) as desk:
-        _refuse_foreign_files(desk.store, out)
+        _refuse_foreign_files(desk.store, out, restart)
         if restart:
             _throw_away(desk.store)
         with crewed(config, desk) as config:
@@ -123,19 +123,21 @@ def _write(desk: Desk, job: Job, export: Export) -> PrecomputeOutcome:
     summary = {**_summary(desk.store, job), "splits": _split_rows(writer)}
     assert job.config.out is not None
     if due or _unfinished(desk.store):
-        _finish(desk, job, writer, export, summary)
+        _finish(desk, job, export, summary)
     return PrecomputeOutcome(job.config.out, summary, job.config.max_bad_rows)
 
 
-def _finish(desk: Desk, job: Job, writer: DatasetWriter, export: Export, summary: Mapping[str, Any]) -> None:
+def _finish(desk: Desk, job: Job, export: Export, summary: Mapping[str, Any]) -> None:
     store = desk.store
-    outputs = [
-        *writer.files(),
-        _file(store, CONTRACT, json_bytes(contract(job, export, summary, _noise(store)))),
-        _file(store, LOADER, loader_source().encode()),
-        _file(store, "pipeline.yaml", dump_config(job.config).encode()),
-        _file(store, "README.md", data_card(_configs(writer), _card_lines(job, summary)).encode()),
-    ]
+    store.write_bytes(CONTRACT, json_bytes(contract(job, export, summary, _noise(store))))
+    store.write_bytes(LOADER, loader_source().encode())
+    if not store.exists(SUMMARY):
+        store.write_bytes(PIPELINE, dump_config(job.config).encode())  # a run's own says more: its policies
+    store.write_bytes(README, card(store).encode())
+    beside = data_set(store)
+    assert beside is not None
+    names = [name for name in (PIPELINE, README, SUMMARY) if store.exists(name)]
+    outputs = [*beside.files, *(described(store, name) for name in names)]
     for name in store.list(".work/text"):
         store.remove(name)
     found = read_manifest(store)
@@ -195,36 +197,6 @@ def _split_rows(writer: DatasetWriter) -> dict[str, int]:
     return rows
 
 
-def _configs(writer: DatasetWriter) -> dict[str, list[str]]:
-    """Splits of one schema are one configuration; others stand alone."""
-    splits = list(dict.fromkeys(shard.split for shard in writer.shards))
-    if all(writer.schema(split).equals(writer.schema(splits[0])) for split in splits):
-        return {"default": splits}
-    return {split: [split] for split in splits}
-
-
-def _card_lines(job: Job, summary: Mapping[str, Any]) -> list[str]:
-    source = job.references[0].source
-    assert source is not None
-    rejected = sum(summary["rejected"].values())
-    return [
-        f"`ref_chosen_logps` and `ref_rejected_logps` are the summed log-probabilities (nats) of the two answers under "
-        f"the reference model, weights digest `{source.digest[:16]}`.",
-        "",
-        f"{summary['rows']:,} rows; {summary['scored']:,} pairs scored, {rejected:,} not: their values are null, "
-        "`status` holds a code and `rejects/` the reason. `prompt`, `chosen` and `rejected` are what was scored; where "
-        "that differs from the input, the input is in `original_*`.",
-        "",
-        f"`{CONTRACT}` says what the values belong to: tokenizer, template, lengths. `{LOADER}` checks it against a "
-        "TRL trainer before the first step: `from load_ref_logps import DPOTrainerWithRefLogps`.",
-    ]
-
-
-def _file(store: Store, name: str, data: bytes) -> FileRecord:
-    store.write_bytes(name, data)
-    return FileRecord(name, len(data), 0, store.sha256(name))
-
-
 # --- refusals and the way back ------------------------------------------------------------------------------------
 
 
@@ -238,9 +210,9 @@ def _refuse_no_model(config: RunConfig) -> None:
         )
 
 
-def _refuse_foreign_files(store: Store, out: str) -> None:
+def _refuse_foreign_files(store: Store, out: str, restart: bool) -> None:
     """A folder that is somebody's data set, or a run's, is not written into."""
-    if store.list("scores"):
+    if store.list("scores") and (restart or not store.exists(CONTRACT)):
         raise ConfigError(f"{out} holds the scores of a run: give the data set a folder of its own (--out DIR)")
     if read_manifest(store) is None and any(_SHARD.fullmatch(name) for name in store.list("data")):
         raise ConfigError(f"{out}/data holds Parquet files that were not written here: choose another --out")

@@ -28,8 +28,8 @@ from dpo_score.run.local import at_desk, check, ended, run_stages
 from dpo_score.run.prepare import prepare
 from dpo_score.run.progress import Progress
 from dpo_score.run.ray_crew import Device, RayCrew
+from dpo_score.run.restart import throw_away
 from dpo_score.store.manifest import read_manifest
-from dpo_score.store.manifest import restart as throw_away
 
 if TYPE_CHECKING:
     from types import ModuleType
