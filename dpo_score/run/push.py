@@ -2,21 +2,21 @@
 
 Promises: nothing is sent without a yes; only a complete folder whose every file matches its record is sent, as one
 commit by huggingface_hub's own upload, which skips what the repository has already. The repository is made private
-unless said otherwise. manifest.json and its twin below commits/ name this host and the models' folders, pipeline.yaml
-those of the data: `exclude` leaves files out. Needs HF_TOKEN or a log-in with the right to write.
+unless said otherwise. What is sent names neither this host nor folders of this machine (public.py), and `verify`
+passes on it. `exclude` leaves files out. Needs HF_TOKEN or a log-in with the right to write.
 """
 
 from __future__ import annotations
 
-import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from dpo_score.errors import ConfigError, DpoScoreError, UsageError
+from dpo_score.run.public import public_files
 from dpo_score.run.results import open_out
 from dpo_score.run.verify import verify
 
@@ -27,11 +27,12 @@ _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What would be sent: file → bytes."""
+    """What would be sent: file → bytes. `rewritten`: the content of files that are not sent as they lie in OUT."""
 
     out: str
     repository: str
     files: Mapping[str, int]
+    rewritten: Mapping[str, bytes] = field(default_factory=dict)
     private: bool = True
     revision: str | None = None
 
@@ -39,8 +40,13 @@ class Upload:
     def size(self) -> int:
         return sum(self.files.values())
 
+    def content(self, name: str) -> bytes | Path:
+        """What is sent under a name."""
+        return self.rewritten.get(name, Path(self.out) / name)
+
     def to_json(self) -> dict[str, Any]:
-        return {"repository": self.repository, "private": self.private, "bytes": self.size, "files": dict(self.files)}
+        found = {"repository": self.repository, "private": self.private, "bytes": self.size, "files": dict(self.files)}
+        return {**found, "rewritten": sorted(self.rewritten)}
 
     def lines(self) -> Iterator[str]:
         """What a person reads before saying yes."""
@@ -51,6 +57,8 @@ class Upload:
         yield from (f"  {name:<60} {amount(size):>10}" for name, size in shown)
         if len(self.files) > _SHOWN:
             yield f"  and {len(self.files) - _SHOWN} more"
+        if self.rewritten:
+            yield f"sent without this host's name and folders: {', '.join(sorted(self.rewritten))}"
 
 
 def plan(
@@ -72,7 +80,9 @@ def plan(
     sizes = {name: stat.size for name in kept if (stat := store.stat(name)) is not None}
     if not sizes:
         raise ConfigError(f"--exclude leaves nothing of {out} to push")
-    return Upload(out, repository, sizes, not public, revision)
+    rewritten = {name: data for name, data in public_files(store, manifest).items() if name in sizes}
+    sizes |= {name: len(data) for name, data in rewritten.items()}
+    return Upload(out, repository, sizes, rewritten, not public, revision)
 
 
 def push(upload: Upload) -> str:
@@ -88,13 +98,14 @@ def push(upload: Upload) -> str:
 
 
 def _sent(api: Any, upload: Upload) -> str:
+    from huggingface_hub import CommitOperationAdd
+
     api.create_repo(upload.repository, repo_type="dataset", private=upload.private, exist_ok=True)
-    found = api.upload_folder(
+    found = api.create_commit(
         repo_id=upload.repository,
         repo_type="dataset",
-        folder_path=upload.out,
+        operations=[CommitOperationAdd(name, upload.content(name)) for name in upload.files],
         revision=upload.revision,
-        allow_patterns=[glob.escape(name) for name in upload.files],
         commit_message=f"Preference scores: {len(upload.files)} files",
     )
     return str(found.commit_url)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -15,8 +16,13 @@ from typing import Any
 
 import pytest
 
+from dpo_score.config import ModelSpec
 from dpo_score.errors import ConfigError, DamageError, DpoScoreError, UsageError
 from dpo_score.run import push as upload
+from dpo_score.run.pair_texts import stored_config
+from dpo_score.run.verify import verify
+from dpo_score.store.manifest import read_manifest, save_manifest
+from dpo_score.store.storage import open_store
 from tests.run.small_run import small_run
 
 TOKEN = "hf_write"
@@ -120,11 +126,16 @@ def test_a_plan_lists_every_file_and_sends_nothing(out: Path, hub: Hub) -> None:
     found = upload.plan(str(out), "org/scores")
     on_disk = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and ".work" not in p.parts}
     assert set(found.files) == on_disk
-    assert found.size == sum((out / name).stat().st_size for name in on_disk)
+    assert found.size == sum(len(content(found, name)) for name in on_disk)
     first = next(found.lines())
     assert first.startswith(f"{len(on_disk)} files, ")
     assert "to org/scores (private if it is made now)" in first
     assert (hub.created, hub.commits) == ([], 0)
+
+
+def content(found: upload.Upload, name: str) -> bytes:
+    what = found.content(name)
+    return what if isinstance(what, bytes) else what.read_bytes()
 
 
 def test_a_push_is_one_commit_with_the_bytes_of_the_folder(out: Path, hub: Hub) -> None:
@@ -132,9 +143,40 @@ def test_a_push_is_one_commit_with_the_bytes_of_the_folder(out: Path, hub: Hub) 
     address = upload.push(found)
     assert address == f"{hub.endpoint}/datasets/org/scores/commit/{'0' * 40}"
     assert hub.commits == 1
-    assert hub.files == {name: (out / name).read_bytes() for name in found.files}
+    as_they_lie = {name: (out / name).read_bytes() for name in found.files if name not in found.rewritten}
+    assert hub.files == {**as_they_lie, **found.rewritten}
+    assert set(found.rewritten) == {"pipeline.yaml", "report.html"}
     assert "manifest.json" not in hub.files
     assert (hub.created[0]["type"], hub.made_private) == ("dataset", True)
+
+
+def test_what_is_sent_names_no_host_and_no_folder_of_this_machine(out: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(out, tmp_path / "mine"))
+    warned(copy, f"{out.parent}/model0 is warm; {Path.home()}/.netrc and {Path.cwd()}/x are not")
+    found = upload.plan(str(copy), "org/scores")
+    assert set(found.rewritten) == {"manifest.json", "commits/manifest.json", "pipeline.yaml", "report.html"}
+    secrets = [str(part).encode() for part in (out.parent, copy, Path.home(), Path.cwd(), tmp_path)]
+    host = f'"{platform.node()}"'.encode()
+    for name in found.files:
+        assert not [secret for secret in (*secrets, host) if secret in content(found, name)], name
+    assert b"  step-10:\n    model: model1\n" in content(found, "pipeline.yaml")
+    assert json.loads(content(found, "manifest.json"))["warnings"] == ["model0 is warm; ~/.netrc and ./x are not"]
+
+
+def test_what_is_sent_is_a_whole_folder(out: Path, tmp_path: Path) -> None:
+    found = upload.plan(str(out), "org/scores")
+    for name in found.files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content(found, name))
+    assert verify(str(tmp_path)).damage == []
+    assert stored_config(open_store(tmp_path)).reference == ModelSpec(model="model0")
+
+
+def warned(out: Path, text: str) -> None:
+    store = open_store(out)
+    manifest = read_manifest(store)
+    assert manifest is not None
+    save_manifest(store, replace(manifest, warnings=(text,)))
 
 
 def test_public_is_asked_for(out: Path, hub: Hub) -> None:
@@ -162,11 +204,6 @@ def test_without_a_hub_nothing_is_sent(out: Path, hub: Hub, monkeypatch: pytest.
 
 
 def test_an_incomplete_folder_is_refused(out: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from dpo_score.store.manifest import read_manifest, save_manifest
-    from dpo_score.store.storage import open_store
-
     copy = shutil.copytree(out, tmp_path / "copy")
     store = open_store(copy)
     manifest = read_manifest(store)
