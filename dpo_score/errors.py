@@ -5,6 +5,7 @@
     │   ├── ConfigError               2   an option or a key of the pipeline file
     │   ├── DataError                 2   a data file: names file, row, column and the value seen
     │   ├── ModelError                2   a model folder, a tokenizer, an adapter
+    │   │   └── HalfWrittenError      2   weights that a writer has not finished: found by a glob, they wait
     │   └── IdentityError             2   OUT belongs to another request: prints the fields that differ
     ├── StorageError                  1   disk full, read-only, permission: resumable once mended
     ├── GroupLostError                1   a process that holds part of a model died or fell silent: resumable
@@ -23,6 +24,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class DpoScoreError(Exception):
@@ -45,6 +47,14 @@ class DataError(UsageError):
 
 class ModelError(UsageError):
     pass
+
+
+class HalfWrittenError(ModelError):
+    """`place`: the file that is not whole, or the folder that lacks one."""
+
+    def __init__(self, message: str, place: Path = Path()) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 class IdentityError(UsageError):

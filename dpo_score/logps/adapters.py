@@ -99,9 +99,9 @@ class AdapterSlot:
         self._structure, self._worn, self._changed = None, None, []
 
     def _put_on(self, source: ModelSource) -> None:
-        config = _read_config(source)
-        weights = _read_weights(source)
-        self._keep(_touched(self.model, weights, every=self.merge or _starts_from_base(config)))
+        config = read_config(source)
+        weights = read_weights(source)
+        self._keep(_touched(self.model, weights, every=self.merge or starts_from_base(config)))
         _resize(self.model, weights, source)
         wrapped = _inject(self.model, config, weights, source)
         if self.merge:
@@ -120,7 +120,7 @@ class AdapterSlot:
                 self._pristine[id(parameter)] = parameter.detach().to("cpu", copy=True)
 
 
-def _read_config(source: ModelSource) -> Any:
+def read_config(source: ModelSource) -> Any:
     if importlib.util.find_spec("peft") is None:
         raise ModelError(f'{source.name} needs peft to read its adapter: `pip install "dpo-score[adapters]"`')
     from peft import PeftConfig
@@ -139,7 +139,7 @@ def _read_config(source: ModelSource) -> Any:
     return config
 
 
-def _read_weights(source: ModelSource) -> dict[str, Tensor]:
+def read_weights(source: ModelSource) -> dict[str, Tensor]:
     """The adapter's tensors; a pickle (allowed when the source was resolved) is read with weights_only."""
     (path,) = source.adapter_files
     if path.suffix == ".safetensors":
@@ -154,7 +154,7 @@ def _read_weights(source: ModelSource) -> dict[str, Tensor]:
         raise ModelError(f"{path} is not a pickle of tensors alone: {brief(error)}") from error
 
 
-def _starts_from_base(config: Any) -> bool:
+def starts_from_base(config: Any) -> bool:
     """Whether peft rewrites the base's weights on injection: PiSSA, OLoRA and their like keep a residual there."""
     return getattr(config, "init_lora_weights", True) not in PLAIN_INITS
 

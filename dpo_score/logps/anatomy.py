@@ -8,13 +8,14 @@ own logits (`Anatomy.head` is None).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpo_score.errors import ModelError
+from dpo_score.logps.ranks import Group, group_of
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
@@ -27,23 +28,29 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, tor
 @dataclass(frozen=True, slots=True, eq=False)
 class Head:
     """logits = cap·tanh(scale·(W h + b) / cap). `module` computes W h + b; `weight` [V, H] is None when it is
-    no plain linear layer (a LoRA on the head), and then only `module` may be called. `bias` is [V]."""
+    no plain linear layer (a LoRA on the head), and then only `module` may be called. `bias` is [V].
+
+    `group`: its ranks share the vocabulary, and V here stands for this rank's part of it, from entry `first` on.
+    """
 
     module: nn.Module
     weight: Tensor | None
     bias: Tensor | None
     scale: float = 1.0
     cap: float | None = None
+    group: Group | None = None
+    first: int = 0
 
     @property
     def vocabulary(self) -> int:
-        """Logits per position."""
-        weight: Any = self.module.weight
+        """Logits per position that `logits` gives."""
+        weight: Any = self.module.weight if self.weight is None else self.weight
         return int(weight.shape[0])
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """The model's logits [N, V] in fp32; wider hidden states than weights are multiplied as they are."""
-        if self.weight is None or hidden_NH.dtype == self.weight.dtype:
+        alone = self.group is None and self.weight is not None and hidden_NH.dtype == self.weight.dtype
+        if self.weight is None or alone:
             return self.shape(self.module(hidden_NH).float())
         bias = None if self.bias is None else self.bias.to(hidden_NH.dtype)
         return self.shape(nn.functional.linear(hidden_NH, self.weight.to(hidden_NH.dtype), bias).float())
@@ -103,7 +110,20 @@ def _head(model: Any) -> Head | None:
         return None
     plain = type(module) is nn.Linear
     scale, cap = _scale_and_cap(model.config)
-    return Head(module, module.weight if plain else None, module.bias if plain else None, scale, cap)
+    head = Head(module, module.weight if plain else None, module.bias if plain else None, scale, cap)
+    group = group_of(model)
+    return head if group is None else _shared(head, group)
+
+
+def _shared(head: Head, group: Group) -> Head | None:
+    """This rank's part of a head, whether its weights are dealt out already or every rank holds all of them."""
+    if head.weight is None:
+        return None
+    first, end = group.part(int(head.module.out_features))  # type: ignore[arg-type]
+    if len(head.weight) == end - first:
+        return replace(head, group=group, first=first)
+    bias = None if head.bias is None else head.bias[first:end]
+    return replace(head, weight=head.weight[first:end], bias=bias, group=group, first=first)
 
 
 def _scale_and_cap(config: Any) -> tuple[float, float | None]:
@@ -128,7 +148,13 @@ def _matches(anatomy: Anatomy) -> bool:
     ids = torch.arange(7, 13, device=anatomy.device)[None] % rows
     own = model(input_ids=ids, use_cache=False).logits[0].float()
     ours = head.logits(anatomy.hidden(ids)[0])
+    if head.group is None:
+        return _alike(ours, own, model.dtype)
+    return head.group.agreed(_alike(ours, own[:, head.first : head.first + head.vocabulary], model.dtype), own.device)
+
+
+def _alike(ours: Tensor, own: Tensor, dtype: torch.dtype) -> bool:
     if ours.shape != own.shape:
         return False
-    worst = float((ours - own).abs().max() / own.abs().max().clamp_min(1e-6))
-    return worst <= TOLERANCE[model.dtype] or not bool(torch.isfinite(own).all())
+    worst = float((ours - own).abs().amax() / own.abs().amax().clamp_min(1e-6)) if own.numel() else 0.0
+    return worst <= TOLERANCE[dtype] or not bool(torch.isfinite(own).all())

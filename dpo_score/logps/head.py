@@ -2,9 +2,10 @@
 
 A tile of logits is folded into a running maximum m and sum s = Σ exp(x − m), rescaled when m rises (online softmax,
 Milakov and Gimelshein, arXiv 1805.02867); log p of a target is its logit − m − log s. Sums are fp32. The statistics
-of results.STATS come from the same tiles. Memory: one tile and a few numbers per row, whatever N and V are.
+of results.STATS come from the same tiles. Memory: one tile and a few numbers per row, whatever N and V are. Ranks that
+share a vocabulary fold their own parts, then combine those few numbers: no rank ever sees another's logits.
 
-Shapes: N rows of hidden size H, V vocabulary entries, n targets (n ≥ N: one row may predict several).
+Shapes: N rows of hidden size H, V vocabulary entries (of this rank), n targets (n ≥ N: one row may predict several).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from dpo_score.logps.anatomy import Head
 from dpo_score.logps.plain import CHUNK_LOGITS, read_logits
+from dpo_score.logps.ranks import Group
 
 TILES = {"cpu": (1024, 2048), "cuda": (8192, 8192)}
 """(rows, vocabulary) of a tile: what stays in cache on a CPU, what keeps a GPU's matrix units busy."""
@@ -54,7 +56,9 @@ def _rows(head: Head, hidden_NH: Tensor, source_n: Tensor, target_n: Tensor, sta
     fold = Fold.empty(len(hidden_NH), source_n, target_n, stats)
     width = _tile(hidden_NH.device.type)[1]
     for begin in range(0, head.vocabulary, width):
-        fold.add(_logits(head, hidden_NH, begin, begin + width), begin)
+        fold.add(_logits(head, hidden_NH, begin, begin + width), head.first + begin)
+    if head.group is not None:
+        fold.combine(head.group)
     return fold.values()
 
 
@@ -115,6 +119,20 @@ class Fold:
         inside = (place >= 0) & (place < logits_NV.shape[1])
         found = logits_NV[self.source, place.clamp(0, logits_NV.shape[1] - 1)]
         self.logit = torch.where(inside, found, self.logit)
+
+    def combine(self, group: Group) -> None:
+        """The fold over the parts of all ranks: the largest maximum, and the sums rescaled to it and added up.
+
+        A NaN survives in the sums, whatever became of the maximum.
+        """
+        highest = group.largest(torch.cat((self.top, self.logit)))
+        top, self.logit = highest[: len(self.top)], highest[len(self.top) :]
+        shift = torch.where(self.top == top, torch.zeros_like(top), self.top - top)
+        decay = shift.exp()
+        moment = decay * torch.where(self.mass > 0, self.moment + shift * self.mass, self.moment)
+        sums = torch.stack((self.mass * decay, self.squares * decay.square(), moment))
+        self.mass, self.squares, self.moment = group.sum(sums).unbind()
+        self.top = top
 
     def values(self) -> dict[str, Tensor]:
         mass, top = self.mass[self.source], self.top[self.source]

@@ -38,7 +38,7 @@ def peak_bytes(config: Mapping[str, Any], numerics: Numerics, parameters: int, l
     """
     pack = max(numerics.batch_tokens, longest) * token_bytes(config, numerics.dtype)
     scratch = SCRATCH.get(numerics.device_kind, SCRATCH["cpu"])
-    return parameters * ITEM_BYTES[numerics.dtype] + pack + scratch
+    return parameters // numerics.tensor_parallel * ITEM_BYTES[numerics.dtype] + pack + scratch
 
 
 def token_bytes(config: Mapping[str, Any], dtype: str) -> int:

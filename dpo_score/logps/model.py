@@ -10,17 +10,22 @@ next `load` or `clear` of its shelf.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pickle import UnpicklingError
-from typing import Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from dpo_score.errors import ModelError
 from dpo_score.logps.adapters import AdapterSlot
 from dpo_score.logps.prefetch import Prefetch
+from dpo_score.logps.sharded_adapters import ShardedSlot
 from dpo_score.logps.source import ModelSource
 from dpo_score.logps.weights import brief
+
+if TYPE_CHECKING:
+    from dpo_score.logps.leader import Leader
 
 FIRST_KEYS = 5
 
@@ -45,7 +50,7 @@ class LoadedModel:
 @dataclass(slots=True, eq=False)
 class _Base:
     key: tuple[str, str, str]
-    slot: AdapterSlot
+    slot: AdapterSlot | ShardedSlot
 
 
 @dataclass(slots=True, eq=False)
@@ -53,12 +58,17 @@ class ModelShelf:
     """Holds one base and at most one adapter on it; `bases_read` counts how often weights were read from disk.
 
     `device_map` and `quantization` go to transformers as they are (accelerate and bitsandbytes must be installed).
+    `tensor_parallel` ranks hold the model between them: this process, and others that it starts at the first load and
+    leads until `close`; or it `follows` in a group that it has joined.
     """
 
     trust_remote_code: bool = False
     device_map: str | None = None
     quantization: Literal["int8", "nf4"] | None = None
+    tensor_parallel: int = 1
+    follows: bool = False
     bases_read: int = 0
+    _leader: Leader | None = field(default=None, repr=False)
     _base: _Base | None = field(default=None, repr=False)
     _ahead: Prefetch | None = field(default=None, repr=False)
 
@@ -69,12 +79,29 @@ class ModelShelf:
         architecture key by key, when an adapter does not fit its base, when a file changed since it was resolved, or
         when an optional package is absent.
         """
+        with self._together(source, numerics, attn_implementation):
+            return self._load(source, numerics, attn_implementation)
+
+    def _together(self, source: ModelSource, numerics: Placement, attn: str | None) -> AbstractContextManager[None]:
+        """All ranks load, where this process leads a group; it is started at the first load."""
+        from dpo_score.logps import leader
+
+        if self.tensor_parallel == 1 or self.follows:
+            return nullcontext()
+        if self._leader is None:
+            settings = {"tensor_parallel": self.tensor_parallel, "trust_remote_code": self.trust_remote_code}
+            kind = numerics.device.split(":")[0]
+            self._leader = leader.Leader(self.tensor_parallel, kind, {**settings, "follows": True})
+        return self._leader.step("load", source, numerics, attn, seconds=leader.LOAD_SECONDS)
+
+    def _load(self, source: ModelSource, numerics: Placement, attn_implementation: str | None) -> LoadedModel:
         source.refuse_changed()
         key = (source.base_digest, numerics.dtype, numerics.device)
         if self._base is None or self._base.key != key:
             self.clear()
             model = self._read(source, numerics, attn_implementation)
-            self._base = _Base(key, AdapterSlot(model, merge=self._may_merge(numerics.dtype, model)))
+            merge = self._may_merge(numerics.dtype, model)
+            self._base = _Base(key, AdapterSlot(model, merge) if self.tensor_parallel == 1 else ShardedSlot(model))
             self.bases_read += 1
         slot = self._base.slot
         slot.put(source)
@@ -100,6 +127,13 @@ class ModelShelf:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def close(self) -> None:
+        """As `clear`, and the end of the ranks that this process leads."""
+        self.clear()
+        if self._leader is not None:
+            self._leader.close()
+            self._leader = None
+
     def _end_prefetch(self) -> None:
         if self._ahead is not None:
             self._ahead.stop()
@@ -115,6 +149,8 @@ class ModelShelf:
         options: dict[str, Any] = {"dtype": getattr(torch, numerics.dtype), "attn_implementation": attn_implementation}
         if self.device_map is not None:
             options["device_map"] = self.device_map
+        if self.tensor_parallel > 1:
+            return self._read_part(source, options)
         if self.quantization is not None:
             options["quantization_config"] = _quantization(self.quantization, numerics)
         if self.quantization is not None or "quantization_config" in source.config:
@@ -123,6 +159,15 @@ class ModelShelf:
         if "device_map" not in options and getattr(model, "hf_quantizer", None) is None:
             model = model.to(numerics.device)
         return model.eval().requires_grad_(False)
+
+    def _read_part(self, source: ModelSource, options: dict[str, Any]) -> Any:
+        """This rank's part of the model."""
+        from dpo_score.logps.tensor_parallel import load_options, localized
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about random numbers: no weight is left at random
+            model = read_model(source, options | load_options(self.tensor_parallel), self.trust_remote_code)
+        return localized(model.eval().requires_grad_(False))
 
 
 def read_model(source: ModelSource, options: dict[str, Any], trust_remote_code: bool = False) -> Any:

@@ -25,7 +25,8 @@ NOT_SHAREABLE = frozenset({"linear_attention", "mamba", "mamba2", "conv", "recur
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
-    """Concrete values only. `kernel`: how attention and fp32 products run, e.g. `bmm+onednn`, `varlen`, `model`."""
+    """Concrete values only. `kernel`: how attention and fp32 products run, e.g. `bmm+onednn`, `varlen`, `model`;
+    `tensor_parallel`: ranks that hold a model between them."""
 
     device: str
     device_kind: str
@@ -35,14 +36,20 @@ class Numerics:
     compile: bool
     batch_tokens: int
     threads: int
+    tensor_parallel: int = 1
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without `tensor_parallel` where no model is dealt out: such numerics are what they were before it existed."""
+        found = asdict(self)
+        if self.tensor_parallel == 1:
+            del found["tensor_parallel"]
+        return found
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Numerics:
         """The inverse of `to_json`; keys of later versions are ignored, a missing key is a KeyError."""
-        return cls(**{f.name: record[f.name] for f in fields(cls)})
+        given = {"tensor_parallel": 1, **record}
+        return cls(**{f.name: given[f.name] for f in fields(cls)})
 
 
 OWN_SOFTMAX = "model+own-softmax"
@@ -70,19 +77,20 @@ def resolve_numerics(
     kind = device.split(":")[0]
     dtype = compute.dtype if compute.dtype != "auto" else ("float32" if kind == "cpu" else "float16")
     path = compute.path if compute.path != "auto" else ("fast" if may_share(config) else "plain")
+    ways = compute.tensor_parallel
+    each = None if parameters is None else parameters // ways
     return Numerics(
         device=device,
         device_kind=kind,
         dtype=dtype,
         path=path,
         kernel=_attention_kernel(path, kind) + gemm.suffix(kind, dtype),
-        compile=_compile(compute.compile, path, kind, parameters, rows_hint),
+        compile=ways == 1 and _compile(compute.compile, path, kind, parameters, rows_hint),
         batch_tokens=(
-            memory.batch_tokens(device, dtype, config, parameters)
-            if compute.batch_tokens == "auto"
-            else compute.batch_tokens
+            memory.batch_tokens(device, dtype, config, each) if compute.batch_tokens == "auto" else compute.batch_tokens
         ),
         threads=_threads(compute.threads),
+        tensor_parallel=ways,
     )
 
 

@@ -68,6 +68,10 @@ class PlainPath:
             chunks = (logits_BTV[row_N[c], place_N[c]].to(dtype) for c in _chunks(len(row_N), logits_BTV.shape[-1]))
             return _concatenated(chunks, target_N, self.stats)
         hidden_NH = self.anatomy.hidden(ids_BT, **inputs)[row_N, place_N]
+        if head.group is not None:  # ranks that share a vocabulary have no whole logits to take a softmax of
+            from dpo_score.logps.head import token_values
+
+            return token_values(head, hidden_NH, torch.arange(len(row_N), device=row_N.device), target_N, self.stats)
         chunks = (head.logits(hidden_NH[c]) for c in _chunks(len(row_N), head.vocabulary))
         return _concatenated(chunks, target_N, self.stats)
 

@@ -9,11 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 NARROW = (torch.float16, torch.bfloat16)
+
+
+_now_wide: WeakSet[nn.Module] = WeakSet()
+
+
+def is_wide(model: nn.Module) -> bool:
+    """Whether `model` computes in fp32 by `widened` at the moment."""
+    return model in _now_wide
 
 
 class CannotWiden(Exception):
@@ -35,6 +44,8 @@ def widened(model: nn.Module) -> Iterator[None]:
             for handle in widening.attach():
                 stack.callback(handle.remove)
             stack.callback(widening.narrow)
+        _now_wide.add(model)
+        stack.callback(_now_wide.discard, model)
         yield
 
 

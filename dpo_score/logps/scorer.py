@@ -19,9 +19,11 @@ from dpo_score.logps import memory
 from dpo_score.logps.anatomy import Anatomy, dissect
 from dpo_score.logps.encdec import EncoderDecoderPath
 from dpo_score.logps.fast import FastPath
+from dpo_score.logps.leader import Leader
 from dpo_score.logps.numerics import OWN_SOFTMAX, Numerics
 from dpo_score.logps.plain import PlainPath, Values
-from dpo_score.logps.precision import CannotWiden, widened
+from dpo_score.logps.precision import CannotWiden, is_wide, widened
+from dpo_score.logps.ranks import group_of
 from dpo_score.logps.results import STATS, SequenceLogps, Unscored
 from dpo_score.logps.settings import running
 from dpo_score.pairs.records import TokenSequence
@@ -33,7 +35,9 @@ class Path(Protocol):
     """One way to compute. `plan` is a pure function of the sequences; `compute` runs one of its packs."""
 
     anatomy: Anatomy
-    forwards: int
+
+    @property
+    def forwards(self) -> int: ...
 
     def plan(self, sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]: ...
 
@@ -139,7 +143,37 @@ class PairScorer:
 
 
 def make_path(model: Any, numerics: Numerics, stats: Sequence[str] = (), plain: bool = False) -> Path:
-    """The way to compute that `numerics` names for this model; `plain`: the plain path whatever they name."""
+    """The way to compute that `numerics` names for this model; `plain`: the plain path whatever they name.
+
+    Of a model that this process leads a group in holding, all ranks compute together.
+    """
+    group = group_of(model)
+    if isinstance(group, Leader):
+        return LedPath(group, model, numerics, stats, plain)
+    return _own_path(model, numerics, stats, plain)
+
+
+class LedPath:
+    """A path that every rank of a group has: a pack is computed by all of them, and its values are the leader's."""
+
+    def __init__(self, leader: Leader, model: Any, numerics: Numerics, stats: Sequence[str], plain: bool) -> None:
+        self._leader, self._number = leader, leader.number()
+        with leader.step("path", self._number, numerics, tuple(stats), plain, is_wide(model)):
+            self._path = _own_path(model, numerics, stats, plain)
+        self.anatomy = self._path.anatomy
+        self.plan = self._path.plan
+
+    @property
+    def forwards(self) -> int:
+        return self._path.forwards
+
+    def compute(self, sequences: Sequence[TokenSequence]) -> list[Values]:
+        """One pack, on all ranks; in fp32 on all of them where it is here."""
+        with self._leader.step("compute", self._number, list(sequences), is_wide(self.anatomy.model)):
+            return self._path.compute(sequences)
+
+
+def _own_path(model: Any, numerics: Numerics, stats: Sequence[str], plain: bool) -> Path:
     if model.config.is_encoder_decoder:
         return EncoderDecoderPath(model, numerics.batch_tokens, stats)
     anatomy = dissect(model)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from dpo_score.logps.anatomy import dissect
 from dpo_score.logps.attention import Unshareable
 from dpo_score.logps.fast import FastPath
+from dpo_score.logps.leader import led
 from dpo_score.logps.memory import is_out_of_memory
 from dpo_score.logps.numerics import Numerics
 from dpo_score.logps.plain import log_softmax
@@ -56,9 +57,13 @@ def settle(model: Any, numerics: Numerics) -> tuple[Numerics, Verdict | None]:
     return replace(numerics, path="plain", kernel="model" + products, compile=False), verdict
 
 
-@torch.inference_mode()
 def verify_fast_path(model: Any, numerics: Numerics) -> Verdict:
     """Run the probe on both paths. Never raises for a model the fast path does not fit: that is a verdict."""
+    with led(model, "verify", numerics), torch.inference_mode():
+        return _verdict(model, numerics)
+
+
+def _verdict(model: Any, numerics: Numerics) -> Verdict:
     anatomy = dissect(model)
     sequences = probe(anatomy.model.config)
     with running(numerics):

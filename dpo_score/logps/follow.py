@@ -1,0 +1,95 @@
+"""A following rank: one process that loads, checks and computes what its leader does, at the same time.
+
+    python -m dpo_score.logps.follow DESCRIPTOR      started by leader.py, with a pipe to it
+
+Promises: never decides anything; what goes wrong is answered, not raised; ends when its leader does.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from multiprocessing.connection import Connection
+from typing import Any
+
+from dpo_score.logps import memory
+from dpo_score.logps.leader import Failure
+from dpo_score.logps.model import ModelShelf
+from dpo_score.logps.numerics import Numerics
+from dpo_score.logps.precision import widened
+from dpo_score.logps.ranks import Group
+from dpo_score.logps.scorer import Path, make_path
+from dpo_score.logps.settings import running
+from dpo_score.logps.source import ModelSource
+from dpo_score.logps.verify import verify_fast_path
+from dpo_score.pairs.records import TokenSequence
+
+
+class Follower:
+    """What the steps of a leader do here. `paths`: ways to compute of the loaded model, by the leader's number."""
+
+    def __init__(self, shelf: ModelShelf) -> None:
+        self._shelf = shelf
+        self._model: Any = None
+        self._paths: dict[int, tuple[Path, Numerics]] = {}
+
+    def do(self, verb: str, arguments: Sequence[Any]) -> Failure | None:
+        """Do as told; what went wrong, if anything."""
+        try:
+            verbs: Mapping[str, Callable[..., None]] = {
+                "load": self.load,
+                "verify": self.verify,
+                "path": self.path,
+                "compute": self.compute,
+            }
+            verbs[verb](*arguments)
+        except Exception as error:  # noqa: BLE001 - carried to the leader
+            failure = Failure.of(error)
+            if failure.out_of_memory:
+                memory.release(self._model.device.type)
+            return failure
+        return None
+
+    def load(self, source: ModelSource, numerics: Numerics, attn_implementation: str | None) -> None:
+        self._paths.clear()
+        self._model = self._shelf.load(source, numerics, attn_implementation).model
+
+    def verify(self, numerics: Numerics) -> None:
+        verify_fast_path(self._model, numerics)
+
+    def path(self, number: int, numerics: Numerics, stats: Sequence[str], plain: bool, wide: bool) -> None:
+        with running(numerics), widened(self._model) if wide else nullcontext():
+            self._paths[number] = make_path(self._model, numerics, stats, plain), numerics
+
+    def compute(self, number: int, sequences: Sequence[TokenSequence], wide: bool) -> None:
+        path, numerics = self._paths[number]
+        with running(numerics), widened(self._model) if wide else nullcontext():
+            path.compute(sequences)
+
+
+def follow(connection: Connection) -> None:
+    """Join the group that the first message names, then do as told until the leader is gone."""
+    rank, size, device_kind, meeting, settings = connection.recv()
+    connection.send(None)
+    Group(rank, size, device_kind, meeting)
+    follower = Follower(ModelShelf(**settings))
+    while True:
+        verb, *arguments = connection.recv()
+        connection.send(follower.do(verb, arguments))
+
+
+def main() -> None:
+    """The end of the pipe is the end of the leader."""
+    warnings.simplefilter("ignore")  # the leader warns of the same
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the leader, who decides
+    try:
+        follow(Connection(int(sys.argv[1])))
+    except EOFError:
+        return
+
+
+if __name__ == "__main__":
+    main()
