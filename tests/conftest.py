@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.store.s3_server import Server, serving
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch starts its threads
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """An S3 server of this test file's own."""
+    with serving() as found:
+        yield found

@@ -1,4 +1,4 @@
-"""Whole runs with OUT and CACHE on object stores: memory://, and s3:// on moto's server (tests/store/test_s3.py)."""
+"""Whole runs with OUT and CACHE on object stores: memory://, and s3:// on moto's server (tests/store/s3_server.py)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ PLACES = ["memory://bucket", pytest.param("s3", marks=pytest.mark.slow)]
 def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
     """An empty place: objects in memory, or a bucket of a server that speaks S3."""
     if request.param == "s3":
-        pytest.importorskip("moto.server")
-        pytest.importorskip("s3fs")
         request.getfixturevalue("server")
         yield f"s3://bucket/{request.node.name.split('[')[0]}"
         return
@@ -36,13 +34,6 @@ def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
     memory.store.clear()
     yield request.param
     memory.store.clear()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    from tests.store import test_s3
-
-    yield from test_s3.server.__wrapped__()  # type: ignore[attr-defined]
 
 
 class Remote:

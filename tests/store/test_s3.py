@@ -1,36 +1,28 @@
-"""The remote store against a server that speaks S3: moto's, from PyPI, in a process of its own.
-
-`python -m moto.server -p PORT` is what starts; credentials are dummies. Skipped where moto or s3fs is missing.
-"""
+"""The remote store against a server that speaks S3 (s3_server.py)."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import s3fs
 
 from dpo_score.errors import StorageError, UsageError
 from dpo_score.store.cache import open_cache
 from dpo_score.store.storage import Store, open_store
+from tests.store.s3_server import Fault, Server, free_port
 from tests.store.test_cache import FIELDS, agree, block, key
 from tests.store.test_powerloss import run
 from tests.store.test_resume import Action
 
-pytest.importorskip("moto.server")
-s3fs = pytest.importorskip("s3fs")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 BUCKET = "s3://bucket"
-ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1"}
 
 DYING_RUN = """
 import sys
@@ -40,47 +32,7 @@ run(dying(*sys.argv[1:]))
 """
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def _wait_for(url: str) -> None:
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-        except urllib.error.HTTPError as answer:
-            answer.close()
-            return
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-    raise AssertionError("the S3 server does not answer")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """The address of a fresh server with one bucket."""
-    url = f"http://127.0.0.1:{(port := _free_port())}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": url}.items():
-            patch.setenv(name, value)
-        try:
-            _wait_for(url)
-            s3fs.S3FileSystem.clear_instance_cache()
-            s3fs.S3FileSystem().mkdir("bucket")
-            yield url
-        finally:
-            s3fs.S3FileSystem.clear_instance_cache()
-            process.kill()
-            process.wait()
-
-
-def test_tables_json_and_listings(server: str) -> None:
+def test_tables_json_and_listings(server: Server) -> None:
     store = open_store(f"{BUCKET}/a folder/é")
     table = pa.table({"x": [1, None]})
     record = store.write_table("scores/p/part.parquet", table, {"k": "v"})
@@ -97,7 +49,7 @@ def test_tables_json_and_listings(server: str) -> None:
         store.read_bytes("nothing")
 
 
-def test_a_large_object_is_uploaded_in_parts(server: str) -> None:
+def test_a_large_object_is_uploaded_in_parts(server: Server) -> None:
     store = open_store(f"{BUCKET}/large")
     table = pa.table({"x": [os.urandom(60 << 20) for _ in range(2)]})
     record = store.write_table("big.parquet", table, {})
@@ -105,7 +57,7 @@ def test_a_large_object_is_uploaded_in_parts(server: str) -> None:
     assert store.sha256("big.parquet") == record.sha256
 
 
-def test_one_run_at_a_time(server: str) -> None:
+def test_one_run_at_a_time(server: Server) -> None:
     first, second = (open_store(f"{BUCKET}/leased") for _ in range(2))
     with first.lock(), pytest.raises(UsageError, match=f"pid {os.getpid()}"), second.lock():
         pass
@@ -114,7 +66,7 @@ def test_one_run_at_a_time(server: str) -> None:
     assert first.list(".work") == ()
 
 
-def test_a_run_continues_where_it_was_killed(server: str) -> None:
+def test_a_run_continues_where_it_was_killed(server: Server) -> None:
     golden = open_store(f"{BUCKET}/golden")
     run(golden)
     for number in range(1, 9):
@@ -144,7 +96,7 @@ def dying(url: str, number: str) -> Store:
     return open_store(url)
 
 
-def test_the_cache(server: str) -> None:
+def test_the_cache(server: Server) -> None:
     space = open_cache(f"{BUCKET}/cache").namespace(FIELDS)
     for n in range(5):
         space.add(f"b{n}", block(10 * n, 10 * n + 10))
@@ -155,8 +107,8 @@ def test_the_cache(server: str) -> None:
     assert open_cache(f"{BUCKET}/cache").gc(max_bytes=0).files == 5
 
 
-def test_a_server_that_is_gone_is_a_storage_error(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{_free_port()}")
+def test_a_server_that_is_gone_is_a_storage_error(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     s3fs.S3FileSystem.clear_instance_cache()
