@@ -90,6 +90,8 @@ class PolicySpec(Spec):
     reference: ModelSpec | None = None
     loss: LossSpec | None = None
     beta: float | None = None
+    glob: str | None = None
+    """The pattern that found the checkpoint: half written, it waits for the next run instead of failing this one."""
 
     @field_validator("name")
     @classmethod

@@ -208,7 +208,7 @@ def _expand_one(entry: Tree) -> list[Tree]:
     found = sorted((p for p in glob.glob(pattern) if Path(p).is_dir()), key=_natural)  # noqa: PTH207
     if not found:
         raise ConfigError(f"policy {entry['name']!r}: no folder matches {pattern!r}")
-    return [{**entry, key: path, "name": f"{entry['name']}-{_suffix(path)}"} for path in found]
+    return [{**entry, key: path, "name": f"{entry['name']}-{_suffix(path)}", "glob": pattern} for path in found]
 
 
 def _suffix(path: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from dpo_score.config import PolicySpec
-from dpo_score.errors import ModelError
+from dpo_score.errors import HalfWrittenError, ModelError
 from dpo_score.logps import weights as files
 from dpo_score.logps.digest import adapter_digest, gguf_digest, model_digest
 from dpo_score.logps.locate import Located, locate, stored_sha256
@@ -69,13 +69,14 @@ class ModelSource:
         return self.folder
 
     def refuse_changed(self) -> None:
-        """Raise ModelError when a weight file is no longer the one that the digest was taken of."""
+        """Raise HalfWrittenError when a weight file is no longer the one that the digest was taken of."""
         for path, size, time in self.stamps:
             if _stamp(path) != (path, size, time):
-                raise ModelError(
+                raise HalfWrittenError(
                     f"{self.name}: {path} changed or vanished after this run began, so its values would be stored "
                     "under the digest of other weights. Run the same command again; to score a folder that training "
-                    "still writes to, copy it first"
+                    "still writes to, copy it first",
+                    path,
                 )
 
     @property
@@ -112,15 +113,17 @@ class Resolver:
             return self._gguf(name, place)
         folder = place.path
         if files.is_state(folder):
-            raise ModelError(
+            raise HalfWrittenError(
                 f"{folder} has no config.json: it is half written, or a checkpoint that can be a policy with a `base:` "
-                "but not a reference or a base. Copy it again, or save the model with save_pretrained"
+                "but not a reference or a base. Copy it again, or save the model with save_pretrained",
+                folder,
             )
         config_path = folder / "config.json"
         if not config_path.is_file():
             gguf = sorted(path.name for path in folder.glob("*.gguf"))
             clue = f"; name one of its files ({', '.join(gguf[:3])}) to read a GGUF model" if gguf else ""
-            raise ModelError(f"{folder} has no config.json: it is not a model folder, or is half written{clue}")
+            text = f"{folder} has no config.json: it is not a model folder, or is half written{clue}"
+            raise ModelError(text) if gguf else HalfWrittenError(text, folder)
         if not self.trust_remote_code:
             files.refuse_code(folder)
         config = files.read_json(config_path)
@@ -136,7 +139,8 @@ class Resolver:
         if base.adapter is not None:
             raise ModelError(f"{base.name} already carries an adapter: merge it into its base before adding {folder}")
         if not (folder / files.ADAPTER_CONFIG).is_file():
-            raise ModelError(f"adapter {folder} has no {files.ADAPTER_CONFIG}: name a folder written by PEFT")
+            text = f"adapter {folder} has no {files.ADAPTER_CONFIG}: name a folder written by PEFT"
+            raise HalfWrittenError(text, folder)
         if not self.trust_remote_code:
             files.refuse_code(folder)
         found = files.adapter_weights(folder, self.allow_pickle)
@@ -244,9 +248,10 @@ def _state(
 ) -> ModelSource:
     said = policy.base or policy_base
     if said is None:
-        raise ModelError(
+        raise HalfWrittenError(
             f"policy {policy.name!r}: {path} is a checkpoint without config.json, so its architecture and tokenizer "
-            "must come from a base: say `base: reference` in the policy (or --policy-base reference), or another MODEL"
+            "must come from a base: say `base: reference` in the policy (or --policy-base reference), or another MODEL",
+            path,
         )
     return resolver.state_over(_base(path, said, policy, reference, resolver), path, str(policy.model))
 

@@ -1,7 +1,7 @@
 """What a model folder holds: its configuration, its weight files, and whether they may be read. No torch.
 
-Promises: nothing of a folder is executed or unpickled; a folder that is half written, truncated, pickled or asks
-for code of its own is refused here, in one paragraph, before any library opens it. The files listed are the ones
+Promises: nothing of a folder is executed or unpickled; a folder that is half written (HalfWrittenError), pickled or
+asks for code of its own is refused here, in one paragraph, before any library opens it. The files listed are the ones
 that transformers reads, in the order of its own search.
 Does not: read tensor data (a safetensors header is read, its tensors are not), or judge a chat template.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dpo_score.errors import ModelError
+from dpo_score.errors import HalfWrittenError, ModelError
 
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -24,6 +24,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 DCP_METADATA = ".metadata"
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 STATE_SUFFIXES = PICKLE_SUFFIXES | {".safetensors"}
+TRAINER_FILES = frozenset({"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt"})
+"""Pickles that a trainer leaves beside the weights, and that are none."""
 CODE_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_pipelines"})
 CONFIG_FILES = (
     "config.json",
@@ -58,7 +60,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON ({error}): the folder is damaged or half written") from error
+        text = f"{path} is not valid JSON ({error}): the folder is half written or damaged"
+        raise HalfWrittenError(text, path) from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a JSON {type(value).__name__}, not an object: it is no model configuration")
     return value
@@ -143,22 +146,25 @@ def _shards(folder: Path, index: str) -> dict[Path, set[str] | None]:
         expected.setdefault(folder / name, set()).add(tensor)  # type: ignore[union-attr]
     absent = sorted(path.name for path in expected if not path.is_file())
     if absent:
-        raise ModelError(
+        raise HalfWrittenError(
             f"{folder} is half written: {index} names {len(expected)} shards, {len(absent)} of them absent "
-            f"(first: {absent[0]}). Wait for the writer to finish, or copy or download the folder again"
+            f"(first: {absent[0]}). Wait for the writer to finish, or copy or download the folder again",
+            folder,
         )
     return expected
 
 
 def _pickles(folder: Path, allow_pickle: bool) -> WeightFiles:
     found = sorted(path for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES and path.is_file())
+    found = [path for path in found if path.name not in TRAINER_FILES and not path.name.startswith("rng_state")]
     stray = sorted(path.name for path in folder.glob("*.safetensors"))
     if not found:
         clue = f" ({', '.join(stray[:3])} but no index)" if stray else ""
-        raise ModelError(
+        raise HalfWrittenError(
             f"{folder} has no weights: neither {' nor '.join(SAFE_WEIGHTS)} is there{clue}. The folder is half "
             "written, or its weights are in another format (pickles of a hub repository are fetched only with "
-            "--allow-pickle)"
+            "--allow-pickle)",
+            folder,
         )
     if not allow_pickle:
         raise ModelError(
@@ -178,7 +184,9 @@ def adapter_weights(folder: Path, allow_pickle: bool) -> WeightFiles:
         check_safetensors(folder / ADAPTER_WEIGHTS)
         return WeightFiles((folder / ADAPTER_WEIGHTS,), pickle=False)
     if not (folder / ADAPTER_PICKLE).is_file():
-        raise ModelError(f"{folder} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}: the adapter is half written")
+        raise HalfWrittenError(
+            f"{folder} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}: the adapter is half written", folder
+        )
     if not allow_pickle:
         raise ModelError(
             f"{folder} holds its adapter only as pickle ({ADAPTER_PICKLE}), a format that can run code when it is "
@@ -228,21 +236,25 @@ def _header(path: Path, size: int, file: BinaryIO) -> dict[str, Any]:
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if size == 0:
-        raise ModelError(f"{path} is empty (0 bytes): the folder is half written. Copy or download it again")
+        raise HalfWrittenError(
+            f"{path} is empty (0 bytes): the folder is half written. Copy or download it again", path
+        )
     if start == b"version ":
         raise ModelError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
-    if len(start) < 8 or length > min(HEADER_LIMIT, size - 8):
-        raise ModelError(f"{path} is not a whole safetensors file ({size} bytes): copy or download it again")
+    if not 0 < length <= min(HEADER_LIMIT, size - 8):
+        text = f"{path} is not a whole safetensors file ({size} bytes): copy or download it again"
+        raise ModelError(text) if length > HEADER_LIMIT else HalfWrittenError(text, path)
     try:
         header = json.loads(file.read(length))
         end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} has a damaged safetensors header ({error}): copy or download it again") from error
     if size != 8 + length + end:
-        raise ModelError(
+        text = (
             f"{path} is truncated or damaged: {size} bytes, its header says {8 + length + end}. The folder is half "
             "written, or the copy was interrupted: copy or download it again"
         )
+        raise HalfWrittenError(text, path) if size < 8 + length + end else ModelError(text)
     header.pop("__metadata__", None)
     return dict(header)
 

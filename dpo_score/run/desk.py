@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from dpo_score.config import RunConfig
 from dpo_score.options import default_cache_dir
 from dpo_score.run.interrupts import StopRequest
 from dpo_score.run.progress import Progress
@@ -42,6 +43,7 @@ class Desk:
 
     `cache_url`: where log-probs are kept when that is an object store; what only this machine needs is in `cache_dir`.
     `crew`: who computes blocks in this process's stead. `committed` hears of every block committed here.
+    `skipped`: policy → why it is left for the next run; only checkpoints that a glob found can be.
     """
 
     store: Store
@@ -54,6 +56,7 @@ class Desk:
     cache_url: str | None = None
     crew: Crew | None = None
     committed: Callable[[CommitRecord], None] = _unnoticed
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def cache(self) -> LogpCache:
@@ -68,6 +71,19 @@ class Desk:
         from dpo_score.logps.model import ModelShelf
 
         return ModelShelf(self.trust_remote_code, self.device_map, self.quantization)
+
+
+def desk_at(config: RunConfig, progress: Progress, store: Store) -> Desk:
+    """What one process works with; takes no lock."""
+    return Desk(
+        store,
+        cache_folder(config.cache_dir),
+        progress,
+        trust_remote_code=config.trust_remote_code,
+        device_map=config.compute.device_map,
+        quantization=config.compute.quantization,
+        cache_url=cache_url(config.cache_dir),
+    )
 
 
 def cache_folder(asked: str | None) -> Path:

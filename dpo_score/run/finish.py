@@ -21,6 +21,7 @@ from dpo_score.run.card import README, SUMMARY, card, data_set
 from dpo_score.run.desk import Desk
 from dpo_score.run.environment import now
 from dpo_score.run.job import SCHEMA_VERSION, Job, text_notice
+from dpo_score.run.results import natural
 from dpo_score.run.stages import part
 from dpo_score.scores.metrics import summarise
 from dpo_score.store.manifest import finish_manifest, read_manifest, reopen_manifest
@@ -30,7 +31,7 @@ from dpo_score.store.storage import FileRecord, Store
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run ends with. `failures`: policy → why it was not scored."""
+    """What a run ends with. `failures`: policy → why it was not scored; summary["skipped"] holds those that wait."""
 
     out: str
     summary: Mapping[str, Any]
@@ -59,7 +60,7 @@ def check_bad_rows(label: str, rows: int, bad: int, allowed: float | None, out: 
 
 def finish(desk: Desk, job: Job, failures: Mapping[str, str]) -> Outcome:
     """Write what a person reads, then mark the manifest complete."""
-    summary = summary_of(desk.store, job)
+    summary = summary_of(desk, job)
     warn_of_marks(desk, summary)
     warn_of_noise(desk, summary)
     reopen_manifest(desk.store)
@@ -79,16 +80,18 @@ def finish(desk: Desk, job: Job, failures: Mapping[str, str]) -> Outcome:
     return Outcome(job.config.out, summary, failures, job.config.max_bad_rows)
 
 
-def summary_of(store: Store, job: Job) -> dict[str, Any]:
+def summary_of(desk: Desk, job: Job) -> dict[str, Any]:
     """Numbers of every policy whose wanted blocks are all committed, whatever command scored it."""
+    store = desk.store
     manifest = read_manifest(store)
-    names = list(manifest.identities.policies) if manifest else []
+    names = sorted(manifest.identities.policies, key=natural) if manifest else []
     scored = [name for name in names if _complete(store, job, f"scores/{name}")]
     return {
         "schema_version": SCHEMA_VERSION,
         "data": _data_summary(store, job),
         "text": {"marks": marks(store, job), "render": text_notice(job)},
         "policies": {name: _policy_summary(store, job, name) for name in scored},
+        "skipped": {name: reason for name, reason in sorted(desk.skipped.items()) if name not in scored},
     }
 
 

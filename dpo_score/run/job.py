@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from dpo_score.config import LossSpec, RunConfig
+from dpo_score.config import LossSpec, PolicySpec, RunConfig
+from dpo_score.errors import ConfigError, HalfWrittenError, ModelError
 from dpo_score.logps.numerics import Numerics
 from dpo_score.logps.source import ModelSource
 from dpo_score.pairs.dataset import Dataset
@@ -90,7 +92,7 @@ class ReferenceJob:
 
 @dataclass(frozen=True, slots=True)
 class PolicyJob:
-    """Stage two for one policy. `failure`: why it cannot be loaded (then `source` is None)."""
+    """Stage two for one policy. `failure`: why it cannot be loaded, now or at all (then `source` is None)."""
 
     name: str
     source: ModelSource | None
@@ -137,6 +139,24 @@ class Job:
         named = [(r.label, r.source, r.numerics) for r in self.references]
         named += [(p.name, p.source, p.numerics) for p in self.policies]
         return tuple((label, s, n) for label, s, n in named if s is not None and n is not None)
+
+
+def loss_spec(config: RunConfig, policy: PolicySpec) -> LossSpec:
+    """The loss of one policy: its own, else the run's. ConfigError for a list of losses."""
+    spec = policy.loss or config.loss
+    if "," in spec.name:
+        first = spec.name.split(",")[0]
+        raise ConfigError(
+            f"loss {spec.name!r}: a run scores one loss: run it with --loss {first}, then the grid costs no model: "
+            f"dpo-score rescore {config.out or 'OUT'} --loss {spec.name}"
+        )
+    return spec if policy.beta is None else spec.model_copy(update={"beta": policy.beta})
+
+
+def waiting(policy: PolicySpec, error: ModelError) -> bool:
+    """Whether a checkpoint is left for the next run: a glob found it, and its own files are not all written yet."""
+    own = Path(policy.adapter or policy.model or "")
+    return policy.glob is not None and isinstance(error, HalfWrittenError) and error.place.is_relative_to(own)
 
 
 def sampled(total: int, count: int | None, seed: int) -> tuple[int, ...] | None:

@@ -1,7 +1,8 @@
 """One process, one device: both stages block by block, then the summary.
 
-Promises: committed blocks are not computed again; the data record comes last; a policy that fails is reported
-and the others go on; the first signal stops between two packs, and the same command resumes.
+Promises: committed blocks are not computed again; the data record comes last; a policy that fails is reported, a
+half-written checkpoint of a glob is skipped with the reason, and the others go on; the first signal stops between two
+packs, and the same command resumes.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from functools import partial
 import pyarrow as pa
 
 from dpo_score.config import RunConfig
-from dpo_score.errors import ConfigError, ModelError
+from dpo_score.errors import ConfigError, HalfWrittenError, ModelError
 from dpo_score.logps.numerics import Numerics
 from dpo_score.logps.source import ModelSource
-from dpo_score.run.desk import Desk, cache_folder, cache_url
+from dpo_score.run.desk import Desk, desk_at
 from dpo_score.run.environment import versions
 from dpo_score.run.finish import Outcome, finish
 from dpo_score.run.inputs import refuse_changed_input
 from dpo_score.run.interrupts import listening
-from dpo_score.run.job import Job, PolicyJob, ReferenceJob
+from dpo_score.run.job import Job, PolicyJob, ReferenceJob, waiting
 from dpo_score.run.overlap import ahead, behind
 from dpo_score.run.prepare import identified, prepare
 from dpo_score.run.progress import Progress
@@ -34,10 +35,10 @@ from dpo_score.run.tokens import TokenGuard
 from dpo_score.run.trackers import check_trackers
 from dpo_score.run.values import FastPathRefusedError, ModelValues, plain
 from dpo_score.store.identity import digest
-from dpo_score.store.manifest import Manifest, reopen_manifest, save_manifest
+from dpo_score.store.manifest import Manifest, forget_policy, read_manifest, reopen_manifest, save_manifest
 from dpo_score.store.records import CommitRecord, commit, read_records, record_name
 from dpo_score.store.resume import Action, BlockRange, file_states, next_action, settle
-from dpo_score.store.storage import Store, open_store
+from dpo_score.store.storage import open_store
 
 Compute = Callable[[BlockText], BlockResult]
 
@@ -100,19 +101,6 @@ def at_desk(config: RunConfig, progress: Progress, out: str, share: str | None =
         yield desk
 
 
-def desk_at(config: RunConfig, progress: Progress, store: Store) -> Desk:
-    """What one process works with; takes no lock."""
-    return Desk(
-        store,
-        cache_folder(config.cache_dir),
-        progress,
-        trust_remote_code=config.trust_remote_code,
-        device_map=config.compute.device_map,
-        quantization=config.compute.quantization,
-        cache_url=cache_url(config.cache_dir),
-    )
-
-
 def run_references(desk: Desk, job: Job) -> None:
     """Stage one for the run's reference and for those that policies brought along."""
     for reference in job.references:
@@ -155,22 +143,41 @@ def stage_work(desk: Desk, job: Job, task: ReferenceJob | PolicyJob) -> tuple[St
 def _try_policy(desk: Desk, job: Job, manifest: Manifest, policy: PolicyJob) -> str | None:
     """None when the policy is scored, else why not."""
     if policy.failure is not None and _complete(desk, job, policy.name, manifest):
+        desk.skipped.pop(policy.name, None)
         desk.progress.say(f"{policy.name}: scored before; its folder is not read again")
         return None
     if policy.failure is not None:
-        return policy.failure
+        return _unless_waiting(desk, policy.name, policy.failure)
     try:
         run_policy(desk, job, policy)
     except FastPathRefusedError as refusal:
         desk.progress.warn(f"{policy.name}: scored on the plain path, which is slower: {refusal}")
         return _retry_plain(desk, job, manifest, policy)
     except ModelError as error:
-        return str(error)
+        return _not_scored(desk, job, policy, error)
+    return None
+
+
+def _not_scored(desk: Desk, job: Job, policy: PolicyJob, error: ModelError) -> str | None:
+    """Why not, or None for a checkpoint that waits. Weights of which nothing is stored may be others next time."""
+    if isinstance(error, HalfWrittenError) and not read_records(desk.store, policy.stage):
+        forget_policy(desk.store, policy.name)
+    if waiting(next(spec for spec in job.config.policies if spec.name == policy.name), error):
+        desk.skipped[policy.name] = str(error)
+    return _unless_waiting(desk, policy.name, str(error))
+
+
+def _unless_waiting(desk: Desk, policy: str, reason: str) -> str | None:
+    """`reason`, or None after saying that the policy is left for the next run."""
+    if policy not in desk.skipped:
+        return reason
+    desk.progress.say(f"{policy}: skipped, the same command scores it once it is whole: {reason}")
     return None
 
 
 def _retry_plain(desk: Desk, job: Job, manifest: Manifest, policy: PolicyJob) -> str | None:
     """The policy once more with plain numerics, which become part of its identity."""
+    manifest = read_manifest(desk.store) or manifest
     assert policy.numerics is not None
     again = identified(replace(policy, numerics=plain(policy.numerics)), manifest.identities)
     identities = manifest.identities.joined(replace(manifest.identities, policies={policy.name: again.fields}))

@@ -22,7 +22,18 @@ from dpo_score.pairs.rewardbench import make_renderer, text_of
 from dpo_score.run.data import open_data
 from dpo_score.run.desk import Desk
 from dpo_score.run.environment import host, now, versions
-from dpo_score.run.job import Job, PolicyJob, ReferenceJob, Rows, block_rows, extra_fields, sampled, text_notice
+from dpo_score.run.job import (
+    Job,
+    PolicyJob,
+    ReferenceJob,
+    Rows,
+    block_rows,
+    extra_fields,
+    loss_spec,
+    sampled,
+    text_notice,
+    waiting,
+)
 from dpo_score.run.placement import check_placement
 from dpo_score.run.tokens import choose_tokenizer
 from dpo_score.run.values import overlaid, plain
@@ -45,7 +56,7 @@ class Preparation:
             trust_remote_code=config.trust_remote_code,
             say=desk.progress.say,
         )
-        self.losses = {policy.name: parse_loss(_loss_spec(config, policy)) for policy in config.policies}
+        self.losses = {policy.name: parse_loss(loss_spec(config, policy)) for policy in config.policies}
         self.datasets = self._open_data()
         self.config = self._settled(config)
         self.reference = self._resolve_reference()
@@ -102,6 +113,8 @@ class Preparation:
         try:
             return self._quantized(resolve_policy(policy, self.reference, self.config.policy_base, self.resolver))
         except ModelError as error:
+            if waiting(policy, error):
+                self.desk.skipped[policy.name] = str(error)
             return str(error)
 
     def _make_renderer(self) -> Renderer:
@@ -212,7 +225,7 @@ class Preparation:
             reference = self._reference_job(policy.name, spec, source, run)
         found = self.policies[policy.name]
         source, failure = (found, None) if isinstance(found, ModelSource) else (None, found)
-        loss, spec_of_loss = self.losses[policy.name], _loss_spec(self.config, policy)
+        loss, spec_of_loss = self.losses[policy.name], loss_spec(self.config, policy)
         numerics = self._numerics_of(policy.name)
         job = PolicyJob(policy.name, source, loss, spec_of_loss, reference, numerics, {}, "", failure)
         return identified(job, run)
@@ -279,14 +292,3 @@ def parameters(source: ModelSource) -> int:
 def _names(job: Job) -> dict[str, str]:
     named = {"reference": job.references[0].source} | {policy.name: policy.source for policy in job.policies}
     return {name: source.name for name, source in named.items() if source is not None}
-
-
-def _loss_spec(config: RunConfig, policy: PolicySpec) -> Any:
-    spec = policy.loss or config.loss
-    if "," in spec.name:
-        first = spec.name.split(",")[0]
-        raise ConfigError(
-            f"loss {spec.name!r}: a run scores one loss: run it with --loss {first}, then the grid costs no model: "
-            f"dpo-score rescore {config.out or 'OUT'} --loss {spec.name}"
-        )
-    return spec if policy.beta is None else spec.model_copy(update={"beta": policy.beta})

@@ -77,7 +77,7 @@ def gather(store: Store, manifest: Manifest, out: str, no_text: bool = False, ba
         noise={name: summary["policies"][name].get("noise", {}) for name in names},
         marks=_marks(summary),
         warnings=[safe(warning) for warning in manifest.warnings],
-        notes=notes,
+        notes=[*_skipped(summary), *notes],
         provenance=_provenance(manifest, names, lineup),
     )
 
@@ -203,6 +203,11 @@ def _data(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         listed = ", ".join(f"{count:,} {code}" for code, count in sorted(rejected.items()))
         lines.append({"name": "not scored", "value": safe(f"{listed} (rejects/ has each row and its reason)")})
     return lines
+
+
+def _skipped(summary: Mapping[str, Any]) -> list[str]:
+    """Checkpoints that the last run left for the next."""
+    return [f"{safe(name)} is not here: {safe(reason)}." for name, reason in summary.get("skipped", {}).items()]
 
 
 def _marks(summary: Mapping[str, Any]) -> dict[str, str]:

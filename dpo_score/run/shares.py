@@ -84,7 +84,8 @@ def finish(out: str, progress: Progress, without: Sequence[str] = ()) -> Outcome
         job, _ = prepare(_left(config, without), desk)
         unscored = [policy for policy in job.policies if policy.failure and _missing(desk.store, job, policy.stage)]
         _refuse_missing(desk.store, job, unscored, out)
-        return ended(desk, job, {policy.name: str(policy.failure) for policy in unscored})
+        failed = [policy for policy in unscored if policy.name not in desk.skipped]
+        return ended(desk, job, {policy.name: str(policy.failure) for policy in failed})
 
 
 def _left(config: RunConfig, without: Sequence[str]) -> RunConfig:

@@ -61,6 +61,8 @@ def outcome(found: Outcome, as_json: bool = False, by_subset: bool = False) -> N
         heads = ("policy", "data", "n", "loss", "accuracy", "margin", "nats", "chosen", "rejected", "ref. alone")
         screen.print(table(heads, lines, left=2))
     _say_rejected(screen, found.summary)
+    for name, reason in found.summary["skipped"].items():
+        screen.print(Text(safe(f"{name}: skipped, not whole yet (the same command scores it once it is): {reason}")))
     _say_benchmark(found.summary)
     screen.print(Text(f"results in {safe(found.out)}: scores/<policy>/*.parquet, summary.json, report.html"))
 

@@ -19,9 +19,9 @@ from functools import cached_property
 from dpo_score.config import RunConfig
 from dpo_score.errors import IdentityError, ModelError
 from dpo_score.logps.numerics import Numerics
-from dpo_score.run.desk import Desk
+from dpo_score.run.desk import Desk, desk_at
 from dpo_score.run.job import Job, PolicyJob, ReferenceJob
-from dpo_score.run.local import Compute, Stage, desk_at, stage_work, work
+from dpo_score.run.local import Compute, Stage, stage_work, work
 from dpo_score.run.prepare import Preparation, identified, prepare
 from dpo_score.run.progress import Progress
 from dpo_score.store.identity import digest

@@ -135,6 +135,14 @@ def save_manifest(store: Store, manifest: Manifest) -> Manifest:
     return manifest
 
 
+def forget_policy(store: Store, name: str) -> None:
+    """Drop the identity of a policy of which no block is committed, so that other weights may take its name."""
+    found = read_manifest(store)
+    if found is not None and name in found.identities.policies:
+        kept = {other: fields for other, fields in found.identities.policies.items() if other != name}
+        save_manifest(store, replace(found, identities=replace(found.identities, policies=kept)))
+
+
 def reopen_manifest(store: Store) -> None:
     """State `running` again, before anything that a complete manifest vouches for is computed or written anew."""
     found = read_manifest(store)
