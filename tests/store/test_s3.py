@@ -15,10 +15,12 @@ import s3fs
 
 from dpo_score.errors import StorageError, UsageError
 from dpo_score.store.cache import open_cache
+from dpo_score.store.records import commit, read_record
 from dpo_score.store.storage import Store, open_store
 from tests.store.s3_server import Fault, Server, free_port
 from tests.store.test_cache import FIELDS, agree, block, key
 from tests.store.test_powerloss import run
+from tests.store.test_records import RECORD
 from tests.store.test_resume import Action
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -27,6 +29,7 @@ BUCKET = "s3://bucket"
 DYING_RUN = """
 import sys
 from tests.store.test_powerloss import run
+from tests.store.test_records import RECORD
 from tests.store.test_s3 import dying
 run(dying(*sys.argv[1:]))
 """
@@ -105,6 +108,31 @@ def test_the_cache(server: Server) -> None:
     found = space.view(space.snapshot()).lookup(keys)
     assert agree(found, {k: e for k, e in block(0, 50).items() if k in keys})
     assert open_cache(f"{BUCKET}/cache").gc(max_bytes=0).files == 5
+
+
+@pytest.mark.parametrize("method", ["PUT", "GET", "HEAD", "DELETE"])
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_request_that_fails_is_sent_again(server: Server, method: str, status: int) -> None:
+    store = open_store(f"{BUCKET}/again-{method}-{status}")
+    server.seen()
+    server.plan(Fault(method, "again", status))
+    assert store.write_json("m.json", {"a": 1}, if_absent=True)
+    assert store.exists("m.json")
+    assert store.read_json("m.json") == {"a": 1}
+    assert store.list() == ("m.json",)
+    store.remove("m.json")
+    server.plan()
+    failed = [line.split("?")[0] for line in server.seen() if line.startswith(f"{method} ")]
+    assert failed[0] == failed[1]
+    assert store.list() == ()
+
+
+def test_an_answer_that_is_lost_after_the_work_was_done(server: Server) -> None:
+    store = open_store(f"{BUCKET}/lost")
+    server.plan(Fault("PUT", "commits", 500, applied=True))
+    commit(store, RECORD)
+    server.plan()
+    assert read_record(store, RECORD.name) == RECORD
 
 
 def test_a_server_that_is_gone_is_a_storage_error(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
