@@ -165,11 +165,17 @@ def verify(
     n: Annotated[int, typer.Option("-n", help="rows for --against")] = 32,
     as_json: AsJson = False,
 ) -> None:
-    """Re-prove counts, checksums and derived columns; exit 4 names each damaged file."""
+    """Re-prove counts, checksums and derived columns; exit 4 names each damaged file.
+
+    --against trl scores sampled rows again with the installed TRL, on the reference's weights."""
     from dpo_score.run import show
     from dpo_score.run import verify as proof
 
-    findings = proof.verify(out, against=against, rows=n)
+    findings = proof.verify(out)
+    if against is not None and not findings.damage:
+        from dpo_score.interop.against import comparison
+
+        findings.against = comparison(out, against, n)
     show.verified(findings, as_json=as_json)
     findings.raise_damage()
 

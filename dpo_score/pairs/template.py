@@ -108,7 +108,7 @@ def _template_errors() -> tuple[type[Exception], ...]:
 
 def chat_template(tokenizer: Any, text: TextSpec) -> ChatTemplate | None:
     """The template that `text` asks for, or else the tokenizer's own; None if there is none."""
-    asked = _asked(tokenizer, text.chat_template)
+    asked = named_template(tokenizer, text.chat_template)
     if asked is None and not tokenizer.chat_template:
         return None
     try:
@@ -127,7 +127,7 @@ def chat_template(tokenizer: Any, text: TextSpec) -> ChatTemplate | None:
     )
 
 
-def _asked(tokenizer: Any, value: str | None) -> str | None:
+def named_template(tokenizer: Any, value: str | None) -> str | None:
     """`--chat-template`: the name of one of the tokenizer's, the template itself, or a file that holds it."""
     if value is None or "{{" in value or "{%" in value:
         return value

@@ -43,14 +43,14 @@ def contract(job: Job, export: Export, rows: Mapping[str, Any], noise: Mapping[s
         },
         "dtype": numerics.dtype,
         "numerics": numerics.to_json(),
-        "noise_floor": _noise_floor(numerics.dtype, noise.get("logp_max")),
+        "noise_floor": noise_floor(numerics.dtype, noise.get("logp_max")),
         "text": _text(job),
         "ld_alpha": export.ld_alpha,
         "rows": dict(rows),
     }
 
 
-def _noise_floor(dtype: str, measured: float | None) -> float | None:
+def noise_floor(dtype: str, measured: float | None) -> float | None:
     """Nats that these values may be off a float32 trainer's, on one answer; None where 16 bits were not measured."""
     if measured is None:
         return NOISE_FLOOR if dtype == "float32" else None

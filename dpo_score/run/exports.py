@@ -38,29 +38,28 @@ def consumer_of(name: str, config: RunConfig, codes: Sequence[str], encoder_deco
     if name not in CONSUMERS:
         raise ConfigError(f"--to {name}: {nearest(name, CONSUMERS)}")
     consumer = CONSUMERS[name]
-    if consumer.texts:
-        _refuse_other_tokens(config, codes, encoder_decoder)
+    rule = rule_unlike_trl(config, codes, encoder_decoder) if consumer.texts else None
+    if rule is not None:
+        raise ConfigError(
+            f"--to trl: {rule}, so its trainer would put other tokens behind these values. Use --to ids for a trainer "
+            "of your own, which gets the very ids that were scored"
+        )
     return consumer
 
 
-def _refuse_other_tokens(config: RunConfig, codes: Sequence[str], encoder_decoder: bool) -> None:
-    """TRL's rules: completion tokens alone, cut from the end, a causal model, text that it tokenises itself."""
+def rule_unlike_trl(config: RunConfig, codes: Sequence[str], encoder_decoder: bool) -> str | None:
+    """Which of TRL's rules a run breaks, as a clause: completion tokens alone, cut from the end, a causal model, text
+    that it tokenises itself. None where TRL would score the same tokens."""
     text = config.text
     if text.score != "completion":
-        raise _refusal(f"TRL scores every token of the answer, this run --score {text.score}")
+        return f"TRL scores every token of the answer, this run --score {text.score}"
     if text.truncation == "keep_end":
-        raise _refusal("TRL keeps the first max_length tokens of a row, this run the last ones (--truncation keep_end)")
+        return "TRL keeps the first max_length tokens of a row, this run the last ones (--truncation keep_end)"
     if "F0" in codes:
-        raise _refusal("TRL tokenises text, and this data is token ids")
+        return "TRL tokenises text, and this data is token ids"
     if encoder_decoder:
-        raise _refusal("TRL trains causal models only, and the reference is an encoder-decoder")
-
-
-def _refusal(rule: str) -> ConfigError:
-    return ConfigError(
-        f"--to trl: {rule}, so its trainer would put other tokens behind these values. Use --to ids for a trainer of "
-        "your own, which gets the very ids that were scored"
-    )
+        return "TRL trains causal models only, and the reference is an encoder-decoder"
+    return None
 
 
 def renaming(given: str | None) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 Checks every commit record (its own checksum), every file it names (size, sha256, rows, schema), that ids are
 unique and in order, that scored + rejected covers every row, that no number is NaN or infinite, and that the
-derived columns follow bit for bit from the stored log-probs. Loads no model unless --against is given.
+derived columns follow bit for bit from the stored log-probs. Loads no model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,35 +26,49 @@ from dpo_score.store.resume import FileState, file_states
 from dpo_score.store.storage import Store, open_store
 
 
+class Comparison(Protocol):
+    """Stored values held against those of another program."""
+
+    def to_json(self) -> dict[str, Any]: ...
+    def lines(self) -> Iterator[str]: ...
+    def raise_difference(self) -> None: ...
+
+
 @dataclass(slots=True)
 class Findings:
-    """`damage`: (file, what is wrong with it). `checked`: files read."""
+    """`damage`: (file, what is wrong with it). `checked`: files read. `against`: what --against found."""
 
     out: str
     checked: int = 0
     rows: int = 0
     damage: list[tuple[str, str]] = field(default_factory=list)
+    against: Comparison | None = None
 
     def add(self, name: str, what: str) -> None:
         self.damage.append((name, what))
 
     def to_json(self) -> dict[str, Any]:
         damage = [{"file": name, "what": what} for name, what in self.damage]
-        return {"out": self.out, "files": self.checked, "rows": self.rows, "damage": damage}
+        found = {"out": self.out, "files": self.checked, "rows": self.rows, "damage": damage}
+        return found if self.against is None else {**found, "against": self.against.to_json()}
 
     def lines(self) -> Iterator[str]:
         yield from (f"damaged: {name}: {what}" for name, what in self.damage)
         verdict = "nothing damaged" if not self.damage else f"{len(self.damage)} findings"
         yield f"{self.out}: {self.checked:,} files, {self.rows:,} scored rows checked: {verdict}"
+        if self.against is not None:
+            yield from self.against.lines()
 
     def raise_damage(self) -> None:
-        """DamageError (exit 4) when anything was found."""
+        """DamageError (exit 4) when anything was found, or differs from another program."""
         if self.damage:
             names = ", ".join(dict.fromkeys(name for name, _ in self.damage))
             raise DamageError(f"{self.out}: damaged: {names}. The same run command computes these blocks again")
+        if self.against is not None:
+            self.against.raise_difference()
 
 
-def verify(out: str, against: str | None = None, rows: int = 32) -> Findings:
+def verify(out: str) -> Findings:
     """Everything that is wrong with OUT, by file."""
     store, findings = open_store(out), Findings(out)
     try:
@@ -64,8 +78,6 @@ def verify(out: str, against: str | None = None, rows: int = 32) -> Findings:
         return findings
     if manifest is None:
         raise UsageError(f"{out} holds no run: it has no manifest.json")
-    if against is not None:
-        raise UsageError(f"--against {against}: not available for this output; parity with TRL is part of the tests")
     _both_manifests(store, findings)
     for stage in _stages(manifest):
         _stage(store, manifest, stage, findings)
