@@ -191,7 +191,9 @@ def to_wandb(payload: Mapping[str, Any]) -> None:
                 page.write_text(payload["page"], "utf-8")
                 artifact = wandb.Artifact(f"report-{payload['key'][:12]}", type="report")
                 artifact.add_file(str(page))
-                run.log_artifact(artifact).wait()
+                sent = run.log_artifact(artifact)
+                if not run.offline:  # offline it is kept for `wandb sync`, and cannot be waited for
+                    sent.wait()
 
 
 SENDERS = {"mlflow": to_mlflow, "wandb": to_wandb, "tensorboard": to_tensorboard}

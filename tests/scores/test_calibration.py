@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import optimize
 
 from dpo_score.scores.calibration import best_beta, calibration
 
@@ -68,7 +69,6 @@ def test_where_no_beta_can_be_had() -> None:
 
 
 def test_scipy_agrees_on_the_best_beta() -> None:
-    optimize = pytest.importorskip("scipy.optimize")
     nats = simulated(3000, stretch=3.0, seed=1)
     found = optimize.minimize_scalar(lambda b: np.logaddexp(0, -b * nats).mean(), bounds=(1e-3, 10), method="bounded")
     assert best_beta(nats).beta == pytest.approx(found.x, rel=1e-3)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from dpo_score.scores.comparison import (
     against,
@@ -83,7 +84,6 @@ def test_mcnemar_by_hand() -> None:
 
 
 def test_scipy_agrees_on_mcnemar_and_the_paired_t() -> None:
-    stats = pytest.importorskip("scipy.stats")
     for won, lost in ((3, 9), (30, 50), (500, 560)):
         assert mcnemar(won, lost) == pytest.approx(stats.binomtest(won, won + lost).pvalue, rel=1e-9)
     a, b = np.random.default_rng(2).normal(size=(2, 40))

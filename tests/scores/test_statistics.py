@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from dpo_score.scores.statistics import (
     connected_clusters,
@@ -125,7 +126,6 @@ def test_repeats() -> None:
 
 
 def test_scipy_agrees_on_a_mean() -> None:
-    stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(2).gamma(2.0, 1.0, 50)
     expected = stats.ttest_1samp(values, 0.0)
     assert mean_test(values).p == pytest.approx(expected.pvalue, rel=1e-8)
@@ -135,7 +135,6 @@ def test_scipy_agrees_on_a_mean() -> None:
 
 
 def test_scipy_agrees_on_wilson() -> None:
-    stats = pytest.importorskip("scipy.stats")
     for k, n in ((0, 7), (3, 7), (70, 100)):
         expected = stats.binomtest(k, n).proportion_ci(method="wilson")
         assert wilson(k, n) == (pytest.approx(expected.low), pytest.approx(expected.high))
