@@ -98,6 +98,8 @@ def _scored(
     }
     config = configured(None, settings)
     desk = Desk(open_store(folder / "out"), cache_folder(config.cache_dir), Progress(quiet))
+    if config.compute.tensor_parallel > 1:
+        raise ConfigError("score computes in one process: for tensor_parallel, write the pairs to a file and use run")
     return scored_tables(config, desk, held, None if isinstance(tokenizer, str | Path) else tokenizer)
 
 

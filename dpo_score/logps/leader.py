@@ -77,7 +77,7 @@ class Leader(Group):
         if dist.is_initialized():
             raise ModelError("--tensor-parallel: this process has joined a torch.distributed group of its own already")
         self._folder = Path(tempfile.mkdtemp(prefix="dpo-score-ranks-"))
-        devices = visible_devices(size) if device_kind == "cuda" else [None] * size
+        devices: list[str] | list[None] = visible_devices(size) if device_kind == "cuda" else [None] * size
         self._followers = [_started(command, rank, devices[rank]) for rank in range(1, size)]
         self._closing, self._numbers = False, count()
         try:
@@ -164,12 +164,12 @@ def _usable_after(error: Exception, failure: Failure) -> bool:
 
 
 def visible_devices(size: int) -> list[str]:
-    """The first `size` CUDA devices that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    """The CUDA devices that this process sees, at least `size`, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = [name for name in named.split(",") if name] if named else [str(i) for i in range(torch.cuda.device_count())]
     if len(found) < size:
         raise ModelError(f"--tensor-parallel {size}: only {len(found)} CUDA devices are visible here")
-    return found[:size]
+    return found
 
 
 def _started(command: Sequence[str], rank: int, device: str | None) -> _Follower:

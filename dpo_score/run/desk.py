@@ -53,6 +53,7 @@ class Desk:
     trust_remote_code: bool = False
     device_map: str | None = None
     quantization: Literal["int8", "nf4"] | None = None
+    tensor_parallel: int = 1
     cache_url: str | None = None
     crew: Crew | None = None
     committed: Callable[[CommitRecord], None] = _unnoticed
@@ -70,7 +71,12 @@ class Desk:
     def shelf(self) -> ModelShelf:
         from dpo_score.logps.model import ModelShelf
 
-        return ModelShelf(self.trust_remote_code, self.device_map, self.quantization)
+        return ModelShelf(self.trust_remote_code, self.device_map, self.quantization, self.tensor_parallel)
+
+    def close(self) -> None:
+        """Let the model go, and the processes that held it with this one."""
+        if "shelf" in self.__dict__:
+            self.shelf.close()
 
 
 def desk_at(config: RunConfig, progress: Progress, store: Store) -> Desk:
@@ -82,6 +88,7 @@ def desk_at(config: RunConfig, progress: Progress, store: Store) -> Desk:
         trust_remote_code=config.trust_remote_code,
         device_map=config.compute.device_map,
         quantization=config.compute.quantization,
+        tensor_parallel=config.compute.tensor_parallel,
         cache_url=cache_url(config.cache_dir),
     )
 

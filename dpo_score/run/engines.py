@@ -1,9 +1,8 @@
-"""Which engine a run goes to: one process, a share of an array, or a Ray cluster. The results are the same."""
+"""Which engine a run goes to: one process, replicas of a large model, a share of an array, a Ray cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 
 from dpo_score.config import RunConfig
@@ -11,7 +10,9 @@ from dpo_score.errors import ConfigError
 from dpo_score.run import local, shares
 from dpo_score.run.desk import Desk
 from dpo_score.run.finish import Outcome
+from dpo_score.run.prepare import prepare
 from dpo_score.run.progress import Progress
+from dpo_score.run.restart import throw_away
 
 
 def run(config: RunConfig, progress: Progress, restart: bool = False) -> Outcome:
@@ -21,23 +22,32 @@ def run(config: RunConfig, progress: Progress, restart: bool = False) -> Outcome
         if config.compute.engine == "ray":
             raise ConfigError("--blocks and --engine ray both divide the work: choose one")
         return shares.run_share(config, progress, restart)
+    if engine == "local" and config.compute.tensor_parallel == 1:
+        return local.run(config, progress, restart)
+    with local.at_desk(config, progress, local.check(config)) as desk:
+        if restart:
+            throw_away(desk.store)
+        with _crew_of(engine, config, desk) as config:
+            job, manifest = prepare(config, desk)
+            failures = local.run_stages(desk, job, manifest)
+        return local.ended(desk, job, failures)
+
+
+def crewed(config: RunConfig, desk: Desk) -> AbstractContextManager[RunConfig]:
+    """`desk` with a crew where the engine has one; yields the configuration to go on with."""
+    return _crew_of(chosen(config, desk.progress), config, desk)
+
+
+def _crew_of(engine: str, config: RunConfig, desk: Desk) -> AbstractContextManager[RunConfig]:
     if engine == "ray":
         from dpo_score.run import ray
 
-        return ray.run(config, progress, restart)
-    return local.run(config, progress, restart)
+        return ray.crewed(config, desk)
+    if config.compute.tensor_parallel > 1:
+        from dpo_score.run import replicas
 
-
-@contextmanager
-def crewed(config: RunConfig, desk: Desk) -> Iterator[RunConfig]:
-    """`desk` with a crew where the engine has one; yields the configuration to go on with."""
-    if chosen(config, desk.progress) == "ray":
-        from dpo_score.run import ray
-
-        with ray.crewed(config, desk) as settled:
-            yield settled
-    else:
-        yield config
+        return replicas.crewed(config, desk)
+    return nullcontext(config)
 
 
 def chosen(config: RunConfig, progress: Progress) -> str:
@@ -52,6 +62,8 @@ def chosen(config: RunConfig, progress: Progress) -> str:
         return "local"
     if find_spec("ray") is not None:
         return "ray"
+    if compute.tensor_parallel > 1:
+        return "local"
     progress.say(
         f"{gpus - 1} of {gpus} GPUs stay idle: with Ray (pip install 'dpo-score[ray]') one run uses them all; without "
         "it, --blocks 0/N … N-1/N, each process with its own CUDA_VISIBLE_DEVICES"

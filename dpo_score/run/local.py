@@ -8,7 +8,7 @@ packs, and the same command resumes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -96,9 +96,9 @@ def at_desk(config: RunConfig, progress: Progress, out: str, share: str | None =
     store = open_store(out, warnings_to=progress.warn)
     with store.share(share) if share else store.lock(), listening() as stop:
         store.sweep()
-        desk = desk_at(config, progress, store)
-        desk.stop = stop
-        yield desk
+        with closing(desk_at(config, progress, store)) as desk:
+            desk.stop = stop
+            yield desk
 
 
 def run_references(desk: Desk, job: Job) -> None:

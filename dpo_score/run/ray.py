@@ -1,4 +1,4 @@
-"""The same stages on a Ray cluster: one worker per device holds the model and takes runs of blocks.
+"""The same stages on a Ray cluster: one worker per replica holds the model and takes runs of blocks.
 
     driver (lock, manifest, backlog) ──Assignment──▶ worker: reads, renders, computes, commits    ──Report──▶ driver
 
@@ -21,14 +21,10 @@ from typing import TYPE_CHECKING, Any
 from dpo_score.config import RunConfig
 from dpo_score.errors import ConfigError
 from dpo_score.logps.numerics import Numerics
-from dpo_score.run.desk import Desk, cache_folder, cache_url
-from dpo_score.run.finish import Outcome
+from dpo_score.run.crew import Crew, explicit
+from dpo_score.run.desk import Desk
 from dpo_score.run.interrupts import SIGNALS
-from dpo_score.run.local import at_desk, check, ended, run_stages
-from dpo_score.run.prepare import prepare
-from dpo_score.run.progress import Progress
-from dpo_score.run.ray_crew import Device, RayCrew
-from dpo_score.run.restart import throw_away
+from dpo_score.run.ray_crew import Device, RayPlace
 from dpo_score.store.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -39,25 +35,13 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "
 """No usage reports to anybody, and no advice about a default of Ray's that is not used here."""
 
 
-def run(config: RunConfig, progress: Progress, restart: bool = False) -> Outcome:
-    """As `local.run`, with the blocks computed by workers of a Ray cluster."""
-    folder = check(config)
-    with at_desk(config, progress, folder) as desk:
-        if restart:
-            throw_away(desk.store)
-        with crewed(config, desk) as config:
-            job, manifest = prepare(config, desk)
-            failures = run_stages(desk, job, manifest)
-        return ended(desk, job, failures)
-
-
 @contextmanager
 def crewed(config: RunConfig, desk: Desk) -> Iterator[RunConfig]:
     """The desk with a crew on a cluster; yields the configuration with what the machines must agree on spelt out."""
     ray = _ray()
     with _cluster(ray, config):
-        config = _explicit(config, desk)
-        with RayCrew(ray, config, desk, _device(ray, config, desk)) as crew:
+        config = explicit(config, desk, _threads(config))
+        with Crew(RayPlace(ray, _device(ray, config, desk)), config, desk) as crew:
             if read_manifest(desk.store) is None:
                 crew.decide()
             desk.crew = crew
@@ -110,30 +94,22 @@ def _refuse_unreachable(address: str) -> None:
         raise ConfigError(f"no Ray cluster at {address}: {error}") from None
 
 
-def _explicit(config: RunConfig, desk: Desk) -> RunConfig:
-    """What other machines would decide by themselves, decided here: thread count and cache folder."""
-    found = read_manifest(desk.store)
-    threads = config.compute.threads
-    if threads is None and found is not None and found.numerics.get("run"):
-        threads = Numerics.from_json(found.numerics["run"]).threads
-    if threads is None:
-        import torch
+def _threads(config: RunConfig) -> int:
+    """Threads of one process: the ranks of a worker share its machine."""
+    import torch
 
-        threads = torch.get_num_threads()
-    cache = cache_url(config.cache_dir) or str(cache_folder(config.cache_dir).absolute())
-    compute = config.compute.model_copy(update={"threads": threads})
-    return config.model_copy(update={"compute": compute, "cache_dir": cache})
+    return max(torch.get_num_threads() // config.compute.tensor_parallel, 1)
 
 
 def _device(ray: Any, config: RunConfig, desk: Desk) -> Device:
-    """A GPU each where the run computes on GPUs, else --threads cores each."""
-    there, asked = ray.cluster_resources(), config.compute.device
+    """As many GPUs as a replica has ranks where the run computes on GPUs, else --threads cores for each rank."""
+    there, asked, ways = ray.cluster_resources(), config.compute.device, config.compute.tensor_parallel
     if ":" in asked:
-        raise ConfigError(f"--device {asked} names one GPU; Ray gives each worker one of its own: say --device cuda")
+        raise ConfigError(f"--device {asked} names one GPU; Ray gives each worker its own: say --device cuda")
     found = read_manifest(desk.store)
     if found is not None and found.numerics.get("run"):
         asked = Numerics.from_json(found.numerics["run"]).device_kind
     gpus, cores, threads = int(there.get("GPU", 0)), int(there.get("CPU", 0)), int(config.compute.threads or 1)
     if asked == "cuda" or (asked == "auto" and gpus):
-        return Device(1, 1, config.compute.workers or max(gpus, 1))
-    return Device(threads, 0, config.compute.workers or max(cores // threads, 1))
+        return Device(ways, ways, config.compute.workers or max(gpus // ways, 1))
+    return Device(threads * ways, 0, config.compute.workers or max(cores // (threads * ways), 1))

@@ -40,9 +40,11 @@ class BlockValues:
 
 
 def cache_fields(source: ModelSource, numerics: Numerics) -> dict[str, Any]:
-    """What changes a number for given ids: weights × dtype × path, kernel and compilation × kind of device."""
-    kept = ("dtype", "path", "kernel", "compile", "device_kind")
-    return {"weights": source.digest, **{name: getattr(numerics, name) for name in kept}}
+    """What changes a number for given ids: weights × dtype × path, kernel and compilation × kind and number of
+    devices that a model is dealt out to."""
+    kept = ("dtype", "path", "kernel", "compile", "device_kind", "tensor_parallel")
+    written = numerics.to_json()
+    return {"weights": source.digest, **{name: written[name] for name in kept if name in written}}
 
 
 def plain(numerics: Numerics) -> Numerics:
@@ -61,6 +63,7 @@ def overlaid(stored: Numerics, asked: ComputeSpec) -> Numerics:
         explicit |= {"device": asked.device, "device_kind": asked.device.split(":")[0]}
     if asked.threads is not None:
         explicit["threads"] = asked.threads
+    explicit["tensor_parallel"] = asked.tensor_parallel
     return replace(stored, **explicit)
 
 

@@ -45,6 +45,14 @@ class Assignment:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """A worker can be given work; where it is."""
+
+    host: str
+    process: int
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What returns for a block: its rows, the tokens computed since the last report, the digest of its record.
 
@@ -105,9 +113,9 @@ class Worker:
         self._config, self._relay = config, Relay()
         self._now: tuple[str, Stage, Compute] | None = None
 
-    def ready(self) -> tuple[str, int]:
-        """Answers when the worker can be given work; returns its host and process."""
-        return platform.node(), os.getpid()
+    def ready(self) -> Standing:
+        """Answers when the worker can be given work."""
+        return Standing(platform.node(), os.getpid())
 
     def decide(self) -> Report:
         """Resolve every `auto` on this device and write the manifest."""

@@ -80,12 +80,13 @@ def run_here(config: Any, meter: Meter) -> None:
 def run_on_ray(config: Any, meter: Meter, workers: int) -> None:
     import ray
 
-    from dpo_score.run.ray_crew import Device, RayCrew
+    from dpo_score.run.crew import Crew
+    from dpo_score.run.ray_crew import Device, RayPlace
 
     ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with at_desk(config, meter, config.out) as desk:
         job, _ = preparing.prepare(config, desk)
-        with RayCrew(ray, config, desk, Device(1, 0, workers)) as crew:
+        with Crew(RayPlace(ray, Device(1, 0, workers)), config, desk) as crew:
             desk.crew = crew
             _both_times(desk, job, meter)
     ray.shutdown()
