@@ -33,20 +33,20 @@ class Unshareable(Exception):
 
 class _Pack:
     layout: Layout | None = None
-    gpu: Any = None
+    prepared: Any = None
 
 
 _pack = _Pack()
 
 
 @contextmanager
-def sharing(layout: Layout, gpu: Any = None) -> Iterator[None]:
-    """`forward` computes this pack inside the block; `gpu` is what attention_gpu prepared for it."""
-    _pack.layout, _pack.gpu = layout, gpu
+def sharing(layout: Layout, prepared: Any = None) -> Iterator[None]:
+    """`forward` computes this pack inside the block; `prepared` is the pack as another kernel than bmm wants it."""
+    _pack.layout, _pack.prepared = layout, prepared
     try:
         yield
     finally:
-        _pack.layout = _pack.gpu = None
+        _pack.layout = _pack.prepared = None
 
 
 @contextmanager
@@ -125,8 +125,8 @@ def shared_attention(
     assert layout is not None, "shared attention runs inside sharing(layout)"
     if query.shape[2] != len(layout.ids):
         raise Unshareable(f"a layer attends over {query.shape[2]} tokens of a pack of {len(layout.ids)}")
-    if _pack.gpu is not None:
-        return _pack.gpu.attend(query, key, value, sinks, scale, window, softcap)  # type: ignore[no-any-return]
+    if _pack.prepared is not None:
+        return _pack.prepared.attend(query, key, value, sinks, scale, window, softcap)  # type: ignore[no-any-return]
     return bmm_attention(query[0], key[0], value[0], layout.segments, scale, window, softcap, sinks)[None]
 
 

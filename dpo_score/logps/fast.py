@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_score.logps import attention, attention_gpu
+from dpo_score.logps import attention, attention_gpu, attention_sdpa
 from dpo_score.logps.anatomy import Anatomy
 from dpo_score.logps.head import token_values
 from dpo_score.logps.numerics import Numerics
@@ -45,17 +45,18 @@ class FastPath:
         layout = lay_out(sequences, self.numerics.batch_tokens if self.numerics.device_kind == "cuda" else 0)
         self.forwards += 1
         with torch.inference_mode(), attention.installed(self.anatomy.model):
-            with attention.sharing(layout, self._gpu(layout)):
+            with attention.sharing(layout, self._prepared(layout)):
                 hidden_TH = self._hidden(layout)
             out = self.anatomy.out_device
             rows, source, target = (_on(out, array) for array in (layout.rows, layout.sources, layout.targets))
             values = token_values(self.head, hidden_TH[rows], source, target, self.stats)
         return split(values, layout.counts)
 
-    def _gpu(self, layout: Layout) -> Any:
-        if self.anatomy.device.type != "cuda":
-            return None
-        return attention_gpu.PreparedPack.of(layout, self.anatomy.device, self.numerics.kernel)
+    def _prepared(self, layout: Layout) -> Any:
+        """The pack as the kernel wants it; None for the batched products, which need nothing but the layout."""
+        if self.anatomy.device.type == "cuda":
+            return attention_gpu.PreparedPack.of(layout, self.anatomy.device, self.numerics.kernel)
+        return attention_sdpa.CpuPack(layout) if self.numerics.kernel.startswith("sdpa") else None
 
     def _hidden(self, layout: Layout) -> Tensor:
         """Hidden states [T, H] of the pack."""

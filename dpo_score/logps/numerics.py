@@ -25,7 +25,7 @@ NOT_SHAREABLE = frozenset({"linear_attention", "mamba", "mamba2", "conv", "recur
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
-    """Concrete values only. `kernel`: how attention and fp32 products run, e.g. `bmm+onednn`, `varlen`, `model`;
+    """Concrete values only. `kernel`: how attention and fp32 products run, e.g. `bmm+onednn`, `sdpa`, `varlen`;
     `tensor_parallel`: ranks that hold a model between them."""
 
     device: str
@@ -84,7 +84,7 @@ def resolve_numerics(
         device_kind=kind,
         dtype=dtype,
         path=path,
-        kernel=_attention_kernel(path, kind) + gemm.suffix(kind, dtype),
+        kernel=_kernel(path, kind, gemm.suffix(kind, dtype)),
         compile=ways == 1 and _compile(compute.compile, path, kind, parameters, rows_hint),
         batch_tokens=(
             memory.batch_tokens(device, dtype, config, each) if compute.batch_tokens == "auto" else compute.batch_tokens
@@ -147,14 +147,15 @@ def _device(asked: str) -> str:
     return f"cuda:{index or 0}" if kind == "cuda" else kind
 
 
-def _attention_kernel(path: str, kind: str) -> str:
+def _kernel(path: str, kind: str, products: str) -> str:
+    """Attention's kernel and how fp32 products run: torch's fused attention knows no oneDNN products."""
     if path == "plain":
-        return "model"
-    if kind != "cuda":
-        return "bmm"
-    from dpo_score.logps import attention_gpu
+        return "model" + products
+    if kind == "cuda":
+        from dpo_score.logps import attention_gpu
 
-    return attention_gpu.kernel()
+        return attention_gpu.kernel() + products
+    return "sdpa" if kind == "cpu" and not products else "bmm" + products
 
 
 def _compile(asked: str, path: str, kind: str, parameters: int | None, rows: int | None) -> bool:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_score.logps import attention, attention_gpu
+from dpo_score.logps import attention, attention_gpu, attention_sdpa
 from dpo_score.logps.attention_cpu import bmm_attention
+from dpo_score.logps.attention_sdpa import CpuPack
 from dpo_score.logps.plan import lay_out
 from tests.families import family
 from tests.logps.sequences import awkward, visible
@@ -49,12 +50,36 @@ def test_equals_dense_masked_attention(window, softcap, sinks, heads, key_heads,
     torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", [0, 1, 5, 16, 33, 500])
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 2), (3, 3), (6, 1)])
+@pytest.mark.parametrize("most", [attention_sdpa.MASK, 2])
+def test_fused_kernel_equals_dense_masked_attention(window, heads, key_heads, most, monkeypatch):
+    monkeypatch.setattr(attention_sdpa, "MASK", most)
+    monkeypatch.setattr(attention_sdpa, "LEAST_QUERIES", 64)
+    layout = lay_out(awkward(longest=150))
+    query, key, value = states(heads, key_heads, len(layout.ids), 8, 8)
+    got = CpuPack(layout).attend(query[None], key[None], value[None], None, 0.3, window, 0.0)[0]
+    expected = dense(query, key, value, torch.from_numpy(visible(layout, window)), 0.3, 0.0, None)
+    torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("softcap", "sinks", "E"), [(2.0, False, 8), (0.0, True, 8), (0.0, False, 12)])
+def test_what_the_fused_kernel_lacks_goes_to_products(softcap, sinks, E):
+    layout = lay_out(awkward())
+    query, key, value = states(4, 2, len(layout.ids), 8, E)
+    logits = torch.linspace(-2, 2, 4) if sinks else None
+    got = CpuPack(layout).attend(query[None], key[None], value[None], logits, 0.3, 5, softcap)[0]
+    expected = dense(query, key, value, torch.from_numpy(visible(layout, 5)), 0.3, softcap, logits)
+    torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
+
+
 def test_16_bits_are_as_close_as_their_format_allows():
     layout = lay_out(awkward())
     query, key, value = states(4, 2, len(layout.ids), 8, 8, torch.bfloat16)
-    got = bmm_attention(query, key, value, layout.segments, 0.3)
+    fused = CpuPack(layout).attend(query[None], key[None], value[None], None, 0.3, 0, 0.0)[0]
     expected = dense(query, key, value, torch.from_numpy(visible(layout)), 0.3, 0.0, None)
-    assert (got.double() - expected).abs().max() < 0.03
+    for got in (bmm_attention(query, key, value, layout.segments, 0.3), fused):
+        assert (got.double() - expected).abs().max() < 0.03
 
 
 def test_long_rows_are_blocked(monkeypatch):

@@ -19,7 +19,7 @@ LLAMA = tiny_config("llama").to_dict()
 def test_on_a_cpu_the_default_is_fp32_on_the_fast_path():
     numerics = resolve_numerics(ComputeSpec(device="cpu"), LLAMA, 10**6, 100)
     assert (numerics.device_kind, numerics.dtype, numerics.path) == ("cpu", "float32", "fast")
-    assert numerics.kernel == "bmm" + ("+onednn" if gemm.onednn_is_true_fp32() else "")
+    assert numerics.kernel == ("bmm+onednn" if gemm.onednn_is_true_fp32() else "sdpa")
     assert numerics.batch_tokens == 4096
     assert not numerics.compile
 
