@@ -7,11 +7,14 @@ Promises: never decides anything; what goes wrong is answered, not raised; ends 
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -26,6 +29,8 @@ from dpo_score.logps.settings import running
 from dpo_score.logps.source import ModelSource
 from dpo_score.logps.verify import verify_fast_path
 from dpo_score.pairs.records import TokenSequence
+
+PARENT_SECONDS = 0.5
 
 
 class Follower:
@@ -82,13 +87,19 @@ def follow(connection: Connection) -> None:
 
 
 def main() -> None:
-    """The end of the pipe is the end of the leader."""
+    """The end of the leader is the end of this process, whether it waits for orders or in a collective."""
     warnings.simplefilter("ignore")  # the leader warns of the same
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the leader, who decides
-    try:
+    threading.Thread(target=_watch, args=(os.getppid(),), name="parent", daemon=True).start()
+    with suppress(EOFError, OSError):
         follow(Connection(int(sys.argv[1])))
-    except EOFError:
-        return
+    os._exit(0)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os._exit(0)
 
 
 if __name__ == "__main__":

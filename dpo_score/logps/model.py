@@ -10,6 +10,8 @@ next `load` or `clear` of its shelf.
 from __future__ import annotations
 
 import gc
+import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from dpo_score.logps.leader import Leader
 
 FIRST_KEYS = 5
+BESIDE_THE_LOGITS = re.compile(r"(^|\.)(position_ids|masked_bias|rotary_emb\.inv_freq)$|^v_head\.")
+"""Tensors that tools save and no logit depends on: buffers that a model computes itself, TRL's value head."""
 
 
 class Placement(Protocol):
@@ -162,8 +166,9 @@ class ModelShelf:
 
     def _read_part(self, source: ModelSource, options: dict[str, Any]) -> Any:
         """This rank's part of the model."""
-        from dpo_score.logps.tensor_parallel import load_options, localized
+        from dpo_score.logps.tensor_parallel import load_options, localized, refuse_undealt
 
+        refuse_undealt(source, self.tensor_parallel)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about random numbers: no weight is left at random
             model = read_model(source, options | load_options(self.tensor_parallel), self.trust_remote_code)
@@ -173,9 +178,9 @@ class ModelShelf:
 def read_model(source: ModelSource, options: dict[str, Any], trust_remote_code: bool = False) -> Any:
     """The base of `source` through transformers; ModelError naming the first keys that are missing or left over."""
     from transformers import AutoConfig
-    from transformers.utils import logging
+    from transformers.utils import logging as notices
 
-    with _quiet(logging):
+    with _quiet(notices):
         try:
             code = {"trust_remote_code": trust_remote_code}
             config = AutoConfig.from_pretrained(source.folder, local_files_only=True, **code)
@@ -229,8 +234,12 @@ def _auto_class(config: Any, source: ModelSource) -> Any:
 
 
 def _refuse_misfit(source: ModelSource, kind: str, info: dict[str, Any]) -> None:
-    """A weight that the checkpoint lacks would be random, one that the model lacks would be ignored: neither passes."""
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    """A weight that the checkpoint lacks would be random, one that the model lacks would be ignored: neither passes.
+
+    Keys that the model itself declares ignorable, and a head equal to tied embeddings, are not reported to begin with.
+    """
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(key for key in info["unexpected_keys"] if not BESIDE_THE_LOGITS.search(key))
     if not (missing or unexpected or info["mismatched_keys"]):
         return
     parts = [
@@ -256,6 +265,7 @@ def _quantization(kind: str, numerics: Placement) -> Any:
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(f"--quantization {kind} needs bitsandbytes: `pip install bitsandbytes`")
+    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # else a line for every product of every pass
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = getattr(torch, numerics.dtype)
@@ -263,14 +273,14 @@ def _quantization(kind: str, numerics: Placement) -> Any:
 
 
 @contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
+def _quiet(notices: Any) -> Iterator[None]:
     """No bars and no loading report of transformers: what it would report is an error here."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    level, bars = notices.get_verbosity(), notices.is_progress_bar_enabled()
+    notices.set_verbosity_error()
+    notices.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        notices.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            notices.enable_progress_bar()

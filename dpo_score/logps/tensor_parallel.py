@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
-from dpo_score.errors import ModelError
+from dpo_score.errors import ConfigError, ModelError
+from dpo_score.logps.numerics import text_config
+from dpo_score.logps.source import ModelSource
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+ALTERNATIVE = "--device-map auto spreads the layers of a model over all GPUs of one machine instead"
 PROBE_IDS = range(7, 19)
 
 
@@ -23,12 +27,45 @@ def has_plan(config: Mapping[str, Any]) -> bool:
     """Whether transformers knows how to deal out the layers of an architecture, from config.json alone."""
     from transformers import CONFIG_MAPPING
 
-    from dpo_score.logps.numerics import text_config
-
     kinds = (config.get("model_type"), text_config(config).get("model_type"))
     known = [CONFIG_MAPPING[kind] for kind in kinds if kind in CONFIG_MAPPING]
     parts = [part for kind in known for part in (kind, kind.sub_configs.get("text_config"))]
     return any(getattr(part, "base_model_tp_plan", None) for part in parts)
+
+
+def key_value_heads(config: Mapping[str, Any]) -> int:
+    """Heads that keys and values have; as many as queries where the configuration names no other number."""
+    return int(text_config(config).get("num_key_value_heads") or attention_heads(config))
+
+
+def attention_heads(config: Mapping[str, Any]) -> int:
+    """Heads that queries have."""
+    text = text_config(config)
+    return int(text.get("num_attention_heads") or text.get("n_head") or 1)
+
+
+def refuse_undealt(source: ModelSource, ways: int) -> None:
+    """ConfigError for a model that cannot be dealt out to `ways` ranks, from its configuration alone."""
+    kind = source.config.get("model_type")
+    if source.is_encoder_decoder or not has_plan(source.config):
+        raise ConfigError(
+            f"--tensor-parallel {ways}: transformers has no plan to deal out the layers of {kind!r} models "
+            f"({source.name}); {ALTERNATIVE}"
+        )
+    if "quantization_config" in source.config:
+        raise ConfigError(f"--tensor-parallel {ways}: the weights of {source.name} are quantised; {ALTERNATIVE}")
+    _refuse_uneven(source.name, attention_heads(source.config), key_value_heads(source.config), ways)
+
+
+def _refuse_uneven(name: str, heads: int, keys: int, ways: int) -> None:
+    if heads % ways == 0 and keys % ways == 0:
+        return
+    even = ", ".join(str(n) for n in range(1, gcd(heads, keys) + 1) if gcd(heads, keys) % n == 0)
+    what = f"{keys} key-value heads" if keys % ways else f"{heads} attention heads"
+    raise ConfigError(
+        f"--tensor-parallel {ways}: {name} has {what}, which cannot be dealt out evenly to {ways} devices; "
+        f"{even} would do"
+    )
 
 
 def load_options(size: int) -> dict[str, Any]:

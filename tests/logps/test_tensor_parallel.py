@@ -20,7 +20,7 @@ from dpo_score.logps.numerics import Numerics
 from dpo_score.logps.results import STATS, SequenceLogps
 from dpo_score.logps.scorer import PairScorer
 from dpo_score.logps.source import ModelSource
-from dpo_score.logps.tensor_parallel import has_plan
+from dpo_score.logps.tensor_parallel import has_plan, key_value_heads
 from dpo_score.logps.verify import verify_fast_path
 from tests.logps.engine import numerics_for
 from tests.logps.model_folders import save_adapter, sha256, source
@@ -223,3 +223,16 @@ def test_the_numerics_of_a_whole_model_are_written_as_before_there_were_others()
     assert parts.to_json()["tensor_parallel"] == 2
     assert Numerics.from_json(whole.to_json()) == whole
     assert Numerics.from_json(parts.to_json()) == parts
+
+
+@pytest.mark.parametrize(
+    ("config", "heads"),
+    [
+        ({"num_attention_heads": 32, "num_key_value_heads": 8}, 8),
+        ({"num_attention_heads": 32}, 32),
+        ({"n_head": 12}, 12),
+        ({"text_config": {"num_attention_heads": 16, "num_key_value_heads": 4}}, 4),
+    ],
+)
+def test_key_value_heads(config: dict[str, Any], heads: int) -> None:
+    assert key_value_heads(config) == heads

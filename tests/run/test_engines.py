@@ -41,6 +41,8 @@ def config(**options: Any) -> RunConfig:
         (4, True, {"device": "cuda:1"}, "local"),
         (4, True, {"device_map": "auto"}, "local"),
         (4, True, {"blocks": "0/4"}, "local"),
+        (4, True, {"tensor_parallel": 2}, "ray"),
+        (4, False, {"tensor_parallel": 2}, "local"),
         (0, True, {"ray_address": "auto"}, "ray"),
         (0, False, {"engine": "ray"}, "ray"),
     ],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import polars as pl
 import psutil
 import pytest
 
-from dpo_score.errors import ConfigError, IdentityError
-from dpo_score.run import engines, local
-from dpo_score.run.precompute import precompute
+from dpo_score.api import score
+from dpo_score.errors import ConfigError, IdentityError, Interrupted
+from dpo_score.run import engines
 from dpo_score.run.progress import Progress
 from dpo_score.run.verify import verify
 from tests.run.conftest import preference_rows, write_rows
+from tests.run.test_local import refuse_loading
 from tests.run.test_ray import AtRow
+from tests.run.test_shares import results
 
 pytestmark = pytest.mark.slow
 QUIET = Progress(quiet=True)
@@ -32,8 +35,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ranks() -> list[psutil.Process]:
-    found = psutil.Process().children(recursive=True)
-    return [process for process in found if "dpo_score.logps.follow" in process.cmdline()]
+    return [process for process in psutil.Process().children(recursive=True) if follows(process)]
+
+
+def follows(process: psutil.Process) -> bool:
+    try:
+        return "dpo_score.logps.follow" in process.cmdline()
+    except psutil.NoSuchProcess:  # a process that is gone, or dead and not yet mourned
+        return False
 
 
 def gone() -> bool:
@@ -60,17 +69,52 @@ class Watching(AtRow):
         self.most = max(self.most, len(ranks()))
 
 
-def test_two_replicas_of_two_ranks_one_of_which_dies(runner: Any, data: Path, tmp_path: Path) -> None:
-    """The rows of one process within its noise, whoever dies on the way."""
+def test_two_replicas_stopped_resumed_and_one_rank_killed(runner: Any, data: Path, tmp_path: Path) -> None:
+    """The bytes of one replica in this process, and the rows of a whole model within its noise."""
+    one, split = (runner.config(data, tmp_path / "split", tensor_parallel=2, workers=count) for count in (1, 2))
+    with pytest.raises(Interrupted) as stopped:
+        engines.run(one, AtRow(2, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    assert stopped.value.exit_code == 130
+    assert gone()
     progress = Watching()
-    engines.run(runner.config(data, tmp_path / "split", tensor_parallel=2, workers=2), progress)
+    engines.run(split, progress)
     assert progress.most == 2
     assert [line for line in progress.warnings if "a worker was lost (rank 1" in line], progress.warnings
     verify(str(tmp_path / "split")).raise_damage()
     assert gone()
-    local.run(runner.config(data, tmp_path / "whole"), QUIET)
-    ours, theirs = scores(tmp_path / "split"), scores(tmp_path / "whole")
+    runner(data, tmp_path / "one", tensor_parallel=2, cache_dir=str(tmp_path / "one-cache"))
+    assert gone()
+    assert results(tmp_path / "split") == results(tmp_path / "one")
+    runner(data, tmp_path / "whole")
+    refuse_differences(scores(tmp_path / "split"), scores(tmp_path / "whole"))
+
+
+def refuse_differences(ours: pl.DataFrame, theirs: pl.DataFrame) -> None:
     assert ours["row_id"].equals(theirs["row_id"])
     for name in ("ref_chosen_logps", "ref_rejected_logps", "policy_chosen_logps", "policy_rejected_logps"):
         assert (ours[name] - theirs[name]).abs().max() < 1e-3
     assert not ours["policy_chosen_logps"].equals(theirs["policy_chosen_logps"])  # else nothing was dealt out
+
+
+def test_other_numerics_than_those_of_a_whole_model(
+    runner: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither OUT nor the cache of one serves the other."""
+    runner(data, tmp_path / "out", limit=64)
+    refuse_loading(monkeypatch)
+    with pytest.raises(IdentityError, match="tensor_parallel"):
+        engines.run(runner.config(data, tmp_path / "out", limit=64, tensor_parallel=2), QUIET)
+    runner(data, tmp_path / "again", limit=64)  # the cache serves the same numerics
+    with pytest.raises(AssertionError, match="weights were read"):
+        runner(data, tmp_path / "parts", limit=64, tensor_parallel=2, path="plain")
+
+
+def test_what_a_replica_refuses_is_refused_here(runner: Any, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="2 key-value heads"):
+        engines.run(runner.config(data, tmp_path / "out", tensor_parallel=4), QUIET)
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_pairs_in_memory_are_not_dealt_out(models: Any) -> None:
+    with pytest.raises(ConfigError, match="use run"):
+        score(preference_rows(3), policy=models["better"], reference=models["reference"], tensor_parallel=2)
