@@ -107,5 +107,5 @@ _CLIENT_ERRORS = (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientE
 
 def client_errors(*also: type[Exception]) -> tuple[type[Exception], ...]:
     """`also`, and what the object-store libraries in use raise beside OSError: no route, no credentials."""
-    found = tuple(getattr(sys.modules[module], name) for module, name in _CLIENT_ERRORS if module in sys.modules)
-    return (*also, *found)
+    found = (getattr(sys.modules.get(module), name, None) for module, name in _CLIENT_ERRORS)  # maybe half imported
+    return (*also, *(kind for kind in found if kind is not None))

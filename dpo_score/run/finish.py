@@ -21,6 +21,7 @@ from dpo_score.run.card import README, SUMMARY, card, data_set
 from dpo_score.run.desk import Desk
 from dpo_score.run.environment import now
 from dpo_score.run.job import SCHEMA_VERSION, Job, text_notice
+from dpo_score.run.overlap import at_once
 from dpo_score.run.results import natural
 from dpo_score.run.stages import part
 from dpo_score.scores.metrics import summarise
@@ -193,22 +194,19 @@ def marks(store: Store, job: Job) -> dict[str, Any]:
 
 
 def _tables(store: Store, job: Job, folder: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    for block in job.rows:
-        name = part(folder, block, job.rows.blocks)
-        if store.exists(name):
-            yield store.read_table(name, columns)
+    there = set(store.list(folder))
+    names = (part(folder, block, job.rows.blocks) for block in job.rows)
+    return at_once(lambda name: store.read_table(name, columns), (name for name in names if name in there))
 
 
 def _records(store: Store, job: Job, stage: str) -> Iterator[CommitRecord]:
     records = read_records(store, stage)
-    for block in job.rows:
-        record = records.get(record_name(stage, block, job.rows.blocks))
-        if isinstance(record, CommitRecord):
-            yield record
+    names = (record_name(stage, block, job.rows.blocks) for block in job.rows)
+    return (record for record in at_once(records.get, names) if isinstance(record, CommitRecord))
 
 
 def _complete(store: Store, job: Job, stage: str) -> bool:
-    return len(list(_records(store, job, stage))) == len(list(job.rows))
+    return sum(1 for _ in _records(store, job, stage)) == len(list(job.rows))
 
 
 def _written(store: Store, name: str, summary: Mapping[str, Any]) -> FileRecord:

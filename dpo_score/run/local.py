@@ -19,6 +19,7 @@ from dpo_score.errors import ConfigError, HalfWrittenError, ModelError
 from dpo_score.logps.numerics import Numerics
 from dpo_score.logps.source import ModelSource
 from dpo_score.run.desk import Desk, desk_at
+from dpo_score.run.due import due_blocks
 from dpo_score.run.environment import versions
 from dpo_score.run.finish import Outcome, finish
 from dpo_score.run.inputs import refuse_changed_input
@@ -37,7 +38,6 @@ from dpo_score.run.values import FastPathRefusedError, ModelValues, plain
 from dpo_score.store.identity import digest
 from dpo_score.store.manifest import Manifest, forget_policy, read_manifest, reopen_manifest, save_manifest
 from dpo_score.store.records import CommitRecord, commit, read_records, record_name
-from dpo_score.store.resume import Action, BlockRange, file_states, next_action, settle
 from dpo_score.store.storage import open_store
 
 Compute = Callable[[BlockText], BlockResult]
@@ -109,7 +109,7 @@ def run_references(desk: Desk, job: Job) -> None:
 
 def run_reference(desk: Desk, job: Job, reference: ReferenceJob) -> None:
     """Stage one for one reference."""
-    todo = _due(desk, job, reference.stage, reference.identity, _reference_outputs(reference))
+    todo = due_blocks(desk, job, reference.stage, reference.identity, _reference_outputs(reference))
     _let(desk, job, reference, todo)
 
 
@@ -191,7 +191,8 @@ def _retry_plain(desk: Desk, job: Job, manifest: Manifest, policy: PolicyJob) ->
 
 def run_policy(desk: Desk, job: Job, policy: PolicyJob) -> None:
     """Stage two for one policy."""
-    _let(desk, job, policy, _due(desk, job, policy.stage, policy.identity, (policy.stage, f"rejects/{policy.name}")))
+    folders = (policy.stage, f"rejects/{policy.name}")
+    _let(desk, job, policy, due_blocks(desk, job, policy.stage, policy.identity, folders))
 
 
 def policy_work(desk: Desk, job: Job, policy: PolicyJob) -> tuple[Stage, Compute]:
@@ -258,22 +259,6 @@ def _commit(desk: Desk, job: Job, stage: Stage, text: BlockText, result: BlockRe
     )
     commit(desk.store, record)
     desk.committed(record)
-
-
-def _due(desk: Desk, job: Job, stage: str, identity: str, folders: Sequence[str]) -> list[int]:
-    """Blocks to compute, after every found block was skipped, cleared or set aside."""
-    records, blocks, due = read_records(desk.store, stage), job.rows.blocks, []
-    for block in job.rows:
-        name = record_name(stage, block, blocks)
-        record = records.get(name)
-        expected = BlockRange(block, blocks, *job.rows.span(block))
-        action = next_action(identity, expected, record, file_states(desk.store, record))
-        warning = settle(desk.store, name, action, record, [part(folder, block, blocks) for folder in folders])
-        if warning:
-            desk.progress.warn(warning)
-        if action is not Action.SKIP:
-            due.append(block)
-    return due
 
 
 def _reference_outputs(reference: ReferenceJob) -> list[str]:

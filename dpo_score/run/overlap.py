@@ -1,4 +1,4 @@
-"""Two bounded hand-overs between threads, so that reading, computing and writing happen at once.
+"""Bounded hand-overs between threads, so that reading, computing and writing happen at once.
 
 Promises: order is kept, at most `depth` items wait on either side (memory is bounded however slow the other
 side is), and an exception on one side is raised on the other. Makes nothing faster by itself.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 _END = object()
 
 
@@ -52,6 +54,22 @@ def _offer(waiting: queue.Queue[object], item: object, abandoned: threading.Even
             continue
         return True
     return False
+
+
+def at_once(function: Callable[[T], R], items: Iterable[T], width: int = 16) -> Generator[R, None, None]:
+    """`function` of each item, in order, up to `width` of them under way: for reading from where answers take time."""
+    pending: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(max_workers=width, thread_name_prefix="at-once") as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) == width:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 @contextmanager

@@ -1,0 +1,70 @@
+"""Threads that hand over: order, bounds, errors, and an end that leaves nothing behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_score.run.overlap import ahead, at_once, behind
+
+
+def under_way(name: str) -> int:
+    return sum(thread.name.startswith(name) for thread in threading.enumerate())
+
+
+@given(st.integers(0, 60), st.integers(1, 9))
+def test_at_once_keeps_the_order(count: int, width: int) -> None:
+    assert list(at_once(lambda n: n * n, range(count), width)) == [n * n for n in range(count)]
+
+
+def test_at_once_takes_no_more_than_its_width_ahead_of_who_listens() -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    found = at_once(str, items(), width=4)
+    assert next(found) == "0"
+    assert len(taken) == 4
+    found.close()
+    assert under_way("at-once") == 0
+
+
+def test_at_once_works_on_several_at_a_time() -> None:
+    both = threading.Barrier(2)
+    assert len(list(at_once(lambda _: both.wait(60), range(2), width=2))) == 2
+
+
+def test_at_once_raises_what_was_raised_in_its_place() -> None:
+    found = at_once(lambda n: 1 // n, [1, 2, 0, 3], width=4)
+    assert [next(found), next(found)] == [1, 0]
+    with pytest.raises(ZeroDivisionError):
+        next(found)
+    assert under_way("at-once") == 0
+
+
+def test_ahead_keeps_the_order_and_raises_what_the_producer_raised() -> None:
+    def items() -> Iterator[int]:
+        yield from range(5)
+        raise KeyError("torn")
+
+    found = ahead(items())
+    assert [next(found) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(KeyError, match="torn"):
+        next(found)
+
+
+def test_behind_runs_tasks_in_order_and_raises_the_first_failure() -> None:
+    done: list[int] = []
+    with behind() as submit:
+        for number in range(20):
+            submit(lambda number=number: done.append(number))  # type: ignore[misc]
+    assert done == list(range(20))
+    with pytest.raises(ZeroDivisionError), behind() as submit:
+        submit(lambda: 1 // 0)  # type: ignore[arg-type]
