@@ -13,7 +13,7 @@ import torch
 from dpo_score.config import RunConfig
 from dpo_score.errors import IdentityError
 from dpo_score.logps import scorer
-from dpo_score.run import ray as engine
+from dpo_score.run.crew import explicit
 from dpo_score.run.desk import Desk
 from dpo_score.run.local import desk_at
 from dpo_score.run.prepare import prepare
@@ -89,10 +89,11 @@ def test_a_worker_computes_with_the_threads_of_the_run_whatever_its_machine_has(
 
 def test_the_driver_spells_out_threads_and_cache_for_all_machines(config: RunConfig) -> None:
     unsaid = config.model_copy(update={"compute": config.compute.model_copy(update={"threads": None})})
-    assert engine._explicit(unsaid, desk_of(unsaid)).compute.threads == torch.get_num_threads()
+    assert explicit(unsaid, desk_of(unsaid), 7).compute.threads == 7
     prepare(config, desk_of(config))
-    assert engine._explicit(unsaid, desk_of(unsaid)).compute.threads == 1
-    assert Path(str(engine._explicit(unsaid, desk_of(unsaid)).cache_dir)).is_absolute()
+    found = explicit(unsaid, desk_of(unsaid), 7)
+    assert found.compute.threads == 1
+    assert Path(str(found.cache_dir)).is_absolute()
 
 
 def test_a_worker_that_sees_other_data_refuses(config: RunConfig, assignment: Assignment, tmp_path: Path) -> None:
