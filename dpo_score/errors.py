@@ -66,7 +66,14 @@ class StorageError(DpoScoreError):
 
 
 class GroupLostError(DpoScoreError):
-    pass
+    """Raised with the reason alone; whoever prints it says how to go on."""
+
+    def __str__(self) -> str:
+        return f"{self.reason}: the same command resumes"
+
+    @property
+    def reason(self) -> str:
+        return super().__str__()
 
 
 class BadRowsError(DpoScoreError):

@@ -75,11 +75,13 @@ class Leader(Group):
         if device_kind not in BACKENDS:
             raise ModelError(f"--tensor-parallel needs CUDA devices or the CPU, not {device_kind}")
         if dist.is_initialized():
-            raise ModelError("--tensor-parallel: this process has joined a torch.distributed group of its own already")
+            raise ModelError("--tensor-parallel: this process is in a torch.distributed group of its own already")
+        if device_kind == "cuda" and torch.cuda.device_count() < size:
+            raise ModelError(f"--tensor-parallel {size}: only {torch.cuda.device_count()} CUDA devices are visible")
         self._folder = Path(tempfile.mkdtemp(prefix="dpo-score-ranks-"))
-        devices: list[str] | list[None] = visible_devices(size) if device_kind == "cuda" else [None] * size
-        self._followers = [_started(command, rank, devices[rank]) for rank in range(1, size)]
+        self._followers = [_started(command, rank) for rank in range(1, size)]
         self._closing, self._numbers = False, count()
+        self._entered: float | None = None
         try:
             meeting = self._folder / "meeting"
             for follower in self._followers:
@@ -104,10 +106,13 @@ class Leader(Group):
         for follower in self._followers:
             self._tell(follower, (verb, *arguments))
         mine: Exception | None = None
+        self._entered = time.monotonic()
         try:
             yield
         except Exception as error:  # noqa: BLE001 - raised below, once it is known whether all failed alike
             mine = error
+        finally:
+            self._entered = None
         self._settle(mine, self._answers(seconds))
 
     def _settle(self, mine: Exception | None, answers: Sequence[Failure | None]) -> None:
@@ -133,12 +138,15 @@ class Leader(Group):
 
     def _watch(self) -> None:
         """End this process when a follower is dead and that goes unnoticed: it is caught in a collective."""
-        while not self._closing and all(follower.process.poll() is None for follower in self._followers):
+        died: float | None = None
+        while not self._closing:
             time.sleep(0.5)
-        time.sleep(CAUGHT_SECONDS)
-        if not self._closing:
-            print("a process of a tensor-parallel group died: the same command resumes", file=sys.stderr, flush=True)
-            os._exit(70)
+            entered = self._entered
+            if died is None and any(follower.process.poll() is not None for follower in self._followers):
+                died = time.monotonic()
+            if died and entered and time.monotonic() - max(died, entered) > CAUGHT_SECONDS:
+                print("a process of a tensor-parallel group died: the same command resumes", file=sys.stderr)
+                os._exit(70)
 
     def close(self) -> None:
         """End the followers, and this process's membership."""
@@ -163,21 +171,11 @@ def _usable_after(error: Exception, failure: Failure) -> bool:
     return failure.out_of_memory or not isinstance(error, RuntimeError)
 
 
-def visible_devices(size: int) -> list[str]:
-    """The CUDA devices that this process sees, at least `size`, as CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = [name for name in named.split(",") if name] if named else [str(i) for i in range(torch.cuda.device_count())]
-    if len(found) < size:
-        raise ModelError(f"--tensor-parallel {size}: only {len(found)} CUDA devices are visible here")
-    return found
-
-
-def _started(command: Sequence[str], rank: int, device: str | None) -> _Follower:
+def _started(command: Sequence[str], rank: int) -> _Follower:
     here, there = Pipe()
-    env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device is not None else {})}
     with there:
         fd = there.fileno()
-        process = subprocess.Popen([*command, str(fd)], env=env, pass_fds=[fd], stdin=subprocess.DEVNULL, stdout=2)
+        process = subprocess.Popen([*command, str(fd)], pass_fds=[fd], stdin=subprocess.DEVNULL, stdout=2)
     return _Follower(rank, process, here)
 
 

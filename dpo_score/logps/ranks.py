@@ -24,14 +24,14 @@ LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 
 
 class Group:
-    """One rank's place among `size`. At most one group a process, for as long as it lives."""
+    """One rank's place among `size`; on GPUs each has the device of its number. At most one group a process."""
 
     def __init__(self, rank: int, size: int, device_kind: str, meeting: Path) -> None:
         self.rank, self.size = rank, size
-        os.environ["LOCAL_RANK"] = "0"  # every rank computes on the first device that it sees
         if sys.platform in LOOPBACK:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK[sys.platform])
-        device = torch.device(device_kind, 0) if device_kind == "cuda" else None
+        device = torch.device(device_kind, rank) if device_kind == "cuda" else None
+        os.environ["LOCAL_RANK"] = str(rank if device is not None else 0)  # what transformers places weights by
         if device is not None:
             torch.cuda.set_device(device)
         dist.init_process_group(

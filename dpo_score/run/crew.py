@@ -163,7 +163,7 @@ class Crew:
                 raise _not_started(error) from None
             self._lost(member, str(error), backlog, job, task)
         except GroupLostError as error:
-            self._lost(member, str(error), backlog, job, task)
+            self._lost(member, error.reason, backlog, job, task)
         except Exception:
             self._stop_others()
             raise

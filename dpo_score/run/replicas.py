@@ -9,7 +9,7 @@ is started again. Rank 0 reads, renders, plans and commits; the others compute w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from dpo_score.config import RunConfig
@@ -34,20 +34,30 @@ def crewed(config: RunConfig, desk: Desk) -> Iterator[RunConfig]:
         yield config
 
 
-def _devices(config: RunConfig, desk: Desk) -> list[str | None]:
-    """For each replica, the devices that it sees: on GPUs as many replicas as there is room for, on the CPU one."""
-    ways, wanted = config.compute.tensor_parallel, config.compute.workers
-    if not _on_gpus(config, desk):
-        return [None] * (wanted or 1)
-    from dpo_score.logps.leader import visible_devices
+def _devices(config: RunConfig, desk: Desk) -> Sequence[str | None]:
+    """For each replica, the devices that it sees."""
+    return gpu_replicas(config) if _on_gpus(config, desk) else [None] * (config.compute.workers or 1)
 
-    found = visible_devices(ways)
+
+def gpu_replicas(config: RunConfig) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of as many replicas as are asked for, else as there is room for; ConfigError for none."""
+    ways, wanted, found = config.compute.tensor_parallel, config.compute.workers, _visible()
+    if len(found) < ways:
+        raise ConfigError(f"--tensor-parallel {ways}: only {len(found)} CUDA devices are visible here")
     replicas = [",".join(found[first : first + ways]) for first in range(0, len(found) - ways + 1, ways)]
     if wanted is not None and wanted > len(replicas):
         raise ConfigError(
             f"--workers {wanted} with --tensor-parallel {ways} needs {wanted * ways} GPUs; {len(found)} are visible"
         )
-    return [*replicas[:wanted]]
+    return replicas[:wanted]
+
+
+def _visible() -> list[str]:
+    """The CUDA devices that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
 
 
 def _on_gpus(config: RunConfig, desk: Desk) -> bool:

@@ -14,8 +14,10 @@ import pytest
 
 from dpo_score.api import score
 from dpo_score.errors import ConfigError, IdentityError, Interrupted
+from dpo_score.pipeline import load_config
 from dpo_score.run import engines
 from dpo_score.run.progress import Progress
+from dpo_score.run.replicas import gpu_replicas
 from dpo_score.run.verify import verify
 from tests.run.conftest import preference_rows, write_rows
 from tests.run.test_local import refuse_loading
@@ -118,3 +120,28 @@ def test_what_a_replica_refuses_is_refused_here(runner: Any, data: Path, tmp_pat
 def test_pairs_in_memory_are_not_dealt_out(models: Any) -> None:
     with pytest.raises(ConfigError, match="use run"):
         score(preference_rows(3), policy=models["better"], reference=models["reference"], tensor_parallel=2)
+
+
+@pytest.mark.parametrize(
+    ("visible", "ways", "workers", "replicas"),
+    [("0,1,2,3", 2, None, ["0,1", "2,3"]), ("4,5,6", 2, None, ["4,5"]), ("0,1,2,3", 2, 1, ["0,1"]), ("7", 1, 1, ["7"])],
+)
+def test_devices_are_dealt_out_to_replicas(
+    visible: str, ways: int, workers: int | None, replicas: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    config = load_config(None, {"data": ["a"], "tensor_parallel": ways, "workers": workers}, environment={})
+    assert gpu_replicas(config) == replicas
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tensor_parallel": 4}, "only 3 CUDA devices are visible"),
+        ({"tensor_parallel": 2, "workers": 2}, "needs 4 GPUs; 3 are visible"),
+    ],
+)
+def test_more_devices_than_there_are(options: dict[str, int], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    with pytest.raises(ConfigError, match=said):
+        gpu_replicas(load_config(None, {"data": ["a"], **options}, environment={}))
