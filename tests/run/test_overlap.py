@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_score.run.overlap import ahead, at_once, behind
+from tests.run.conftest import preference_rows, write_rows
 
 
 def under_way(name: str) -> int:
@@ -68,3 +72,29 @@ def test_behind_runs_tasks_in_order_and_raises_the_first_failure() -> None:
     assert done == list(range(20))
     with pytest.raises(ZeroDivisionError), behind() as submit:
         submit(lambda: 1 // 0)  # type: ignore[arg-type]
+
+
+def test_blocks_in_memory_stay_few_behind_a_slow_writer(
+    runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpo_score.run import local, prepare, texts
+
+    read, written, unwritten = [0], [0], []
+    make, write = texts.BlockTexts.block, local.write_block
+
+    def made(*args: Any) -> Any:
+        read[0] += 1
+        unwritten.append(read[0] - written[0])
+        return make(*args)
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(0.02)
+        written[0] += 1
+        return write(*args)
+
+    monkeypatch.setattr(prepare, "block_rows", lambda *_: 4)
+    monkeypatch.setattr(texts.BlockTexts, "block", made)
+    monkeypatch.setattr(local, "write_block", slowly)
+    runner(write_rows(tmp_path / "pairs.parquet", preference_rows(80)), tmp_path / "out")
+    assert written[0] == read[0] == 40  # both stages
+    assert 1 < max(unwritten) <= 5  # read ahead, waiting to be read, computed, waiting to be written, written
