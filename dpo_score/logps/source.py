@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dpo_score.config import PolicySpec
 from dpo_score.errors import HalfWrittenError, ModelError
 from dpo_score.logps import weights as files
 from dpo_score.logps.digest import adapter_digest, gguf_digest, model_digest
@@ -50,6 +49,7 @@ class ModelSource:
     base_digest: str
     pickle: bool
     state: bool = False
+    adapter_commit: str | None = None
     stamps: tuple[Stamp, ...] = ()
 
     @property
@@ -86,13 +86,17 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True)
 class Resolver:
-    """What every model of a run is resolved with. `sha256` may answer from a cache of file identities."""
+    """What every model of a run is resolved with. `sha256` may answer from a cache of file identities.
+
+    `quantization`: weights that are quantised at load are other weights, so every digest says so.
+    """
 
     cache_dir: Path
     sha256: Sha256
     allow_pickle: bool = False
     trust_remote_code: bool = False
     say: Say = silent
+    quantization: str | None = None
 
     def resolve(self, model: str, *, revision: str | None = None, adapter: str | None = None) -> ModelSource:
         """MODEL (and an adapter over it) → a checked source. A PEFT folder stands on the base that its config names."""
@@ -100,12 +104,11 @@ class Resolver:
         if place.path.is_dir() and files.is_adapter(place.path):
             if adapter is not None:
                 raise ModelError(f"model {model!r} is an adapter itself: merge it into its base before adding another")
-            return self.over(self.named_base(place.path), place.path, model)
+            return self.over(self.named_base(place.path), place, model)
         base = self.full(model, place)
         if adapter is None:
             return base
-        folder = locate(adapter, allow_pickle=self.allow_pickle).path
-        return self.over(base, folder, f"{model}+{adapter}")
+        return self.over(base, locate(adapter, allow_pickle=self.allow_pickle), f"{model}+{adapter}")
 
     def full(self, name: str, place: Located) -> ModelSource:
         """A model with all its weights: a folder, or a .gguf file converted once."""
@@ -129,13 +132,14 @@ class Resolver:
         config = files.read_json(config_path)
         found = files.model_weights(folder, config, self.allow_pickle)
         stamps = _stamps(found.files)
-        digest = model_digest(self._hashes(found.files), config)
+        digest = self._as_loaded(model_digest(self._hashes(found.files), config))
         return ModelSource(
             name, folder, None, place.commit, config, found.files, digest, digest, found.pickle, stamps=stamps
         )
 
-    def over(self, base: ModelSource, folder: Path, name: str) -> ModelSource:
+    def over(self, base: ModelSource, place: Located, name: str) -> ModelSource:
         """An adapter folder on top of `base`."""
+        folder = place.path
         if base.adapter is not None:
             raise ModelError(f"{base.name} already carries an adapter: merge it into its base before adding {folder}")
         if not (folder / files.ADAPTER_CONFIG).is_file():
@@ -148,13 +152,14 @@ class Resolver:
         stamps = base.stamps + _stamps((*found.files, folder / files.ADAPTER_CONFIG))
         digest = adapter_digest(base.base_digest, self._hashes(found.files), settings)
         pickle = base.pickle or found.pickle
-        return replace(base, name=name, adapter=folder, digest=digest, pickle=pickle, stamps=stamps)
+        worn = replace(base, name=name, adapter=folder, adapter_commit=place.commit, digest=digest)
+        return replace(worn, pickle=pickle, stamps=stamps)
 
     def state_over(self, base: ModelSource, path: Path, name: str) -> ModelSource:
         """A checkpoint without config.json (policy.pt, a state dict, a DCP folder) with `base`'s configuration."""
         found = files.state_weights(path, self.allow_pickle)
         stamps = _stamps(found.files)
-        digest = model_digest(self._hashes(found.files), base.config)
+        digest = self._as_loaded(model_digest(self._hashes(found.files), base.config))
         return replace(
             without_adapter(base),
             name=name,
@@ -190,8 +195,11 @@ class Resolver:
         folder = converted(place.path, sha, self.cache_dir, self.say)
         config = files.read_json(folder / "config.json")
         found = files.model_weights(folder, config, allow_pickle=False)
-        digest = gguf_digest(sha, VERSION)
+        digest = self._as_loaded(gguf_digest(sha, VERSION))
         return ModelSource(name, folder, None, place.commit, config, found.files, digest, digest, False)
+
+    def _as_loaded(self, digest: str) -> str:
+        return digest if self.quantization is None else f"{digest}:{self.quantization}"
 
     def _sha(self, path: Path) -> str:
         return stored_sha256(path) or self.sha256(path)
@@ -220,64 +228,13 @@ def resolve(
     return resolver.resolve(model, revision=revision, adapter=adapter)
 
 
-def resolve_policy(
-    policy: PolicySpec, reference: ModelSource | None, policy_base: str | None, resolver: Resolver
-) -> ModelSource:
-    """The source of one policy. An adapter's base is, in this order: the policy's own model or `base:`,
-    `policy_base`, and what the adapter's config names; `reference` stands for the reference's base weights.
-
-    Raises ModelError when the base cannot be told.
-    """
-    if policy.model is not None and policy.adapter is None:
-        place = locate(policy.model, revision=policy.revision, allow_pickle=resolver.allow_pickle)
-        if files.is_state(place.path):
-            return _state(policy, place.path, policy_base, reference, resolver)
-        if not (place.path.is_dir() and files.is_adapter(place.path)):
-            return resolver.full(policy.model, place)
-        folder, model = place.path, None
-    else:
-        revision = policy.revision if policy.model is None else None
-        place = locate(str(policy.adapter), revision=revision, allow_pickle=resolver.allow_pickle)
-        folder, model = place.path, policy.model
-    base = _base(folder, model or policy.base or policy_base, policy, reference, resolver)
-    return resolver.over(base, folder, f"{base.name}+{policy.adapter or policy.model}")
-
-
-def _state(
-    policy: PolicySpec, path: Path, policy_base: str | None, reference: ModelSource | None, resolver: Resolver
-) -> ModelSource:
-    said = policy.base or policy_base
-    if said is None:
-        raise HalfWrittenError(
-            f"policy {policy.name!r}: {path} is a checkpoint without config.json, so its architecture and tokenizer "
-            "must come from a base: say `base: reference` in the policy (or --policy-base reference), or another MODEL",
-            path,
-        )
-    return resolver.state_over(_base(path, said, policy, reference, resolver), path, str(policy.model))
-
-
-def _base(
-    folder: Path, said: str | None, policy: PolicySpec, reference: ModelSource | None, resolver: Resolver
-) -> ModelSource:
-    if said == "reference":
-        if reference is None:
-            raise ModelError(f"policy {policy.name!r} stands on `reference`, but the run has no reference model")
-        return without_adapter(reference)
-    if said is not None:
-        return resolver.resolve(said, revision=policy.revision if said == policy.model else None)
-    config = folder / files.ADAPTER_CONFIG
-    named = files.read_json(config).get("base_model_name_or_path") if config.is_file() else None
-    if reference is not None and reference.adapter is None and named == reference.name:
-        return reference
-    return resolver.named_base(folder)
-
-
 def without_adapter(source: ModelSource) -> ModelSource:
     """The base weights alone."""
     if source.adapter is None:
         return source
     stamps = tuple(stamp for stamp in source.stamps if stamp[0] in source.weights)
-    return replace(source, name=source.folder.name, adapter=None, digest=source.base_digest, stamps=stamps)
+    bare = replace(source, name=source.folder.name, digest=source.base_digest, stamps=stamps)
+    return replace(bare, adapter=None, adapter_commit=None)
 
 
 def _stamps(paths: Iterable[Path]) -> tuple[Stamp, ...]:

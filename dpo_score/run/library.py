@@ -18,7 +18,8 @@ from dpo_score.config import PolicySpec, RunConfig
 from dpo_score.errors import ConfigError, DataError, ModelError
 from dpo_score.logps.limits import context_limit
 from dpo_score.logps.numerics import Numerics, resolve_numerics
-from dpo_score.logps.source import ModelSource, Resolver, resolve_policy
+from dpo_score.logps.policies import resolve_policy
+from dpo_score.logps.source import ModelSource, Resolver
 from dpo_score.pairs.dataset import Dataset, PairReader
 from dpo_score.pairs.records import EncodedPair, Pair, Rejected
 from dpo_score.pairs.render import Renderer
@@ -111,8 +112,8 @@ def _kept(config: RunConfig) -> tuple[str, ...]:
 
 
 def _resolved(config: RunConfig, desk: Desk, held: Mapping[str, HeldModel]) -> dict[str, Model]:
-    trust = (config.allow_pickle, config.trust_remote_code)
-    resolver = Resolver(desk.cache_dir, desk.digests.sha256, *trust)
+    trust, how = (config.allow_pickle, config.trust_remote_code), config.compute.quantization
+    resolver = Resolver(desk.cache_dir, desk.digests.sha256, *trust, quantization=how)
     found: dict[str, Model] = {}
     spec = config.reference
     if "" in held:

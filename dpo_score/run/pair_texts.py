@@ -17,7 +17,8 @@ from dpo_score.config import RunConfig
 from dpo_score.errors import DamageError, DpoScoreError, UsageError
 from dpo_score.logps.limits import context_limit
 from dpo_score.logps.locate import locate
-from dpo_score.logps.source import TOKENIZER_FILES, ModelSource, Resolver, resolve_policy
+from dpo_score.logps.policies import resolve_policy
+from dpo_score.logps.source import TOKENIZER_FILES, ModelSource, Resolver
 from dpo_score.pairs.dataset import Dataset, read_rows_at
 from dpo_score.pairs.records import EncodedPair, Pair, Rejected, Text
 from dpo_score.pairs.render import Renderer

@@ -15,7 +15,8 @@ from dpo_score.config import ModelSpec, PolicySpec, RunConfig
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.logps.limits import context_limit
 from dpo_score.logps.numerics import Numerics, resolve_numerics, with_own_softmax
-from dpo_score.logps.source import ModelSource, Resolver, resolve_policy
+from dpo_score.logps.policies import resolve_policy
+from dpo_score.logps.source import ModelSource, Resolver
 from dpo_score.pairs.dataset import Dataset, mean_text_bytes
 from dpo_score.pairs.render import Renderer
 from dpo_score.pairs.rewardbench import make_renderer, text_of
@@ -35,6 +36,7 @@ from dpo_score.run.job import (
     waiting,
 )
 from dpo_score.run.placement import check_placement
+from dpo_score.run.revisions import commit_lines, commits, names, pinned
 from dpo_score.run.tokens import choose_tokenizer
 from dpo_score.run.values import overlaid, plain
 from dpo_score.run.verdicts import trusted
@@ -55,12 +57,14 @@ class Preparation:
             allow_pickle=config.allow_pickle,
             trust_remote_code=config.trust_remote_code,
             say=desk.progress.say,
+            quantization=config.compute.quantization,
         )
         self.losses = {policy.name: parse_loss(loss_spec(config, policy)) for policy in config.policies}
         self.datasets = self._open_data()
         self.config = self._settled(config)
         self.reference = self._resolve_reference()
         self.policies = {policy.name: self._resolve_policy(policy) for policy in config.policies}
+        self.config = pinned(self.config, self.reference, self.policies)
         found = (self.reference, *self.policies.values())
         check_placement(config.compute, [s for s in found if isinstance(s, ModelSource)], desk.progress.say)
         self.renderer = self._make_renderer()
@@ -92,12 +96,7 @@ class Preparation:
         return self._resolved(spec)
 
     def _resolved(self, spec: ModelSpec) -> ModelSource:
-        return self._quantized(self.resolver.resolve(spec.model, revision=spec.revision, adapter=spec.adapter))
-
-    def _quantized(self, source: ModelSource) -> ModelSource:
-        """Weights that are quantised at load are other weights: their digest says so."""
-        how = self.config.compute.quantization
-        return replace(source, digest=f"{source.digest}:{how}") if how else source
+        return self.resolver.resolve(spec.model, revision=spec.revision, adapter=spec.adapter)
 
     def _require_reference_free(self, nothing: bool) -> None:
         for policy in self.config.policies:
@@ -111,7 +110,7 @@ class Preparation:
     def _resolve_policy(self, policy: PolicySpec) -> ModelSource | str:
         """The source, or why there is none (the other policies go on)."""
         try:
-            return self._quantized(resolve_policy(policy, self.reference, self.config.policy_base, self.resolver))
+            return resolve_policy(policy, self.reference, self.config.policy_base, self.resolver)
         except ModelError as error:
             if waiting(policy, error):
                 self.desk.skipped[policy.name] = str(error)
@@ -262,13 +261,13 @@ def prepare(
         host=host(),
         versions=versions(preparation.numerics),
         cache_snapshots=snapshots(desk, job),
-        notes={"date": preparation.renderer.identity()["date"], "names": _names(job)},
+        notes={"date": preparation.renderer.identity()["date"], "names": names(job), "commits": commits(job)},
         strict_env=config.strict_env,
         out=config.out or "",
     )
     with opening():
         manifest = open_manifest(desk.store, request)
-    for line in (*(dataset.summary() for dataset in job.datasets), text_notice(job)):
+    for line in (*(dataset.summary() for dataset in job.datasets), *commit_lines(job), text_notice(job)):
         desk.progress.say(line)
     return replace(job, cache_snapshots=manifest.cache_snapshots), manifest
 
@@ -287,8 +286,3 @@ def parameters(source: ModelSource) -> int:
     """Parameters by the size of the weight files: close enough for block sizes and estimates."""
     width = 4 if "32" in str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32") else 2
     return sum(path.stat().st_size for path in source.weights) // width
-
-
-def _names(job: Job) -> dict[str, str]:
-    named = {"reference": job.references[0].source} | {policy.name: policy.source for policy in job.policies}
-    return {name: source.name for name, source in named.items() if source is not None}

@@ -193,8 +193,15 @@ def _continued(found: Manifest, request: ManifestRequest) -> Manifest:
         numerics={**request.numerics, **found.numerics},
         cache_snapshots={**request.cache_snapshots, **found.cache_snapshots},
         total_rows=request.total_rows,
+        notes=_joined(request.notes, found.notes),
         warnings=(*found.warnings, *new_warnings),
     )
+
+
+def _joined(new: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+    """What is noted stays; what is noted by name (of models) gets the names that were added."""
+    both = {name: {**new[name], **kept[name]} for name in new.keys() & kept.keys() if isinstance(kept[name], Mapping)}
+    return {**new, **kept, **both}
 
 
 def _environment(found: Manifest, request: ManifestRequest) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ from dpo_score.config import PolicySpec
 from dpo_score.errors import ModelError
 from dpo_score.logps.checkpoints import own_names
 from dpo_score.logps.model import ModelShelf
-from dpo_score.logps.source import ModelSource, Resolver, resolve_policy
+from dpo_score.logps.policies import resolve_policy
+from dpo_score.logps.source import ModelSource, Resolver
 from tests.logps.model_folders import Canary, Fp32, logits, sha256, source
 from tests.tiny import save_tiny, tiny_model
 

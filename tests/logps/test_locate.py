@@ -69,13 +69,13 @@ def source_of(model: str, cache: Path) -> ModelSource:
     return resolve(model, cache_dir=cache, sha256=sha256)
 
 
-def cache_repository(hub: Path, repo: str, model: Path) -> Path:
+def cache_repository(hub: Path, repo: str, model: Path, commit: str = COMMIT) -> Path:
     """A repository as the hub cache keeps it: blobs by digest, a snapshot of links, the branch as a file."""
     root = hub / f"models--{repo.replace('/', '--')}"
-    snapshot = root / "snapshots" / COMMIT
+    snapshot = root / "snapshots" / commit
     for folder in (root / "blobs", root / "refs", snapshot):
         folder.mkdir(parents=True)
-    (root / "refs" / "main").write_text(COMMIT)
+    (root / "refs" / "main").write_text(commit)
     for file in model.iterdir():
         blob = root / "blobs" / (sha256(file) if file.suffix == ".safetensors" else sha256(file)[:40])
         blob.write_bytes(file.read_bytes())

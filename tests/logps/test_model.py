@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, LlamaForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    LlamaForSequenceClassification,
+)
 
 from dpo_score.errors import ModelError
 from dpo_score.logps.model import ModelShelf
@@ -117,6 +124,39 @@ def test_weights_of_another_shape_are_refused(folder: Path) -> None:
         ModelShelf().load(source(folder), Fp32())
 
 
+BESIDE = {
+    "a rotary buffer": "model.layers.0.self_attn.rotary_emb.inv_freq",
+    "a position buffer": "model.embeddings.position_ids",
+    "a mask buffer": "model.layers.0.self_attn.masked_bias",
+    "a value head": "v_head.summary.weight",
+}
+
+
+@pytest.mark.parametrize("key", BESIDE.values(), ids=BESIDE)
+def test_tensors_that_no_logit_depends_on_may_stand_beside(key: str, folder: Path) -> None:
+    twin = logits(ModelShelf().load(source(folder), Fp32()).model)
+    rewrite(folder, **{key.replace(".", "__"): torch.ones(4)})
+    assert torch.equal(logits(ModelShelf().load(source(folder), Fp32()).model), twin)
+
+
+@pytest.mark.parametrize(
+    "key", ["score.weight", "model.layers.0.self_attn.q_proj.lora_A.weight", "model.layers.7.mlp.up_proj.weight"]
+)
+def test_tensors_that_another_model_would_use_are_named(key: str, folder: Path) -> None:
+    rewrite(folder, **{key.replace(".", "__"): torch.ones(4)})
+    with pytest.raises(ModelError, match=rf"1 unknown to the model \({re.escape(key)}\)"):
+        ModelShelf().load(source(folder), Fp32())
+
+
+@pytest.mark.parametrize("change", [0.0, 1.0])
+def test_a_head_beside_tied_embeddings_is_taken_as_transformers_takes_it(change: float, folder: Path) -> None:
+    rewrite(folder, lm_head__weight=load_file(folder / "model.safetensors")["model.embed_tokens.weight"] + change)
+    model = ModelShelf().load(source(folder), Fp32()).model
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is (change == 0.0)
+    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert torch.equal(logits(model), logits(twin))
+
+
 def test_only_the_first_five_keys_are_listed(folder: Path) -> None:
     rewrite(folder, **{f"extra__{i}": torch.zeros(1) for i in range(9)})
     with pytest.raises(ModelError, match=r"9 unknown to the model \(extra\.0, .*extra\.4, …\)"):
@@ -201,7 +241,8 @@ def save_vision_language(folder: Path) -> Path:
     return folder
 
 
-def test_quantization_needs_its_package(saved: Path) -> None:
+def test_quantization_needs_its_package(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match="pip install bitsandbytes"):
         ModelShelf(quantization="nf4").load(source(saved), Fp32())
 

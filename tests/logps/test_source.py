@@ -14,12 +14,8 @@ import pytest
 from dpo_score.config import PolicySpec
 from dpo_score.errors import ModelError
 from dpo_score.logps.limits import context_limit, embedding_rows
-from dpo_score.logps.source import (
-    ModelSource,
-    Resolver,
-    resolve,
-    resolve_policy,
-)
+from dpo_score.logps.policies import resolve_policy
+from dpo_score.logps.source import ModelSource, Resolver, resolve
 from tests.logps.model_folders import edit, sha256, source
 from tests.tiny import VOCAB, tiny_model
 
