@@ -11,6 +11,7 @@ import pytest
 from tests.e2e.test_quickstart import PROJECT, main_ok, out, workplace  # noqa: F401 - fixtures
 
 README = (PROJECT / "README.md").read_text()
+TESTS = "python -m pytest -n auto --dist loadfile"
 
 
 def blocks(language: str) -> list[str]:
@@ -33,11 +34,11 @@ def test_the_two_commands_are_there_and_install_from_the_constraints() -> None:
     assert setup
     assert all("-c constraints.txt" in line for line in setup)
     assert ".venv/bin/dpo-score run pipelines/quickstart.yaml" in commands()
-    assert ".venv/bin/python -m pytest" in commands()
+    assert f".venv/bin/{TESTS}" in commands()
 
 
 def test_ci_calls_the_test_command() -> None:
-    assert "python -m pytest" in (PROJECT / ".ci/run").read_text()
+    assert TESTS in (PROJECT / ".ci/run").read_text().splitlines()
 
 
 @pytest.mark.slow
