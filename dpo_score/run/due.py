@@ -28,7 +28,8 @@ def due_blocks(desk: Desk, job: Job, stage: str, identity: str, folders: Sequenc
     """
     records, blocks, due = read_records(desk.store, stage), job.rows.blocks, []
     there = {name for folder in folders for name in desk.store.list(folder)}
-    with closing(at_once(partial(_look, desk.store, job, identity, records, stage), job.rows)) as looks:
+    look = partial(_look, desk.store, job, identity, records, stage)
+    with closing(at_once(look, job.rows, desk.store.width)) as looks:
         for block, record, action in looks:
             outputs = [name for folder in folders if (name := part(folder, block, blocks)) in there]
             if record is not None or outputs:

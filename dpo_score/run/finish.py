@@ -196,13 +196,14 @@ def marks(store: Store, job: Job) -> dict[str, Any]:
 def _tables(store: Store, job: Job, folder: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
     there = set(store.list(folder))
     names = (part(folder, block, job.rows.blocks) for block in job.rows)
-    return at_once(lambda name: store.read_table(name, columns), (name for name in names if name in there))
+    present = (name for name in names if name in there)
+    return at_once(lambda name: store.read_table(name, columns), present, store.width)
 
 
 def _records(store: Store, job: Job, stage: str) -> Iterator[CommitRecord]:
     records = read_records(store, stage)
     names = (record_name(stage, block, job.rows.blocks) for block in job.rows)
-    return (record for record in at_once(records.get, names) if isinstance(record, CommitRecord))
+    return (record for record in at_once(records.get, names, store.width) if isinstance(record, CommitRecord))
 
 
 def _complete(store: Store, job: Job, stage: str) -> bool:
@@ -226,5 +227,5 @@ def _record(store: Store, name: str) -> FileRecord:
 
 
 def _clear_texts(store: Store) -> None:
-    for name in store.list(".work/text"):
-        store.remove(name)
+    for _ in at_once(store.remove, store.list(".work/text"), store.width):
+        pass

@@ -56,7 +56,7 @@ def _offer(waiting: queue.Queue[object], item: object, abandoned: threading.Even
     return False
 
 
-def at_once(function: Callable[[T], R], items: Iterable[T], width: int = 16) -> Generator[R, None, None]:
+def at_once(function: Callable[[T], R], items: Iterable[T], width: int) -> Generator[R, None, None]:
     """`function` of each item, in order, up to `width` of them under way: for reading from where answers take time."""
     pending: deque[Future[R]] = deque()
     with ThreadPoolExecutor(max_workers=width, thread_name_prefix="at-once") as pool:

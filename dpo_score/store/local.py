@@ -36,6 +36,8 @@ _unfinished: set[str] = set()
 class LocalStore:
     """Files under a folder of a local disk. `root` may be a symbolic link; nothing below it may lead outside."""
 
+    width = 1
+
     def __init__(self, root: str | Path, warnings_to: WarningsTo = log.warning) -> None:
         self.root = Path(os.path.realpath(root))
         self._warn = warnings_to
@@ -281,11 +283,10 @@ class LocalStore:
             yield
 
     def _owner(self, lock: str) -> Mapping[str, Any]:
-        try:
+        with suppress(StorageError, DamageError):
             found = self.read_json(f"{names.WORK}/{lock}-owner.json")
-        except (StorageError, DamageError):
-            return {}
-        return found if isinstance(found, dict) else {}
+            return found if isinstance(found, dict) else {}
+        return {}
 
     @contextmanager
     def _mutex(self) -> Iterator[None]:

@@ -28,7 +28,12 @@ class FileStat:
 
 
 class Store(Protocol):
-    """Files under one root. Names are POSIX-relative; every failure is a StorageError, broken bytes a DamageError."""
+    """Files under one root. Names are POSIX-relative; every failure is a StorageError, broken bytes a DamageError.
+
+    `width`: how many requests it is worth having under way at once; reading and removing may come from any thread.
+    """
+
+    width: int
 
     def write_bytes(self, name: str, data: bytes, if_absent: bool = False) -> bool: ...
     def write_json(self, name: str, obj: Any, if_absent: bool = False) -> bool: ...

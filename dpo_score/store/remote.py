@@ -31,6 +31,8 @@ from dpo_score.store.tables import FileRecord
 class RemoteStore:
     """Objects under one URL. The spool folder lives in the temporary folder of this machine, as long as the store."""
 
+    width = 16
+
     def __init__(self, url: str, warnings_to: WarningsTo = log.warning) -> None:
         self._protocol = url.split("://", 1)[0]
         self._fs, self._root = fsspec.core.url_to_fs(url.rstrip("/"), use_listings_cache=False)

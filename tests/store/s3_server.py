@@ -1,6 +1,6 @@
 """A server that speaks S3, for tests: moto's, from PyPI, in a process of its own, which can be told to fail.
 
-    python -m tests.store.s3_server PORT      moto's application, served by werkzeug as `python -m moto.server` does
+    python -m tests.store.s3_server      moto's application, served as `python -m moto.server` does; prints its port
 
 Credentials are dummies. Before moto sees a request, a plan may answer it with an error, answer with an error
 although the request was carried out, or kill a process: the one that sent the request, or any other.
@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -91,12 +90,14 @@ def _answer(start: Callable[..., Any], status: int, body: bytes) -> list[bytes]:
     return [body]
 
 
-def serve(port: int) -> None:
+def serve() -> None:
     from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
-    from werkzeug.serving import run_simple
+    from werkzeug.serving import make_server
 
     application = Faulty(DomainDispatcherApplication(create_backend_app))
-    run_simple("127.0.0.1", port, application, threaded=True, request_handler=MotoRequestHandler)
+    server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=MotoRequestHandler)
+    print(server.port, flush=True)
+    server.serve_forever()
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,12 @@ def serving() -> Iterator[Server]:
     """A fresh server, and this process's environment such that S3 is there: one bucket, `bucket`."""
     import s3fs
 
-    server = Server(f"http://127.0.0.1:{(port := free_port())}")
-    command = [sys.executable, "-m", "tests.store.s3_server", str(port)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "tests.store.s3_server"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     before = {name: os.environ.get(name) for name in (*ENVIRONMENT, "AWS_ENDPOINT_URL")}
-    os.environ.update({**ENVIRONMENT, "AWS_ENDPOINT_URL": server.url})
     try:
-        _wait_for(server, process)
+        server = Server(f"http://127.0.0.1:{_port(process)}")
+        os.environ.update({**ENVIRONMENT, "AWS_ENDPOINT_URL": server.url})
         s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem().mkdir("bucket")
         yield server
@@ -156,17 +156,13 @@ def _restore(environment: dict[str, str | None]) -> None:
             os.environ[name] = value
 
 
-def _wait_for(server: Server, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(600):
-        try:
-            server.seen()
-        except OSError:
-            assert process.poll() is None, "the S3 server does not start"
-            time.sleep(0.1)
-        else:
-            return
-    raise AssertionError("the S3 server does not answer")
+def _port(process: subprocess.Popen[bytes]) -> int:
+    assert process.stdout is not None
+    with process.stdout as said:
+        line = said.readline()
+    assert line, "the S3 server does not start"
+    return int(line)
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve()
