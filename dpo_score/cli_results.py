@@ -7,6 +7,9 @@ from typing import Annotated
 import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Slices = Annotated[
+    list[str] | None, typer.Option("--slice", metavar="COL", help="also by this column, length or turns; repeatable")
+]
 Out = Annotated[str, typer.Argument(metavar="OUT", help="folder that a run wrote")]
 
 
@@ -39,16 +42,18 @@ def compare(
     fail_if: Annotated[
         list[str] | None, typer.Option(help="exit 5 when it holds: 'diff.accuracy.high < 0'; repeatable")
     ] = None,
+    slices: Slices = None,
     as_json: AsJson = False,
 ) -> None:
     """Which policy is better, pair by pair, with intervals and adjusted p values.
 
     --fail-if: [diff.]METRIC[group].bound OP NUMBER, joined by and / or. METRIC: accuracy, margins, margins_nats, loss,
-    chosen_rewards, rejected_rewards. Group: a subset or worst_subset. Bound: low, high, p. NUMBER: or baseline."""
+    chosen_rewards, rejected_rewards. Group: a subset, worst_subset or COL=GROUP of a --slice. Bound: low, high,
+    p. NUMBER: or baseline."""
     from dpo_score.run import compare as pairwise
     from dpo_score.run import show_compare
 
-    found = pairwise.compare([out, *([other] if other else [])], policies, baseline, fail_if or [])
+    found = pairwise.compare([out, *([other] if other else [])], policies, baseline, fail_if or [], slices or [])
     show_compare.compared(found, as_json=as_json)
     pairwise.raise_failed(found)
 
@@ -58,6 +63,7 @@ def report(
     baseline: Annotated[str | None, typer.Option(help="the policy that the others are set against")] = None,
     no_text: Annotated[bool, typer.Option("--no-text", help="leave the texts of pairs out")] = False,
     format_: Annotated[str, typer.Option("--format", help="html, or tables on standard output: md, csv, tex")] = "html",
+    slices: Slices = None,
     as_json: AsJson = False,
 ) -> None:
     """OUT/report.html: verdict, curves, subsets, margins, length, what changed, worst pairs, labels in doubt."""
@@ -65,9 +71,9 @@ def report(
     from dpo_score.run import show_compare
 
     if format_ != "html":
-        typer.echo(page.tables(out, format_, baseline))
+        typer.echo(page.tables(out, format_, baseline, slices or []))
         return
-    where, found = page.report(out, no_text=no_text, baseline=baseline)
+    where, found = page.report(out, no_text=no_text, baseline=baseline, slices=slices or [])
     show_compare.compared(found, as_json=as_json)
     if not as_json:
         typer.echo(f"report: {where}")

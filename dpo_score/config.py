@@ -168,6 +168,7 @@ class RunConfig(Spec):
     cache_dir: str | None = None
     policy_base: str | None = None
     keep_columns: Names = ()
+    slices: Names = ()
     emit_ids: bool = False
     limit: int | None = Field(None, ge=1)
     sample: int | None = Field(None, ge=1)

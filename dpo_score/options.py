@@ -44,7 +44,7 @@ def _o(name: str, path: str, kind: Any, panel: str, text: str) -> Option:
 OPTIONS: tuple[Option, ...] = (
     _o("data", "data", list[str], FIRST, "[NAME=]PATH: file, folder, glob, URL or hub data set; repeatable"),
     _o("reference", "reference.model", str, FIRST, "folder, hub id, package:NAME/FILE or columns:CHOSEN,REJECTED"),
-    _o("policy", "policies", list[str], FIRST, "NAME=MODEL or NAME=MODEL+ADAPTER; globs expand; repeatable"),
+    _o("policy", "policies", list[str], FIRST, "NAME=MODEL[+ADAPTER], or a glob (half-written checkpoints wait); repeatable"),
     _o("out", "out", str, FIRST, "folder for the results"),
     _o("loss", "loss.name", str, FIRST, "a loss, a comma list (rescore), a weighted sum, or path.py:function"),
     _o("beta", "loss.beta", float, FIRST, "strength of the KL constraint (null: the loss's own default)"),
@@ -91,6 +91,7 @@ OPTIONS: tuple[Option, ...] = (
     _o("device_map", "compute.device_map", str, COMPUTE, "auto: spread one model over devices (accelerate)"),
     _o("tensor_parallel", "compute.tensor_parallel", int, COMPUTE, "N devices for one model; G make G/N replicas"),
     _o("cache_dir", "cache_dir", str, OUTPUT, "log-probs by content, converted models (default: the user's cache)"),
+    _o("slice", "slices", list[str], OUTPUT, "also by this column of data or scores, length or turns; repeatable"),
     _o("keep_columns", "keep_columns", str, OUTPUT, "input columns to carry along (comma list)"),
     _o("emit_ids", "emit_ids", bool, OUTPUT, "precompute: write token ids beside the values"),
     _o("rewardbench", "rewardbench", str, OUTPUT, "exact or corrected"),

@@ -14,7 +14,7 @@ from dpo_score.pipeline import load_config
 if TYPE_CHECKING:
     from dpo_score.run.finish import Outcome
 
-LISTS = ("data", "policy", "loss_param")
+LISTS = ("data", "policy", "loss_param", "slice")
 
 
 def run(pipeline: str | None = None, *, restart: bool = False, quiet: bool = True, **options: Any) -> Outcome:

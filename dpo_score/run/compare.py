@@ -13,20 +13,26 @@ from typing import Any
 
 from dpo_score.errors import ConfigError, FailIfError, UsageError, nearest
 from dpo_score.run.results import chosen_names, open_out, read_scored
+from dpo_score.run.slices import read_sliced
 from dpo_score.scores.conditions import firing, needs_baseline, parse_condition
 from dpo_score.scores.lineup import Lineup, Scored, line_up
 from dpo_score.scores.matchup import matchup
 
 
 def compare(
-    outs: Sequence[str], policies: str | None = None, baseline: str | None = None, fail_if: Sequence[str] = ()
+    outs: Sequence[str],
+    policies: str | None = None,
+    baseline: str | None = None,
+    fail_if: Sequence[str] = (),
+    slices: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The comparison as strict JSON; `failed` holds a sentence for each condition that holds.
 
     outs: one folder or two. baseline: a policy's name; of two folders the first one's only policy by default.
+    slices: columns to group pairs by, as the first folder has them.
     """
     conditions = [parse_condition(text) for text in fail_if]
-    scored = _scored(outs, policies, baseline)
+    scored = _scored(outs, policies, baseline, slices)
     lineup = _joined(scored)
     baseline = _baseline(lineup, baseline, outs, scored)
     if baseline is None and any(needs_baseline(condition) for condition in conditions):
@@ -42,10 +48,11 @@ def raise_failed(found: dict[str, Any]) -> None:
         raise FailIfError("--fail-if holds: " + "; ".join(found["failed"]))
 
 
-def _scored(outs: Sequence[str], policies: str | None, baseline: str | None) -> list[Scored]:
-    found = [_of_folder(out, policies, baseline if len(outs) == 1 else None) for out in outs]
+def _scored(outs: Sequence[str], policies: str | None, baseline: str | None, slices: Sequence[str]) -> list[Scored]:
+    """Groups follow the first policy's rows, so only those are read with the slices."""
     if len(outs) == 1:
-        return found[0]
+        return _of_folder(outs[0], policies, baseline, slices)
+    found = [_of_folder(outs[0], policies, None, slices), *(_of_folder(out, policies, None) for out in outs[1:])]
     return [replace(policy, name=name) for policy, name in zip(_flat(found), _labels(outs, found), strict=True)]
 
 
@@ -53,12 +60,13 @@ def _flat(found: Sequence[Sequence[Scored]]) -> list[Scored]:
     return [policy for policies in found for policy in policies]
 
 
-def _of_folder(out: str, policies: str | None, baseline: str | None) -> list[Scored]:
+def _of_folder(out: str, policies: str | None, baseline: str | None, slices: Sequence[str] = ()) -> list[Scored]:
     store, manifest = open_out(out)
     names = chosen_names(store, manifest, policies, out)
     if baseline is not None and baseline not in names:
         names = [*chosen_names(store, manifest, baseline, out), *names]
-    return [read_scored(store, manifest, name) for name in names]
+    first, *others = names
+    return [read_sliced(store, manifest, first, slices), *(read_scored(store, manifest, name) for name in others)]
 
 
 def _labels(outs: Sequence[str], found: Sequence[Sequence[Scored]]) -> list[str]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from dpo_score.errors import BadRowsError, PolicyFailedError
 from dpo_score.pairs.records import MARKS
 from dpo_score.pipeline import dump_config
-from dpo_score.run import noise, rewardbench
+from dpo_score.run import noise, rewardbench, slices
 from dpo_score.run.card import README, SUMMARY, card, data_set
 from dpo_score.run.desk import Desk
 from dpo_score.run.environment import now
@@ -87,11 +87,12 @@ def summary_of(desk: Desk, job: Job) -> dict[str, Any]:
     manifest = read_manifest(store)
     names = sorted(manifest.identities.policies, key=natural) if manifest else []
     scored = [name for name in names if _complete(store, job, f"scores/{name}")]
+    found = slices.of_run(job)
     return {
         "schema_version": SCHEMA_VERSION,
         "data": _data_summary(store, job),
         "text": {"marks": marks(store, job), "render": text_notice(job)},
-        "policies": {name: _policy_summary(store, job, name) for name in scored},
+        "policies": {name: _policy_summary(store, job, name, found) for name in scored},
         "skipped": {name: reason for name, reason in sorted(desk.skipped.items()) if name not in scored},
     }
 
@@ -132,11 +133,13 @@ def total_counts(store: Store, job: Job, stage: str) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _policy_summary(store: Store, job: Job, name: str) -> dict[str, Any]:
+def _policy_summary(store: Store, job: Job, name: str, columns: pa.Table | None) -> dict[str, Any]:
+    """`columns`: columns to group by that scores lack."""
     own = next((policy.reference.stage for policy in job.policies if policy.name == name), "reference")
     rejects = ["rejects/data", f"rejects/{own}", f"rejects/{name}"]
     summary = summarise(
-        _tables(store, job, f"scores/{name}"),
+        slices.sliced(_tables(store, job, f"scores/{name}"), columns),
+        slices=job.config.slices,
         rejects=(table for folder in rejects for table in _tables(store, job, folder)),
     )
     loss = next((policy.loss.identity() for policy in job.policies if policy.name == name), None)

@@ -22,7 +22,7 @@ from dpo_score.logps.source import TOKENIZER_FILES, ModelSource, Resolver
 from dpo_score.pairs.dataset import Dataset, read_rows_at
 from dpo_score.pairs.records import EncodedPair, Pair, Rejected, Text
 from dpo_score.pairs.render import Renderer
-from dpo_score.pairs.rewardbench import make_renderer
+from dpo_score.pairs.rewardbench import make_renderer, text_of
 from dpo_score.pairs.tokenizer import load_tokenizer
 from dpo_score.pipeline import load_config
 from dpo_score.run.data import open_data
@@ -42,10 +42,13 @@ class TextSource:
     def pairs(self, row_ids: Iterable[str]) -> dict[str, Pair]:
         """row_id → pair, for those rows that still give one."""
         wanted = set(row_ids)
-        offsets = self._offsets()
-        rows = sorted({self._position(row_id, offsets) for row_id in wanted})
-        found = read_rows_at(self.datasets, rows)
+        found = read_rows_at(self.datasets, self.rows(wanted))
         return {pair.source.row_id: pair for pair in found if isinstance(pair, Pair) and pair.source.row_id in wanted}
+
+    def rows(self, row_ids: Iterable[str]) -> list[int]:
+        """The numbers of the rows that these ids come from, ascending, each once."""
+        offsets = self._offsets()
+        return sorted({self._position(row_id, offsets) for row_id in row_ids})
 
     def _offsets(self) -> dict[int, tuple[int, int]]:
         """File index → rows before it, and source rows that one of its units takes."""
@@ -97,7 +100,8 @@ class Reader:
 
 def make_reader(config: RunConfig, date: str | None = None) -> Reader:
     """What turns pairs into ids, as a run makes it. `date`: the one that a run fixed. Raises UsageError."""
-    text = config.text if date is None else config.text.model_copy(update={"date": date})
+    text = text_of(config.rewardbench, config.text) if config.rewardbench else config.text
+    text = text if date is None else text.model_copy(update={"date": date})
     folder, limit = _tokenizer_home(config)
     name = text.tokenizer or folder
     tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code) if name else None

@@ -37,6 +37,7 @@ from dpo_score.run.job import (
 )
 from dpo_score.run.placement import check_placement
 from dpo_score.run.revisions import commit_lines, commits, names, pinned
+from dpo_score.run.slices import check_slices
 from dpo_score.run.tokens import choose_tokenizer
 from dpo_score.run.values import overlaid, plain
 from dpo_score.run.verdicts import trusted
@@ -252,6 +253,7 @@ def prepare(
     """
     preparation = Preparation(config, desk)
     job = preparation.job()
+    check_slices(job)
     request = ManifestRequest(
         identities=job.identities,
         numerics={"run": preparation.numerics.to_json()} if preparation.numerics else {},

@@ -19,8 +19,9 @@ from dpo_score.pairs.arrange import arranged
 from dpo_score.pairs.records import MARKS, EncodedPair, Pair
 from dpo_score.run.inspect import side_tokens
 from dpo_score.run.inspect_out import stored_shares
-from dpo_score.run.pair_texts import Reader, TextSource, plain_text, stored_reader, text_source
+from dpo_score.run.pair_texts import Reader, TextSource, plain_text, stored_config, stored_reader, text_source
 from dpo_score.run.results import chosen_names, natural, open_out, parts, read_scored
+from dpo_score.run.slices import read_sliced
 from dpo_score.scores.audit import label_audit
 from dpo_score.scores.lineup import Lineup, line_up
 from dpo_score.scores.matchup import matchup
@@ -35,10 +36,15 @@ FILE = "report.html"
 Tokens = dict[tuple[int, str], dict[str, list[tuple[str, float]]]]
 
 
-def report(out: str, no_text: bool = False, baseline: str | None = None) -> tuple[str, Mapping[str, Any]]:
-    """Write OUT/report.html; returns where it is and the matchup it shows. Raises UsageError, StorageError."""
+def report(
+    out: str, no_text: bool = False, baseline: str | None = None, slices: Sequence[str] = ()
+) -> tuple[str, Mapping[str, Any]]:
+    """Write OUT/report.html; returns where it is and the matchup it shows. Raises UsageError, StorageError.
+
+    slices: columns to group pairs by; none: those that the run was asked for.
+    """
     store, manifest = open_out(out)
-    facts = gather(store, manifest, out, no_text=no_text, baseline=baseline)
+    facts = gather(store, manifest, out, no_text=no_text, baseline=baseline, slices=slices)
     write_page(store, facts)
     return store.url(FILE), facts.found
 
@@ -55,11 +61,18 @@ def write_page(store: Store, facts: Facts) -> None:
     store.write_bytes(FILE, render(facts).encode("utf-8", "backslashreplace"))
 
 
-def gather(store: Store, manifest: Manifest, out: str, no_text: bool = False, baseline: str | None = None) -> Facts:
+def gather(
+    store: Store,
+    manifest: Manifest,
+    out: str,
+    no_text: bool = False,
+    baseline: str | None = None,
+    slices: Sequence[str] = (),
+) -> Facts:
     """Everything the page needs."""
     summary = read_summary(store, out)
     names = [name for name in chosen_names(store, manifest, None, out) if name in summary["policies"]]
-    lineup = lined_up(store, manifest, names, out)
+    lineup, unsliced = sliced_lineup(store, manifest, names, out, slices)
     if baseline is not None and baseline not in names:
         raise UsageError(f"--baseline {baseline}: not among the scored policies {', '.join(names)}")
     found, audit = matchup(lineup, baseline), label_audit(lineup)
@@ -77,7 +90,7 @@ def gather(store: Store, manifest: Manifest, out: str, no_text: bool = False, ba
         noise={name: summary["policies"][name].get("noise", {}) for name in names},
         marks=_marks(summary),
         warnings=[safe(warning) for warning in manifest.warnings],
-        notes=[*_skipped(summary), *notes],
+        notes=[*_skipped(summary), *unsliced, *notes],
         provenance=_provenance(manifest, names, lineup),
     )
 
@@ -89,12 +102,29 @@ def read_summary(store: Store, out: str) -> Mapping[str, Any]:
     return summary
 
 
-def lined_up(store: Store, manifest: Manifest, names: Sequence[str], out: str) -> Lineup:
+def sliced_lineup(
+    store: Store, manifest: Manifest, names: Sequence[str], out: str, slices: Sequence[str]
+) -> tuple[Lineup, list[str]]:
+    """The policies, grouped by what was asked for now, else by what the run was asked for.
+
+    Of the latter, what cannot be had any more is said in the second result instead of raised.
+    """
+    if slices or not store.exists("pipeline.yaml") or not (stored := stored_config(store).slices):
+        return lined_up(store, manifest, names, out, slices), []
+    try:
+        return lined_up(store, manifest, names, out, stored), []
+    except UsageError as error:
+        return lined_up(store, manifest, names, out), [f"No slices: {safe(error)}"]
+
+
+def lined_up(store: Store, manifest: Manifest, names: Sequence[str], out: str, slices: Sequence[str] = ()) -> Lineup:
     """The policies of one folder on their common pairs. Raises UsageError when there are none."""
     if not names:
         raise UsageError(f"{out} holds no finished policy yet: let `dpo-score run` finish one")
+    first, *others = sorted(names, key=natural)
+    scored = [read_sliced(store, manifest, first, slices), *(read_scored(store, manifest, name) for name in others)]
     try:
-        return line_up([read_scored(store, manifest, name) for name in sorted(names, key=natural)])
+        return line_up(scored)
     except ValueError:
         raise UsageError(f"{out}: no pair was scored by all of {', '.join(names)}") from None
 
@@ -240,7 +270,7 @@ def _loss(fields: Mapping[str, Any]) -> str:
     return f"{fields.get('name')}, β {fields.get('beta')}"
 
 
-def tables(out: str, form: str, baseline: str | None = None) -> str:
+def tables(out: str, form: str, baseline: str | None = None, slices: Sequence[str] = ()) -> str:
     """The report's tables as md, csv or tex. Raises UsageError."""
     if form not in FORMATS:
         raise UsageError(f"--format {form}: {nearest(form, ('html', *FORMATS))}")
@@ -248,4 +278,4 @@ def tables(out: str, form: str, baseline: str | None = None) -> str:
     names = chosen_names(store, manifest, None, out)
     if baseline is not None and baseline not in names:
         raise UsageError(f"--baseline {baseline}: {nearest(baseline, names)}")
-    return write(matchup(lined_up(store, manifest, names, out), baseline), form)
+    return write(matchup(sliced_lineup(store, manifest, names, out, slices)[0], baseline), form)

@@ -64,16 +64,20 @@ def chosen_names(store: Store, manifest: Manifest, asked: str | None, out: str) 
     return list(dict.fromkeys(names))
 
 
-def read_scored(
-    store: Store, manifest: Manifest, policy: str, *, label: str | None = None, slices: Sequence[str] = ()
-) -> Scored:
-    """All scored rows of one policy. `label`: the name it goes by; `slices`: further columns to group by."""
-    table = _scored_rows(store.read_table(name, _bare_columns(store, name)) for name in parts(store, policy))
-    for name in slices:
-        if name != "length" and name not in table.column_names:
-            raise UsageError(f"--slice {name}: scores have no such column; {nearest(name, table.column_names)}")
+def read_scored(store: Store, manifest: Manifest, policy: str) -> Scored:
+    """All scored rows of one policy."""
+    return as_scored(manifest, policy, scored_rows(store, policy))
+
+
+def scored_rows(store: Store, policy: str) -> pa.Table:
+    """The stored columns of the rows that have scores, but for lists of token values and ids."""
+    return _scored_rows(store.read_table(name, _bare_columns(store, name)) for name in parts(store, policy))
+
+
+def as_scored(manifest: Manifest, policy: str, table: pa.Table, slices: Sequence[str] = ()) -> Scored:
+    """Those rows as arrays. `slices`: further columns to group by."""
     return Scored(
-        name=label or policy,
+        name=policy,
         step=step_of(policy, str(manifest.notes.get("names", {}).get(policy, ""))),
         row_ids=table["row_id"].to_pylist(),
         pair_ids=table["pair_id"].to_pylist(),

@@ -57,9 +57,12 @@ def outcome(found: Outcome, as_json: bool = False, by_subset: bool = False) -> N
         return
     screen, policies = console(), found.summary["policies"]
     lines = [line for name, policy in policies.items() for line in _lines(name, policy, by_subset)]
+    heads = ("policy", "data", "n", "loss", "accuracy", "margin", "nats", "chosen", "rejected", "ref. alone")
     if lines:
-        heads = ("policy", "data", "n", "loss", "accuracy", "margin", "nats", "chosen", "rejected", "ref. alone")
         screen.print(table(heads, lines, left=2))
+    for heading, rows in _slices(policies):
+        screen.print(Text(f"by {safe(heading)}", style="bold"))
+        screen.print(table(("policy", *heads[1:]), rows, left=2))
     _say_rejected(screen, found.summary)
     for name, reason in found.summary["skipped"].items():
         screen.print(Text(safe(f"{name}: skipped, not whole yet (the same command scores it once it is): {reason}")))
@@ -82,6 +85,17 @@ def _lines(name: str, policy: Cell, by_subset: bool) -> Iterator[list[str]]:
             yield from (_line("", f"  {subset}", found) for subset, found in policy["subsets"].get(dataset, {}).items())
     if len(datasets) > 1:
         yield _line(name, "all", policy["overall"])
+
+
+def _slices(policies: Cell) -> Iterator[tuple[str, list[list[str]]]]:
+    """A table for each --slice: how it was cut, and a line for each policy and group."""
+    cuts = {column: cut["how"] for policy in policies.values() for column, cut in policy["slice_cuts"].items()}
+    for column, how in cuts.items():
+        found = {name: policy["slices"].get(column, {}) for name, policy in policies.items()}
+        yield (
+            f"{column} ({how})",
+            [_line(name, group, c) for name, groups in found.items() for group, c in groups.items()],
+        )
 
 
 def _line(name: str, label: str, cell: Cell) -> list[str]:

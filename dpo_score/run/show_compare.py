@@ -9,6 +9,7 @@ from rich.text import Text
 
 from dpo_score.escape import safe
 from dpo_score.run.show import console, number, print_json, share, table
+from dpo_score.scores.report.tables import SLICE_METRICS as MEANS
 from dpo_score.scores.verdict import p_value
 
 Found = Mapping[str, Any]
@@ -28,6 +29,9 @@ def compared(found: Found, as_json: bool = False) -> None:
     for heading, rows in _difference_tables(found):
         screen.print(Text(f"\n{safe(heading)}", style="bold"))
         screen.print(table(HEADS, rows))
+    for heading, rows in _slices(found):
+        screen.print(Text(f"\n{safe(heading)}", style="bold"))
+        screen.print(table(SLICE_HEADS, rows, left=3))
     for line in failures(found):
         screen.print(Text(safe(line), style="bold"))
 
@@ -92,6 +96,22 @@ def _line(item: Found, scale: float) -> list[object]:
         item["lost"],
         "-" if detectable is None else f"{scale * detectable:.2f}",
     ]
+
+
+SLICE_HEADS = ("", "pairs", "policy", "accuracy", "margin", "nats", "loss", "chosen", "rejected")
+
+
+def _slices(found: Found) -> Iterator[tuple[str, list[list[object]]]]:
+    """A table for each slice, a line for each group and policy."""
+    for column, one in found["slices"].items():
+        yield f"by {column} ({one['cut']})", [line for item in one["groups"].items() for line in _group(*item)]
+
+
+def _group(name: str, group: Found) -> Iterator[list[object]]:
+    heads = [name, f"{group['pairs']:,}"]
+    for policy, cell in group["policies"].items():
+        yield [*heads, policy, share(cell["accuracy"]), *(number(cell[metric]["mean"]) for metric in MEANS)]
+        heads = ["", ""]
 
 
 def failures(found: Found) -> Iterator[str]:

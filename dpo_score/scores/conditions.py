@@ -4,12 +4,14 @@
     test       = quantity op value           op  = "<" | "<=" | ">" | ">="
     quantity   = [ "diff." ] metric { "[" group "]" | "." bound }
     metric     = accuracy | margins | margins_nats | loss | chosen_rewards | rejected_rewards
-    group      = worst_subset | the name of a subset or data set (in quotes where it holds a bracket)
+    group      = worst_subset | the name of a subset or data set | COL=GROUP of a slice that was asked for
+                 (in quotes where it holds a bracket)
     bound      = low | high | p              low, high: of the 95 % interval; p: two-sided, of diff only
     value      = number [ "%" ] | "baseline" [ "." bound ]
 
     accuracy.low < 0.6                       the interval reaches below 60 %
     diff.accuracy.high < 0                   worse than the baseline beyond noise
+    accuracy[length=129 to 256].low < 0.5    of a slice
     accuracy[math].high < 0.5 or diff.accuracy[worst_subset].high < 0
     margins < baseline
 
@@ -175,16 +177,24 @@ def _holds(test: Test, lineup: Lineup, policy: str, baseline: str | None) -> str
 def _measured(quantity: Quantity, lineup: Lineup, policy: str, baseline: str | None) -> tuple[float, str]:
     """The number, and for the worst subset a note that names it."""
     values = _values(quantity, lineup, policy, baseline)
-    groups = {**lineup.groups("dataset"), **lineup.groups("subset")}
     if quantity.group is None:
         return _estimate(quantity, values, lineup.clusters, 1), ""
     if quantity.group != WORST:
+        groups = _named_groups(lineup)
         if quantity.group not in groups:
             raise ConfigError(f"--fail-if: no subset {quantity.group!r}; {nearest(quantity.group, groups)}")
         mask = groups[quantity.group]
         return _estimate(quantity, values[mask], lineup.clusters[mask], 1), ""
     name, mask, count = _worst(quantity, lineup.groups("subset"), values)
     return _estimate(quantity, values[mask], lineup.clusters[mask], count), f" ({name})"
+
+
+def _named_groups(lineup: Lineup) -> dict[str, NDArray[np.bool_]]:
+    """Every group that a condition may name."""
+    sliced = {
+        f"{label}={name}": mask for label in lineup.first.rows.cuts for name, mask in lineup.groups(label).items()
+    }
+    return {**sliced, **lineup.groups("dataset"), **lineup.groups("subset")}
 
 
 def _values(quantity: Quantity, lineup: Lineup, policy: str, baseline: str | None) -> Floats:

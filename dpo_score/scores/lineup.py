@@ -102,9 +102,8 @@ class Lineup:
 
     def groups(self, label: str) -> dict[str, NDArray[np.bool_]]:
         """name → which pairs belong to it, for dataset, subset or a slice; the empty name left out."""
-        codes, names = self.first.rows.labels[label], self.first.rows.names[label]
-        masks = {name: codes == index for index, name in enumerate(names) if name}
-        return {name: masks[name] for name in sorted(masks) if masks[name].any()}
+        rows = self.first.rows
+        return {name: rows.labels[label] == rows.names[label].index(name) for name in rows.present(label)}
 
 
 def per_pair(rows: Rows, metric: str) -> Floats:

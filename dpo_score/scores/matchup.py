@@ -7,7 +7,7 @@ of policies had been tested; differences to a baseline named beforehand are adju
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from dpo_score.scores.array import Floats
 from dpo_score.scores.comparison import Versus, against, best_policy, flips, not_worse_than_best
-from dpo_score.scores.lineup import Lineup, Scored, per_pair, refusal
+from dpo_score.scores.lineup import METRICS, Lineup, Scored, per_pair, refusal
 from dpo_score.scores.metrics import measure, share
 from dpo_score.scores.verdict import verdict
 
 DIFFERENCED = ("accuracy", "margins", "margins_nats", "loss")
+MEANS = tuple(metric for metric in METRICS if metric != "accuracy")
 HISTOGRAM_BINS = 24
 
 
@@ -42,6 +43,10 @@ def matchup(lineup: Lineup, baseline: str | None = None) -> dict[str, Any]:
         "subsets": {
             "dataset": _by_group(lineup, "dataset", baseline),
             "subset": _by_group(lineup, "subset", baseline),
+        },
+        "slices": {
+            name: {"cut": how, "groups": _by_group(lineup, name, baseline)}
+            for name, how in lineup.first.rows.cuts.items()
         },
     }
     return found | {"sentence": verdict(found)}
@@ -140,7 +145,7 @@ def _flips(lineup: Lineup, policy: str, other: str) -> dict[str, Any]:
 
 
 def _by_group(lineup: Lineup, label: str, baseline: str | None) -> dict[str, Any]:
-    """group → policy → accuracy and margin, with the accuracy difference to the baseline."""
+    """group → policy → its levels, with the accuracy difference to the baseline."""
     groups = lineup.groups(label)
     return {name: _group(lineup, mask, baseline) for name, mask in groups.items()}
 
@@ -148,9 +153,12 @@ def _by_group(lineup: Lineup, label: str, baseline: str | None) -> dict[str, Any
 def _group(lineup: Lineup, mask: NDArray[np.bool_], baseline: str | None) -> dict[str, Any]:
     clusters = lineup.clusters[mask]
     right = {name: values[mask] for name, values in lineup.values("accuracy").items()}
-    margins: Mapping[str, Floats] = {policy.name: policy.margins[mask] for policy in lineup.policies}
     found: dict[str, Any] = {
-        name: {"accuracy": share(right[name], clusters), "margins": measure(margins[name], clusters)} for name in right
+        policy.name: {
+            "accuracy": share(right[policy.name], clusters, "every pair is a tie"),
+            **{metric: measure(per_pair(policy.rows, metric)[mask], clusters) for metric in MEANS},
+        }
+        for policy in lineup.policies
     }
     for item in against(baseline, right, clusters) if baseline else []:
         d = item.difference

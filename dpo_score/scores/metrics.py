@@ -21,6 +21,7 @@ from dpo_score.scores.statistics import Clusters, deviation, mean, mean_interval
 
 NO_REFERENCE = "scored without a reference"
 NO_LENGTHS = "token counts are not stored"
+MEANS = ("margins", "margins_nats", "loss", "chosen_rewards", "rejected_rewards")
 
 
 def summarise(
@@ -29,20 +30,23 @@ def summarise(
     """The summary of one policy from its score tables, read once in order.
 
     `rejects`: reject tables (columns dataset, code) of data, reference and this policy, for the counts.
-    `slices`: further columns to group by; "length" is built in.
+    `slices`: further columns to group by (slices.py says how); `slice_cuts` holds how, and the order.
     """
     rows = collect(tables, rejects=rejects, slices=slices)
     datasets = {name: _cell_of(rows, "dataset", name) for name in _all_datasets(rows)}
     subsets = {name: _groups(_only(rows, "dataset", name), "subset") for name in datasets}
+    sliced = {name: _groups(rows, name) for name in slices}
     return {
         "overall": cell(rows) | counts(rows, rows.rejected.total(), _by_code(rows)),
         "datasets": datasets,
         "subsets": subsets,
-        "slices": {name: _groups(rows, name) for name in slices},
+        "slices": sliced,
+        "slice_cuts": {name: {"how": how, "groups": list(sliced[name])} for name, how in rows.cuts.items()},
         "diagnosis": diagnose(rows),
         "macro": {
             "datasets": _macro(list(datasets.values())),
             "subsets": _macro([value for group in subsets.values() for value in group.values()]),
+            "slices": {name: _macro(list(groups.values())) for name, groups in sliced.items()},
         },
     }
 
@@ -184,8 +188,7 @@ def _only(rows: Rows, label: str, name: str) -> Rows:
 
 def _groups(rows: Rows, label: str) -> dict[str, Any]:
     """A cell for every name that occurs; rejects carry no subset, so they are not counted here."""
-    present = [name for index, name in enumerate(rows.names[label]) if name and (rows.labels[label] == index).any()]
-    groups = {name: _only(rows, label, name) for name in sorted(present)}
+    groups = {name: _only(rows, label, name) for name in rows.present(label)}
     return {name: cell(group) | counts(group, 0, None) for name, group in groups.items()}
 
 
@@ -210,10 +213,11 @@ def _by_code(rows: Rows, dataset: str | None = None) -> dict[str, int]:
 
 def _macro(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Unweighted means over groups, each group counting once; null without groups."""
-    accuracies = [c["accuracy"]["value"] for c in cells if c["accuracy"]["value"] is not None]
-    margins = [c["margins"]["mean"] for c in cells if c["margins"]["mean"] is not None]
-    return {
-        "groups": len(cells),
-        "accuracy": math.fsum(accuracies) / len(accuracies) if accuracies else None,
-        "margins": math.fsum(margins) / len(margins) if margins else None,
+    means = {metric: [cell[metric]["mean"] for cell in cells] for metric in MEANS}
+    kept = {
+        metric: [value for value in values if value is not None]
+        for metric, values in {"accuracy": [cell["accuracy"]["value"] for cell in cells], **means}.items()
+    }
+    return {"groups": len(cells)} | {
+        metric: math.fsum(values) / len(values) if values else None for metric, values in kept.items()
     }

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dpo_score.scores.array import Floats
+from dpo_score.scores.slices import LENGTH, Cut, by_length, cut_field
 from dpo_score.scores.statistics import connected_clusters, repeats
 
 FLOATS = (
@@ -34,7 +35,6 @@ FLOATS = (
 )
 TOKENS = ("chosen_tokens", "rejected_tokens")
 FLAGS = ("truncated", "tied", "overflow")
-LENGTH_EDGES = (32, 64, 128, 256, 512, 1024, 2048)
 Rejects = Counter[tuple[str, str]]
 """(dataset, code) → rows."""
 
@@ -43,7 +43,8 @@ Rejects = Counter[tuple[str, str]]
 class Rows:
     """Scored rows as arrays of one length. `labels[name]` holds an index into `names[name]` for every row.
 
-    `values`: FLOATS, and TOKENS kept as float32, NaN where null. `flags`: FLAGS.
+    `values`: FLOATS, and TOKENS kept as float32, NaN where null. `flags`: FLAGS. `cuts`: how each slice was cut, in
+    words; the names of a slice stand in the order to show them in.
     """
 
     values: dict[str, Floats]
@@ -52,6 +53,7 @@ class Rows:
     names: dict[str, tuple[str, ...]]
     clusters: NDArray[np.int64]
     rejected: Rejects = field(default_factory=Counter)
+    cuts: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.clusters)
@@ -69,16 +71,23 @@ class Rows:
             names=self.names,
             clusters=self.clusters[rows],
             rejected=self.rejected,
+            cuts=self.cuts,
         )
+
+    def present(self, label: str) -> list[str]:
+        """The names of a label that occur, but for the empty one, in order."""
+        codes = set(np.unique(self.labels[label]).tolist())
+        found = [name for index, name in enumerate(self.names[label]) if name and index in codes]
+        return found if label in self.cuts else sorted(found)
 
 
 def collect(tables: Iterable[pa.Table], *, rejects: Iterable[pa.Table] = (), slices: Sequence[str] = ()) -> Rows:
     """Read score tables (and reject tables, for their counts) once, in order.
 
-    `slices`: columns to group by besides dataset and subset; "length" is built in (longer answer's scored tokens).
+    `slices`: columns to group by besides dataset and subset, cut as slices.py says; "length" needs no column.
     """
-    label_names = ("dataset", "subset", *slices)
-    coders = {name: _Coder() for name in label_names}
+    coders = {name: _Coder() for name in ("dataset", "subset")}
+    columns: dict[str, list[pa.Table]] = {name: [] for name in slices}
     parts: list[dict[str, NDArray[Any]]] = []
     rejected: Rejects = Counter()
     seen = 0
@@ -86,10 +95,32 @@ def collect(tables: Iterable[pa.Table], *, rejects: Iterable[pa.Table] = (), sli
         table, refused = _split_scored(table)
         rejected.update(refused)
         parts.append(_arrays(table, coders, seen))
+        for name, found in columns.items():
+            found.append(_column(table, name))
         seen += table.num_rows
     for table in rejects:
         rejected.update(zip(_texts(table, "dataset"), table.column("code").to_pylist(), strict=True))
-    return _join(parts, coders, rejected)
+    rows = _join(parts, coders, rejected)
+    cuts = {name: _cut(name, found, rows) for name, found in columns.items()}
+    return replace(
+        rows,
+        labels=rows.labels | {name: found.codes for name, found in cuts.items()},
+        names=rows.names | {name: found.names for name, found in cuts.items()},
+        cuts={name: found.how for name, found in cuts.items()},
+    )
+
+
+def _column(table: pa.Table, name: str) -> pa.Table:
+    """The column alone, null where the table has none."""
+    kept = table.select([name]) if name in table.column_names else pa.table({name: pa.nulls(table.num_rows)})
+    return kept.replace_schema_metadata(None)
+
+
+def _cut(name: str, columns: list[pa.Table], rows: Rows) -> Cut:
+    table = pa.concat_tables(columns or [pa.table({name: pa.nulls(0)})], promote_options="permissive")
+    if name == LENGTH and pa.types.is_null(table.field(0).type):
+        return by_length(np.fmax(rows.values["chosen_tokens"], rows.values["rejected_tokens"]))
+    return cut_field(table.column(0), table.field(0))
 
 
 def _join(parts: list[dict[str, NDArray[Any]]], coders: dict[str, _Coder], rejected: Rejects) -> Rows:
@@ -141,19 +172,10 @@ def _arrays(table: pa.Table, coders: dict[str, _Coder], seen: int) -> dict[str, 
     arrays["tied"] = _flag(table, "tied")
     arrays["overflow"] = np.array([code == "overflow" for code in _texts(table, "loss_code")], np.bool_)
     for name, coder in coders.items():
-        arrays[f"label:{name}"] = coder.encode(_slice_texts(table, name, arrays))
+        arrays[f"label:{name}"] = coder.encode(_texts(table, name))
     for name, column in (("prompt", "prompt_digest"), ("group", "group_id")):
         arrays[name] = _hashes(table, column, seen)
     return arrays
-
-
-def _slice_texts(table: pa.Table, name: str, arrays: dict[str, NDArray[Any]]) -> list[str]:
-    if name != "length" or "length" in table.column_names:
-        return _texts(table, name)
-    longer = np.fmax(arrays["chosen_tokens"], arrays["rejected_tokens"])
-    bins = np.searchsorted(np.array(LENGTH_EDGES), longer)
-    names = [f"≤{edge}" for edge in LENGTH_EDGES] + [f">{LENGTH_EDGES[-1]}"]
-    return [names[index] for index in bins]
 
 
 def _numbers(table: pa.Table, name: str) -> Floats:

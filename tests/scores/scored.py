@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +27,9 @@ def scored(
     settings: Settings = SETTINGS,
     marks: Sequence[Sequence[str]] | None = None,
     lengths: Sequence[tuple[int, int]] | None = None,
+    slices: Mapping[str, Sequence[Any]] = MappingProxyType({}),
 ) -> Scored:
-    """A policy whose pairs have these margins in nats, all of them from the chosen side."""
+    """A policy whose pairs have these margins in nats, all of them from the chosen side; `slices`: further columns."""
     n = len(nats)
     margins = settings.beta * np.asarray(nats, np.float64)
     zeros = np.zeros(n)
@@ -49,10 +52,19 @@ def scored(
             "margins_nats": np.asarray(nats, np.float64),
             "dpo_weight": weight,
             "loss": loss,
+            **slices,
         }
     )
     ids = list(pair_ids or [f"pair {i}" for i in range(n)])
-    return Scored(name, step, [f"0:{i}" for i in range(n)], ids, collect([table]), marks or [()] * n, settings)
+    return Scored(
+        name,
+        step,
+        [f"0:{i}" for i in range(n)],
+        ids,
+        collect([table], slices=list(slices)),
+        marks or [()] * n,
+        settings,
+    )
 
 
 def policies(seed: int, pairs: int, gains: dict[str, float], subsets: int = 3) -> list[Scored]:

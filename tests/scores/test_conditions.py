@@ -131,3 +131,13 @@ def test_many_equal_subsets_do_not_fire_the_gate_on_noise() -> None:
         for _ in range(120)
     ]
     assert sum(fires) <= 12
+
+
+def test_a_group_of_a_slice_can_be_named() -> None:
+    columns = {"depth": list(range(40)), "lang": ["a]b", "c"] * 20}
+    lineup = line_up([scored("one", [-1.0] * 20 + [1.0] * 20, slices=columns)])
+    assert firing(parse_condition("accuracy[depth=0 to 9] < 0.5"), lineup, None)
+    assert not firing(parse_condition("accuracy[depth=30 to 39] < 0.5"), lineup, None)
+    assert firing(parse_condition('accuracy["lang=a]b"].high < 0.9'), lineup, None)
+    with pytest.raises(ConfigError, match="depth=0 to 9"):
+        firing(parse_condition("accuracy[depth=0 to 8] < 0.5"), lineup, None)

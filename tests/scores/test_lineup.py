@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_score.scores.lineup import METRICS, line_up, refusal
@@ -27,6 +27,7 @@ def test_the_k_th_occurrence_meets_the_k_th() -> None:
 
 
 @given(st.lists(st.lists(st.sampled_from("pqr"), min_size=1, max_size=6), min_size=1, max_size=4))
+@settings(deadline=None)
 def test_joined_rows_hold_the_same_pairs_in_the_first_order(sides: list[list[str]]) -> None:
     policies = [scored(str(i), [0.0] * len(ids), pair_ids=ids) for i, ids in enumerate(sides)]
     counts = {pair: min(ids.count(pair) for ids in sides) for pair in "pqr"}

@@ -32,6 +32,22 @@ def test_the_result_is_strict_json() -> None:
     json.dumps(found, allow_nan=False)
 
 
+def test_slices_have_levels_for_every_policy_and_their_own_clusters() -> None:
+    columns = {"lang": ["de", "fr", None, "de"]}
+    prompts = ["p", "q", "r", "p"]
+    made = [
+        scored(name, nats, prompts=prompts, slices=columns) for name, nats in (("a", [1, 2, 3, 4]), ("b", [-1] * 4))
+    ]
+    found = matchup(line_up(made), baseline="a")["slices"]["lang"]
+    assert found["cut"] == "each of its values"
+    assert {name: group["pairs"] for name, group in found["groups"].items()} == {"de": 2, "fr": 1, "(no value)": 1}
+    german = found["groups"]["de"]["policies"]
+    assert german["a"]["margins_nats"]["mean"] == 2.5
+    assert german["a"]["margins_nats"]["ci95"] is None, "one prompt is one cluster"
+    assert german["b"]["loss"]["mean"] == pytest.approx(np.log1p(np.exp(0.1)))
+    assert german["b"]["versus_baseline"]["mean"] == -1.0
+
+
 def test_won_and_lost_rows_add_up() -> None:
     lineup = line_up([scored("a", [1, 1, -1, -1, 0]), scored("b", [1, -1, 1, -1, 1])])
     item = matchup(lineup, baseline="a")["versus_baseline"]["accuracy"][0]

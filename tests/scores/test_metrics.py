@@ -130,19 +130,24 @@ def test_per_data_set_and_subset_with_macro_means() -> None:
     assert {name: list(group) for name, group in found["subsets"].items()} == {"a": ["x", "y"], "b": ["x"]}
     assert found["subsets"]["a"]["x"]["accuracy"]["value"] == 0.5
     assert found["subsets"]["b"]["x"]["scored"] == 1
-    assert found["macro"]["subsets"] == {
-        "groups": 3,
-        "accuracy": pytest.approx(2.5 / 3),
-        "margins": pytest.approx(1 / 3),
-    }
+    macro = found["macro"]["subsets"]
+    assert (macro["groups"], macro["accuracy"]) == (3, pytest.approx(2.5 / 3))
+    assert (macro["margins"], macro["margins_nats"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert macro["margins"] == pytest.approx(macro["chosen_rewards"] - macro["rejected_rewards"])
+    cells = [cell for group in found["subsets"].values() for cell in group.values()]
+    assert macro["loss"] == pytest.approx(np.mean([cell["loss"]["mean"] for cell in cells]))
     assert found["macro"]["datasets"]["accuracy"] == pytest.approx((2 / 3 + 1) / 2)
 
 
 def test_slices_by_length_and_by_a_column() -> None:
     table = scores([1.0, -1.0, 1.0], chosen_tokens=[30, 33, 5000], lang=["de", None, "de"])
-    found = summarise([table], slices=["length", "lang"])["slices"]
-    assert {name: cell["scored"] for name, cell in found["length"].items()} == {"≤32": 1, "≤64": 1, ">2048": 1}
-    assert {name: cell["scored"] for name, cell in found["lang"].items()} == {"de": 2}
+    found = summarise([table], slices=["length", "lang"])
+    lengths = {name: cell["scored"] for name, cell in found["slices"]["length"].items()}
+    assert lengths == {"up to 32": 1, "33 to 64": 1, "over 2048": 1}
+    assert {name: cell["scored"] for name, cell in found["slices"]["lang"].items()} == {"de": 2, "(no value)": 1}
+    assert found["slice_cuts"]["lang"] == {"how": "its one value", "groups": ["de", "(no value)"]}
+    macro = found["macro"]["slices"]["lang"]
+    assert (macro["groups"], macro["accuracy"], macro["margins_nats"]) == (2, 0.5, 0.0)
 
 
 def test_truncated_pairs_are_also_left_out() -> None:

@@ -46,7 +46,14 @@ def hostile() -> Page:
     made = policies(3, 240, {"step-10": 0.1, "step-20": 0.4})
     names = [HOSTILE_SUBSETS[i % 3] for i in range(240)]
     policies_ = [
-        scored(p.name, p.rows.values["margins_nats"].tolist(), subsets=names, marks=[("<i>mark",)] * 240) for p in made
+        scored(
+            p.name,
+            p.rows.values["margins_nats"].tolist(),
+            subsets=names,
+            marks=[("<i>mark",)] * 240,
+            slices={'<b onclick="alert(6)">': names},
+        )
+        for p in made
     ]
     return Page(render(facts(policies_, hostile=True, title="<script>alert(0)</script>")))
 
@@ -110,6 +117,19 @@ def test_every_link_leads_somewhere_and_every_drawing_has_a_name() -> None:
 def test_a_baseline_brings_a_table_of_differences() -> None:
     shown = "".join(Page(render(facts(baseline="step-10"))).text)
     assert "Margin in nats, minus the baseline (step-10)" in shown
+
+
+def test_slices_have_a_section_with_a_row_for_every_group() -> None:
+    column = [i % 50 for i in range(240)]
+    made = policies(3, 240, {"step-10": 0.1, "step-20": 0.4})
+    nats = {policy.name: policy.rows.values["margins_nats"].tolist() for policy in made}
+    html = render(facts([scored(name, found, slices={"depth": column}) for name, found in nats.items()]))
+    assert "By depth" in html
+    assert "bins between its quartiles" in html
+    for name in ("0 to 11", "12 to 23", "24 to 35", "36 to 49"):
+        assert html.count(f'<th scope="row">{name}</th>') == 3, "the plot's row and one for each policy's means"
+    assert 'href="#slices"' in html
+    assert "#slices" not in render(facts(made))
 
 
 def test_without_texts_the_numbers_stay() -> None:

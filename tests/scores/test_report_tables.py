@@ -16,7 +16,10 @@ from tests.scores.scored import policies, scored
 def found() -> dict[str, object]:
     names = [("=1+1", "a|b_c&d")[i % 2] for i in range(60)]
     made = policies(0, 60, {"one": 0.1, "two": 0.6})
-    return matchup(line_up([scored(p.name, p.rows.values["margins_nats"], subsets=names) for p in made]), "one")
+    columns = {"lang": [("de", "fr")[i % 3 == 0] for i in range(60)]}
+    return matchup(
+        line_up([scored(p.name, p.rows.values["margins_nats"], subsets=names, slices=columns) for p in made]), "one"
+    )
 
 
 def test_csv_is_long_and_exact_and_no_cell_is_a_formula() -> None:
@@ -24,13 +27,18 @@ def test_csv_is_long_and_exact_and_no_cell_is_a_formula() -> None:
     rows = list(csv.DictReader(io.StringIO(write(result, "csv"))))
     assert tuple(rows[0]) == CSV_COLUMNS
     assert float(rows[0]["value"]) == result["policies"][0]["accuracy"]["value"]  # type: ignore[index]
-    assert {row["group"] for row in rows} == {"", "d", "'=1+1", "a|b_c&d"}
+    assert {row["group"] for row in rows} == {"", "d", "'=1+1", "a|b_c&d", "de", "fr"}
+    french = {row["metric"]: row for row in rows if (row["group"], row["policy"], row["kind"]) == ("fr", "two", "lang")}
+    cells = result["slices"]["lang"]["groups"]["fr"]["policies"]["two"]  # type: ignore[index]
+    assert float(french["loss"]["value"]) == cells["loss"]["mean"]
+    assert [float(french["margins"][end]) for end in ("low", "high")] == cells["margins"]["ci95"]
+    assert set(french) == {"accuracy", "margins", "margins_nats", "loss", "chosen_rewards", "rejected_rewards"}
 
 
 def test_markdown_has_a_cell_for_every_column() -> None:
     for line in write(found(), "md").splitlines():
         if line.startswith("|"):
-            assert line.replace("\\|", "").count("|") in (6, 7, 5)
+            assert line.replace("\\|", "").count("|") in (6, 7, 5, 9)
     assert "a\\|b\\_c&d" in write(found(), "md")
 
 

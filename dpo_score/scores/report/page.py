@@ -35,6 +35,7 @@ def render(facts: Facts) -> str:
             "curves": curves.curves(facts),
             "differences": standings.differences(facts),
             "subsets": spread.subsets(facts, colours),
+            "slices": spread.slices(facts, colours),
             "margins": spread.margins(facts, colours),
             "calibration": causes.calibration(facts, colours),
             "length": causes.length(facts, colours),

@@ -10,8 +10,9 @@ import numpy as np
 from dpo_score.scores.lineup import Scored
 from dpo_score.scores.matchup import counted
 from dpo_score.scores.report import figures
-from dpo_score.scores.report.facts import Cell, Facts, Palette, percent, signed
+from dpo_score.scores.report.facts import Cell, Facts, Palette, bounds, percent, signed
 from dpo_score.scores.report.figures import Dot
+from dpo_score.scores.report.tables import SLICE_METRICS
 
 SHOWN_HISTOGRAMS = 8
 
@@ -24,6 +25,34 @@ def subsets(facts: Facts, colours: Palette) -> list[dict[str, Any]]:
         if len(groups) >= (2 if label == "dataset" else 1):
             listed.append({"heading": heading, **dot_plot(groups, colours)})
     return listed
+
+
+def slices(facts: Facts, colours: Palette) -> list[dict[str, Any]]:
+    """For each slice: how it was cut, a dot plot of accuracy, and the means of every group."""
+    return [
+        {"heading": name, "how": one["cut"], "cells": _means(one["groups"], colours)}
+        | dot_plot(one["groups"], colours, ranked=False)
+        for name, one in facts.found["slices"].items()
+        if one["groups"]
+    ]
+
+
+def _means(groups: Cell, colours: Palette) -> list[dict[str, Any]]:
+    """A row for each group and key policy: means with their intervals."""
+    return [
+        {
+            "group": name,
+            "policy": policy,
+            "swatch": figures.swatch(colours.colours[policy]),
+            "means": [_mean(group["policies"][policy][metric]) for metric in SLICE_METRICS],
+        }
+        for name, group in groups.items()
+        for policy in colours.key
+    ]
+
+
+def _mean(cell: Cell) -> tuple[str, str]:
+    return signed(cell["mean"], 3), bounds(cell["ci95"], digits=3)
 
 
 def dot_plot(groups: Cell, colours: Palette, ranked: bool = True) -> dict[str, Any]:

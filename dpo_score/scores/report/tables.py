@@ -20,6 +20,8 @@ Cell = Mapping[str, Any]
 FORMATS = ("md", "csv", "tex")
 CSV_COLUMNS = ("policy", "step", "kind", "group", "pairs", "metric", "value", "low", "high")
 METRICS = ("accuracy", "margins", "margins_nats", "loss")
+SLICE_METRICS = ("margins", "margins_nats", "loss", "chosen_rewards", "rejected_rewards")
+"""Means of each group and policy, in the order of the columns of `_slices`."""
 _TEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -42,8 +44,8 @@ class Grid:
 
 
 def grids(found: Cell) -> list[Grid]:
-    """Levels, differences and subsets of a matchup."""
-    return [_levels(found), *_differences(found), *_groups(found)]
+    """Levels, differences, subsets and slices of a matchup."""
+    return [_levels(found), *_differences(found), *_groups(found), *_slices(found)]
 
 
 def _levels(found: Cell) -> Grid:
@@ -85,6 +87,23 @@ def _groups(found: Cell) -> Iterator[Grid]:
                 for name, group in groups.items()
             )
             yield Grid(f"Accuracy by {label}", (label, "pairs", *names), rows)
+
+
+def _slices(found: Cell) -> Iterator[Grid]:
+    means = ("margin (95 %)", "nats (95 %)", "loss (95 %)", "chosen (95 %)", "rejected (95 %)")
+    for column, one in found["slices"].items():
+        rows = tuple(
+            (
+                f"{name} · {policy}",
+                f"{group['pairs']:,}",
+                _share(cell["accuracy"]),
+                *(_mean(cell[metric]) for metric in SLICE_METRICS),
+            )
+            for name, group in one["groups"].items()
+            for policy, cell in group["policies"].items()
+        )
+        title = f"By {column}: {one['cut']}"
+        yield Grid(title, (f"{column} · policy", "pairs", "accuracy (95 %)", *means), rows)
 
 
 def _share(cell: Cell) -> str:
@@ -171,9 +190,12 @@ def _long(found: Cell) -> Iterator[tuple[Any, ...]]:
                 cell["value"] if metric == "accuracy" else cell["mean"],
                 *(cell["ci95"] or (None, None)),
             )
-    for kind, groups in found["subsets"].items():
+    sliced = {column: one["groups"] for column, one in found["slices"].items()}
+    for kind, groups in [*found["subsets"].items(), *sliced.items()]:
         for name, group in groups.items():
             for policy in found["policies"]:
-                cell = group["policies"][policy["name"]]["accuracy"]
+                cells = group["policies"][policy["name"]]
                 head = (policy["name"], policy["step"], kind, name, group["pairs"])
-                yield (*head, "accuracy", cell["value"], *(cell["ci95"] or (None, None)))
+                for metric in ("accuracy", *SLICE_METRICS):
+                    value = cells[metric]["value" if metric == "accuracy" else "mean"]
+                    yield (*head, metric, value, *(cells[metric]["ci95"] or (None, None)))
