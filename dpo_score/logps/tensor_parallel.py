@@ -46,6 +46,7 @@ def attention_heads(config: Mapping[str, Any]) -> int:
 
 def refuse_undealt(source: ModelSource, ways: int) -> None:
     """ConfigError for a model that cannot be dealt out to `ways` ranks, from its configuration alone."""
+    _refuse_old_transformers(ways)
     kind = source.config.get("model_type")
     if source.is_encoder_decoder or not has_plan(source.config):
         raise ConfigError(
@@ -68,15 +69,21 @@ def _refuse_uneven(name: str, heads: int, keys: int, ways: int) -> None:
     )
 
 
-def load_options(size: int) -> dict[str, Any]:
-    """What `from_pretrained` takes to deal a model out to the `size` ranks that have joined."""
+def _refuse_old_transformers(ways: int) -> None:
     import transformers
     from transformers.distributed import DistributedConfig
 
     if "tp_size" not in inspect.signature(DistributedConfig).parameters:
-        raise ModelError(
-            f"--tensor-parallel: transformers {transformers.__version__} is too old for it; 5.23 is known to do it"
+        raise ConfigError(
+            f"--tensor-parallel {ways}: transformers {transformers.__version__} is too old for it (5.23 is not); "
+            f"{ALTERNATIVE}"
         )
+
+
+def load_options(size: int) -> dict[str, Any]:
+    """What `from_pretrained` takes to deal a model out to the `size` ranks that have joined."""
+    from transformers.distributed import DistributedConfig
+
     return {"distributed_config": DistributedConfig(tp_size=size)}
 
 
