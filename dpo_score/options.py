@@ -44,7 +44,13 @@ def _o(name: str, path: str, kind: Any, panel: str, text: str) -> Option:
 OPTIONS: tuple[Option, ...] = (
     _o("data", "data", list[str], FIRST, "[NAME=]PATH: file, folder, glob, URL or hub data set; repeatable"),
     _o("reference", "reference.model", str, FIRST, "folder, hub id, package:NAME/FILE or columns:CHOSEN,REJECTED"),
-    _o("policy", "policies", list[str], FIRST, "NAME=MODEL[+ADAPTER], or a glob (half-written checkpoints wait); repeatable"),
+    _o(
+        "policy",
+        "policies",
+        list[str],
+        FIRST,
+        "NAME=MODEL[+ADAPTER], or a glob (half-written checkpoints wait); repeatable",
+    ),
     _o("out", "out", str, FIRST, "folder for the results"),
     _o("loss", "loss.name", str, FIRST, "a loss, a comma list (rescore), a weighted sum, or path.py:function"),
     _o("beta", "loss.beta", float, FIRST, "strength of the KL constraint (null: the loss's own default)"),

@@ -27,6 +27,7 @@ from dpo_score.scores.lineup import Lineup, line_up
 from dpo_score.scores.matchup import matchup
 from dpo_score.scores.report.facts import Facts
 from dpo_score.scores.report.page import render
+from dpo_score.scores.report.reasons import numbers
 from dpo_score.scores.report.selection import Selection, select
 from dpo_score.scores.report.tables import FORMATS, write
 from dpo_score.store.manifest import Manifest, read_manifest
@@ -278,4 +279,5 @@ def tables(out: str, form: str, baseline: str | None = None, slices: Sequence[st
     names = chosen_names(store, manifest, None, out)
     if baseline is not None and baseline not in names:
         raise UsageError(f"--baseline {baseline}: {nearest(baseline, names)}")
-    return write(matchup(sliced_lineup(store, manifest, names, out, slices)[0], baseline), form)
+    lineup, _ = sliced_lineup(store, manifest, names, out, slices)
+    return write(matchup(lineup, baseline), form, numbers(lineup))

@@ -7,8 +7,10 @@ import io
 
 import pytest
 
+from dpo_score.scores.diagnosis import diagnose
 from dpo_score.scores.lineup import line_up
 from dpo_score.scores.matchup import matchup
+from dpo_score.scores.report.reasons import numbers
 from dpo_score.scores.report.tables import CSV_COLUMNS, FORMATS, grids, write
 from tests.scores.scored import policies, scored
 
@@ -48,6 +50,22 @@ def test_latex_escapes_names_and_balances_environments() -> None:
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == len(grids(found()))
 
 
+def test_what_explains_the_levels_stands_in_every_format() -> None:
+    lineup = line_up(policies(1, 80, {"one": 0.2, "two": 0.5}))
+    result, reasons = matchup(lineup), numbers(lineup)
+    rows = {(r["policy"], r["metric"]): r for r in csv.DictReader(io.StringIO(write(result, "csv", reasons)))}
+    health = diagnose(lineup["two"].rows)["health"]
+    assert float(rows["two", "drift_chosen"]["value"]) == health["drift_chosen"]["value"]
+    assert [float(rows["two", "displaced"][end]) for end in ("low", "high")] == health["displaced"]["ci95"]
+    assert rows["one", "longer_wins"]["kind"] == "ranking"
+    for form in ("md", "tex"):
+        text = write(result, form, reasons).replace("\\", "")
+        assert all(
+            name in text for name in ("reference_sum", "length_controlled_accuracy", "ece", "best_beta", "saturated")
+        )
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_single_policy_of_ties_has_tables_too(form: str) -> None:
-    assert "flat" in write(matchup(line_up([scored("flat", [0.0, 0.0])])), form)
+    lineup = line_up([scored("flat", [0.0, 0.0])])
+    assert "flat" in write(matchup(lineup), form, numbers(lineup))

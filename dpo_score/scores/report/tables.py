@@ -1,7 +1,8 @@
 """The numbers of a report as text tables: Markdown, CSV, LaTeX. Pure.
 
-Markdown and LaTeX: levels, paired differences, subsets, for reading. CSV: one long table with full digits, a row for
-each policy and group, for machines. Names from the data are escaped for each format.
+Markdown and LaTeX: levels, paired differences, subsets, slices and what explains them, for reading. CSV: one long
+table with full digits, a row for each number of a policy and group, for machines. Names from the data are escaped for
+each format.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_score.escape import safe
+from dpo_score.scores.report.reasons import TITLES, Number
 from dpo_score.scores.verdict import p_value
 
 Cell = Mapping[str, Any]
@@ -43,9 +45,9 @@ class Grid:
     rows: tuple[tuple[str, ...], ...]
 
 
-def grids(found: Cell) -> list[Grid]:
-    """Levels, differences, subsets and slices of a matchup."""
-    return [_levels(found), *_differences(found), *_groups(found), *_slices(found)]
+def grids(found: Cell, reasons: Sequence[Number] = ()) -> list[Grid]:
+    """Levels, differences, subsets and slices of a matchup, then what explains them."""
+    return [_levels(found), *_differences(found), *_groups(found), *_slices(found), *_reasons(reasons)]
 
 
 def _levels(found: Cell) -> Grid:
@@ -106,6 +108,19 @@ def _slices(found: Cell) -> Iterator[Grid]:
         yield Grid(title, (f"{column} · policy", "pairs", "accuracy (95 %)", *means), rows)
 
 
+def _reasons(reasons: Sequence[Number]) -> Iterator[Grid]:
+    """For each kind of number a row a metric, a column a policy."""
+    policies = tuple(dict.fromkeys(number.policy for number in reasons))
+    for kind, title in TITLES.items():
+        cells = {(n.metric, n.policy): _interval(n.value, n.ci95) for n in reasons if n.kind == kind}
+        rows = [
+            (metric, *(cells.get((metric, name), "–") for name in policies))
+            for metric in dict.fromkeys(m for m, _ in cells)
+        ]
+        if rows:
+            yield Grid(title, ("", *policies), tuple(rows))
+
+
 def _share(cell: Cell) -> str:
     return _interval(cell["value"], cell["ci95"])
 
@@ -115,18 +130,18 @@ def _mean(cell: Cell) -> str:
 
 
 def _interval(value: float | None, ci95: Sequence[float] | None) -> str:
-    if value is None:
-        return "–"
+    if value is None or isinstance(value, int):
+        return "–" if value is None else f"{value:,}"
     shown = f"{value:.3f}" if ci95 is None else f"{value:.3f} ({ci95[0]:.3f} … {ci95[1]:.3f})"
     return shown.replace("-", "−")
 
 
-def write(found: Cell, form: str) -> str:
+def write(found: Cell, form: str, reasons: Sequence[Number] = ()) -> str:
     """All tables in one of FORMATS."""
     if form == "csv":
-        return _csv(found)
+        return _csv(found, reasons)
     one: Callable[[Grid], str] = {"md": _markdown, "tex": _latex}[form]
-    return "\n".join(one(grid) for grid in grids(found))
+    return "\n".join(one(grid) for grid in grids(found, reasons))
 
 
 def _markdown(grid: Grid) -> str:
@@ -162,14 +177,19 @@ def _tex(text: str) -> str:
     return "".join(_TEX.get(character, character) for character in safe(text))
 
 
-def _csv(found: Cell) -> str:
+def _csv(found: Cell, reasons: Sequence[Number]) -> str:
     """Cells that a spreadsheet would read as formulas begin with an apostrophe."""
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
-    for row in _long(found):
+    for row in (*_long(found), *_long_reasons(found, reasons)):
         writer.writerow([_inert(value) for value in row])
     return sink.getvalue()
+
+
+def _long_reasons(found: Cell, reasons: Sequence[Number]) -> Iterator[tuple[Any, ...]]:
+    for n in reasons:
+        yield (n.policy, n.step, n.kind, "", found["pairs"], n.metric, n.value, *(n.ci95 or (None, None)))
 
 
 def _inert(value: Any) -> Any:
