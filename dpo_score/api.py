@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["precompute", "rescore", "run", "score"]
 
+OF_RUNS = frozenset(
+    {"blocks", "data", "data_revision", "emit_ids", "engine", "limit", "log_to", "max_bad_rows", "out", "ray_address"}
+    | {"rewardbench", "sample", "slice", "split", "strict_env", "workers"}
+)
+"""Options that say something of files, folders or workers: pairs in memory have none."""
+
 
 def precompute(
     pipeline: str | None = None,
@@ -82,11 +88,12 @@ def score(
 def _scored(
     pairs: Any, policy: Any, reference: Any, tokenizer: Any, quiet: bool, options: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
-    from dpo_score.run.desk import Desk, cache_folder
+    from dpo_score.run.desk import desk_at
     from dpo_score.run.library import scored_tables, written
     from dpo_score.run.progress import Progress
     from dpo_score.store.storage import open_store
 
+    _refuse_options_of_runs(options)
     policies = dict(policy) if isinstance(policy, Mapping) else {"policy": policy}
     held = _held(policies, reference)
     settings = {
@@ -97,10 +104,18 @@ def _scored(
         **({"tokenizer": os.fspath(tokenizer)} if isinstance(tokenizer, str | Path) else {}),
     }
     config = configured(None, settings)
-    desk = Desk(open_store(folder / "out"), cache_folder(config.cache_dir), Progress(quiet))
+    desk = desk_at(config, Progress(quiet), open_store(folder / "out"))
     if config.compute.tensor_parallel > 1:
         raise ConfigError("score computes in one process: for tensor_parallel, write the pairs to a file and use run")
     return scored_tables(config, desk, held, None if isinstance(tokenizer, str | Path) else tokenizer)
+
+
+def _refuse_options_of_runs(options: Mapping[str, Any]) -> None:
+    for name in OF_RUNS & {name for name, value in options.items() if value is not None}:
+        raise ConfigError(
+            f"score() takes no {name!r}, which says something of files, folders or workers: leave it out (a part of "
+            "the pairs is given by giving that part), or call dpo_score.run on a file"
+        )
 
 
 def _held(policies: Mapping[str, Any], reference: Any) -> dict[str, HeldModel]:

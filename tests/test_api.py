@@ -126,6 +126,12 @@ def test_what_is_no_table_of_pairs(pairs: Any, models: Path, tmp_path: Path) -> 
         score(pairs, tmp_path, policy=models / "m0", loss="simpo")
 
 
+@pytest.mark.parametrize("option", [{"limit": 2}, {"rewardbench": "exact"}, {"out": "x"}])
+def test_an_option_that_would_be_ignored_is_refused(option: dict[str, Any], models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"takes no '{next(iter(option))}'"):
+        score(text_rows(3), tmp_path, reference=models / "m0", policy=models / "m1", **option)
+
+
 # --- loaded models -------------------------------------------------------------------------------------------------
 
 

@@ -103,11 +103,14 @@ def _with_model(
     job: Job, role: str, table: pa.Table, ids: pa.Table, values: Values, first: bool
 ) -> tuple[pa.Table, Reasons, Mapping[str, Any]]:
     sample = 2 * noise.sample_size(ids) if first else 0
-    found = values.block(role, tables.sequences(ids), sample)
+    sequences = tables.sequences(ids)
+    found = values.block(role, sequences, sample)
     reasons = _unscored(found)
     empty = _blank(job.stats)
     entries = [empty if isinstance(entry, Unscored) else entry for entry in found.entries]
     columns = tables.value_columns(role, entries, job.stats, job.config.compute.per_token)
+    if job.config.text.score == "all-assistant":
+        columns |= tables.turn_columns(role, entries, sequences)
     table = tables.with_columns(table, columns)
     return _with_dtype(table, found), reasons, found.notes
 

@@ -152,6 +152,20 @@ def value_columns(role: str, entries: Sequence[CacheEntry], stats: Sequence[str]
     return columns
 
 
+def turn_columns(role: str, entries: Sequence[CacheEntry], sequences: Sequence[TokenSequence]) -> dict[str, pa.Array]:
+    """`{role}_{side}_turn_logps`: for each pair a list with the sum of every assistant turn, in order; with the same
+    tokens, they add up to the row's own sum. A turn is a run of scored tokens: between two stands what opens the next.
+    """
+    sums = [_turn_sums(entry, sequence) for entry, sequence in zip(entries, sequences, strict=True)]
+    type_ = pa.list_(pa.float64())
+    return {f"{role}_{side}_turn_logps": pa.array(sums[index::2], type_) for index, side in enumerate(SIDES)}
+
+
+def _turn_sums(entry: CacheEntry, sequence: TokenSequence) -> list[float]:
+    ends = np.flatnonzero(np.diff(sequence.scored_positions) > 1) + 1
+    return [_sum(turn) for turn in np.split(entry.token_logps, ends)]
+
+
 def _sum(values: np.ndarray[Any, np.dtype[Any]]) -> float:
     """Sequential float64 sum in token order: the same bits on every machine, whatever NumPy's blocking."""
     return float(np.cumsum(values, dtype=np.float64)[-1]) if len(values) else 0.0
