@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from dpo_score.config import RunConfig
-from dpo_score.errors import ConfigError
+from dpo_score.errors import ConfigError, DpoScoreError
 from dpo_score.logps.numerics import Numerics
 from dpo_score.run.crew import Crew, explicit
 from dpo_score.run.desk import Desk
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 CONNECT_SECONDS = 10.0
+STARTS = 3
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """No usage reports to anybody, and no advice about a default of Ray's that is not used here."""
 
@@ -69,9 +70,7 @@ def _cluster(ray: Any, config: RunConfig) -> Iterator[None]:
     _refuse_unreachable(address)
     heard = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"no Ray cluster at {address}: {' '.join(str(error).split())}") from None
+        _join(ray, address)
     finally:
         for number, handler in heard.items():
             signal.signal(number, handler)
@@ -79,6 +78,24 @@ def _cluster(ray: Any, config: RunConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(ray: Any, address: str) -> None:
+    """Connected afterwards. A cluster of its own that does not stand in time is begun again on a busy machine."""
+    for again in reversed(range(STARTS)):
+        try:
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"no Ray cluster at {address}: {' '.join(str(error).split())}") from None
+        except Exception as error:  # Ray has no narrower one for a node that did not stand within 30 s
+            ray.shutdown()
+            if not again or address != "local":
+                raise DpoScoreError(
+                    f"Ray does not start ({' '.join(str(error).split())}). This machine may be overloaded or short of "
+                    "memory; the same command resumes, and --engine local needs no Ray"
+                ) from error
+        else:
+            return
 
 
 def _refuse_unreachable(address: str) -> None:

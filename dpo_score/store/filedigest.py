@@ -90,7 +90,7 @@ def _object_state(url: str) -> dict[str, Any]:
     with translated_remote(url):
         fs, root = _opened(url)
         found = fs.info(root)
-    return {"path": url, "size": int(found["size"]), "version": hashlib.sha256(repr(found).encode()).hexdigest()}
+    return {"path": url, "size": found.get("size"), "version": hashlib.sha256(repr(found).encode()).hexdigest()}
 
 
 def _opened(url: str) -> tuple[Any, str]:

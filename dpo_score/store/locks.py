@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dpo_score.errors import UsageError
+from dpo_score.errors import StorageError, UsageError
 from dpo_score.store.faults import translated
 
 MOMENT_SECONDS = 60.0
@@ -52,6 +52,17 @@ def exclusive(path: Path, found: Callable[[], Mapping[str, Any]], seconds: float
 
 @contextmanager
 def moment(path: Path) -> Iterator[None]:
-    """Hold `path` for an instant, waiting for others that do the same."""
-    with FileLock(path, timeout=MOMENT_SECONDS, thread_local=False, fallback_to_soft=False):
+    """Hold `path` for an instant, waiting for others that do the same; StorageError where one never lets go."""
+    held = FileLock(path, thread_local=False, fallback_to_soft=False)
+    with translated(path):
+        try:
+            held.acquire(timeout=MOMENT_SECONDS)
+        except Timeout:
+            raise StorageError(
+                f"{path}: another process has held this lock for {MOMENT_SECONDS:.0f} s, which takes milliseconds; it "
+                "may be suspended. Stop it: the kernel frees the lock, and the same command resumes"
+            ) from None
+    try:
         yield
+    finally:
+        held.release()

@@ -40,6 +40,11 @@ def submitted(pipeline: Path) -> list[str]:
     return line.strip("# ").split()
 
 
+def test_the_readme_gives_the_same_command() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"`{' '.join(submitted(ROOT / 'pipelines/ray_cluster.yaml'))}`" in text
+
+
 def test_the_pipeline_runs_as_a_job(head: str, tmp_path: Path) -> None:
     words = submitted(ROOT / "pipelines/ray_cluster.yaml")
     there = {
@@ -50,7 +55,7 @@ def test_the_pipeline_runs_as_a_job(head: str, tmp_path: Path) -> None:
     words = [there.get(word, word) for word in words]
     at = words.index("dpo-score")
     words[at : at + 1] = [sys.executable, "-m", "dpo_score"]
-    words += ["--limit", "8", "--cache-dir", str(tmp_path / "cache")]
+    words += ["--limit", "4", "--cache-dir", str(tmp_path / "cache")]
     found = subprocess.run(words, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=600)
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     assert status(str(tmp_path / "out"))["state"] == "complete"

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from dpo_score.config import RunConfig
-from dpo_score.errors import ConfigError, Interrupted
+from dpo_score.errors import ConfigError, DpoScoreError, Interrupted
 from dpo_score.run import engines, local
 from dpo_score.run.precompute import precompute
 from dpo_score.run.progress import Progress
@@ -162,6 +162,33 @@ def test_a_cluster_that_is_not_there_is_one_paragraph(
     config = runner.config(data, tmp_path / "out", engine="ray", ray_address=address)
     with pytest.raises(ConfigError, match=said):
         engines.run(config, QUIET)
+
+
+class Slow:
+    """Ray on a machine so busy that its own processes do not stand in time, the first `failures` times."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self.starts, self.stops = failures, 0, 0
+
+    def init(self, **_: Any) -> None:
+        self.starts += 1
+        if self.starts <= self.failures:
+            raise Exception("The current node timed out during startup.")
+
+    def shutdown(self) -> None:
+        self.stops += 1
+
+
+def test_a_cluster_that_does_not_stand_in_time_is_begun_again() -> None:
+    from dpo_score.run import ray as engine
+
+    slow = Slow(2)
+    engine._join(slow, "local")
+    assert (slow.starts, slow.stops) == (3, 2)
+    with pytest.raises(DpoScoreError, match=r"timed out during startup.*the same command resumes"):
+        engine._join(Slow(3), "local")
+    with pytest.raises(DpoScoreError, match="does not start"):
+        engine._join(Slow(1), "10.0.0.1:6379")
 
 
 def test_without_ray_the_message_says_what_to_install(
