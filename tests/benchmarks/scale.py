@@ -24,10 +24,12 @@ LOCAL_BYTES_A_BLOCK = 630
 RAY_BYTES_A_BLOCK = 1_300
 LOOK_MS_A_BLOCK = 0.26
 RECORD_BYTES = 870
-SUMMARY_BYTES_A_ROW = 300
-SUMMARY_US_A_ROW = 5.0
 REQUESTS = {"stage one": 8, "stage two": 10, "the end": 15, "a second look": 10}
 AT_ONCE = 16
+
+# estimated: what rows.py keeps of a row, three times while it is joined; bench_summary measures it
+SUMMARY_BYTES_A_ROW = 300
+SUMMARY_US_A_ROW = 5.0
 
 # assumed
 PEAK_FLOPS = 989e12
@@ -172,11 +174,19 @@ def constants() -> list[str]:
         ("a block, one process, all but the model", f"{LOCAL_MS_A_BLOCK:g} ms", "bench_blocks"),
         ("a block, Ray, two workers on two cores", f"{RAY_MS_A_BLOCK:g} ms", "bench_blocks --engine ray"),
         ("memory of one process, a block", f"{LOCAL_BYTES_A_BLOCK:,} bytes", "bench_blocks"),
-        ("memory of the Ray driver, a block", f"{RAY_BYTES_A_BLOCK:,} bytes", "bench_blocks --engine ray"),
+        (
+            "memory of the Ray driver, a block",
+            f"{RAY_BYTES_A_BLOCK:,} bytes",
+            "bench_blocks --engine ray, 8,000 blocks",
+        ),
         ("a look at a committed block, local disk", f"{LOOK_MS_A_BLOCK:g} ms", "bench_blocks"),
         ("a commit record", f"{RECORD_BYTES:,} bytes", "bench_blocks"),
         ("requests to an object store, a block", requests, "bench_requests"),
-        ("summary of one policy, a pair", f"{SUMMARY_BYTES_A_ROW:,} bytes, {SUMMARY_US_A_ROW:g} µs", "bench_summary"),
+        (
+            "estimated: summary of one policy, a pair",
+            f"{SUMMARY_BYTES_A_ROW:,} bytes, {SUMMARY_US_A_ROW:g} µs",
+            "to be measured by bench_summary",
+        ),
         ("assumed: a GPU", f"{PEAK_FLOPS / 1e12:.0f} TFLOP/s dense in 16 bits, {SHARE_OF_PEAK:.0%} of it used", "H100"),
         ("assumed: a token", f"{MODEL.flops_a_token / 1e9:.1f} GFLOP", "2 × weights of the 80 layers"),
         ("so: one GPU, one model", f"{tokens_a_second():,.0f} tokens a second", "the two above"),
