@@ -166,10 +166,11 @@ class ModelShelf:
 
     def _read_part(self, source: ModelSource, options: dict[str, Any]) -> Any:
         """This rank's part of the model."""
+        from dpo_score.logps.ranks import own_group
         from dpo_score.logps.tensor_parallel import load_options, localized, refuse_undealt
 
         refuse_undealt(source, self.tensor_parallel)
-        with warnings.catch_warnings():
+        with own_group().reading(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about random numbers: no weight is left at random
             model = read_model(source, options | load_options(self.tensor_parallel), self.trust_remote_code)
         return localized(model.eval().requires_grad_(False))

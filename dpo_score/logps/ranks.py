@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,21 +30,26 @@ class Group:
 
     def __init__(self, rank: int, size: int, device_kind: str, meeting: Path) -> None:
         self.rank, self.size = rank, size
-        if sys.platform in LOOPBACK:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK[sys.platform])
-        device = torch.device(device_kind, rank) if device_kind == "cuda" else None
-        os.environ["LOCAL_RANK"] = str(rank if device is not None else 0)  # what transformers places weights by
-        if device is not None:
-            torch.cuda.set_device(device)
-        dist.init_process_group(
-            BACKENDS[device_kind],
-            store=dist.FileStore(str(meeting), size),  # type: ignore[attr-defined]
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=COLLECTIVE_SECONDS),
-            device_id=device,
-        )
+        self._device = torch.device(device_kind, rank) if device_kind == "cuda" else None
+        if self._device is not None:
+            torch.cuda.set_device(self._device)
+        with _environment(**_network()):
+            dist.init_process_group(
+                BACKENDS[device_kind],
+                store=dist.FileStore(str(meeting), size),  # type: ignore[attr-defined]
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+                device_id=self._device,
+            )
         joined(self)
+
+    def reading(self) -> AbstractContextManager[None]:
+        """For the time in which transformers deals out weights: it places them by an environment variable.
+
+        Only for that time: whoever finds it set later, a trainer in this process say, takes itself for one of many.
+        """
+        return _environment(LOCAL_RANK=str(0 if self._device is None else self.rank))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """In place, over all ranks."""
@@ -64,6 +71,25 @@ class Group:
         return min(self.rank * each, total), min((self.rank + 1) * each, total)
 
 
+def _network() -> dict[str, str]:
+    named = os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK.get(sys.platform))
+    return {} if named is None else {"GLOO_SOCKET_IFNAME": named}
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 _joined: Group | None = None
 
 
@@ -76,3 +102,9 @@ def joined(group: Group | None) -> None:
 def group_of(model: Any) -> Group | None:
     """The group that holds `model` between its ranks; None for a model that is whole."""
     return _joined if getattr(model, "tp_size", None) else None
+
+
+def own_group() -> Group:
+    """The group that this process is in; there must be one."""
+    assert _joined is not None, "only the ranks of a group read models in parts"
+    return _joined

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -59,3 +60,12 @@ def test_a_leader_caught_in_a_collective_that_a_dead_rank_left_is_ended() -> Non
     ended = subprocess.run([sys.executable, "-c", CAUGHT], capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 70
     assert "a process of a tensor-parallel group died: the same command resumes" in ended.stderr
+
+
+def test_a_process_that_led_a_group_is_none_of_many_afterwards(leader: Leader) -> None:
+    before = dict(os.environ)
+    with leader.reading():
+        assert os.environ["LOCAL_RANK"] == "0"
+    leader.close()
+    assert dict(os.environ) == before
+    assert not {"LOCAL_RANK", "RANK", "WORLD_SIZE", "GLOO_SOCKET_IFNAME"} & before.keys()

@@ -105,13 +105,6 @@ def test_rows_that_are_cut_on_a_tiny_model(tmp_path: Path) -> None:
     assert found.excess <= 1.0
 
 
-WHOLE_SETS = pytest.mark.skipif(
-    not os.environ.get("DPO_SCORE_PARITY"),
-    reason="DPO_SCORE_PARITY=full: every row; failed in a worker after other tests, llmbar raw passes alone",
-)
-
-
-@WHOLE_SETS
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "chat", "rows"),
@@ -124,7 +117,6 @@ def test_every_row_on_a_tiny_model(name: str, chat: bool, rows: int, tmp_path: P
     assert found.excess <= 1.0
 
 
-@WHOLE_SETS
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "chat"), [("llmbar", True), ("hh_harmless_600", False)], ids=["llmbar chat", "hh"])
 def test_a_real_model_on_real_data(name: str, chat: bool, tmp_path: Path) -> None:
