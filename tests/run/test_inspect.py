@@ -52,6 +52,16 @@ def test_stored_values_and_token_shares_of_one_policy(capsys: pytest.CaptureFixt
     assert "most by" in text
 
 
+@pytest.mark.parametrize(("how", "header"), [("exact", True), ("corrected", False), (None, False)])
+def test_a_pair_as_rewardbench_sees_it(how: str | None, header: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Theirs scores the header of the assistant's turn, too."""
+    run = small_run()
+    options = {} if how is None else {"rewardbench": how}
+    text = shown(capsys, run.data, 0, reference=str(run.folder / "model0"), render="chat", **options)
+    chosen = text.split("chosen (begins at token")[1].split("rejected (begins")[0]
+    assert ("[<|im_start|>][a][s][s]" in chosen) is header
+
+
 def test_hostile_text_reaches_the_terminal_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     run = small_run()
     for text in (shown(capsys, run.out, 9), shown(capsys, run.data, 9, reference=str(run.folder / "model0"))):
