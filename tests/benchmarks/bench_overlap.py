@@ -85,7 +85,7 @@ def job(asked: argparse.Namespace, folder: Path) -> list[Trace]:
 
     given = {
         "data": [str(asked.data)],
-        "reference": MODEL,
+        "reference": str(asked.model),
         "policy": [f"step-{step}={ADAPTERS / f'step-{step}'}" for step in (38, 76)],
         "policy_base": "reference",
         "out": str(folder / "out"),
@@ -111,6 +111,14 @@ def conditions() -> dict[str, list[Any]]:
     }
 
 
+def folder_of(model: str, cache: Path) -> Path:
+    """A folder of its weights, made first where it takes making, so that no stage's clock holds that."""
+    from dpo_score.logps.source import resolve
+    from tests.logps.model_folders import sha256
+
+    return resolve(model, cache_dir=cache, sha256=sha256).folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "hh_harmless_600.parquet")
@@ -118,15 +126,23 @@ def main() -> None:
     parser.add_argument("--block-rows", type=int, default=32)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", default=MODEL)
     asked = parser.parse_args()
-    for name, patches in conditions().items():
-        with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-            for change in patches:
-                stack.enter_context(change)
-            print(name)
-            for stage in job(asked, Path(folder)):
-                print(stage.line(), flush=True)
-        print(f"  peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    with tempfile.TemporaryDirectory() as models:
+        asked.model = folder_of(asked.model, Path(models))
+        for name, patches in conditions().items():
+            show(asked, name, patches)
+
+
+def show(asked: argparse.Namespace, name: str, patches: list[Any]) -> None:
+    """One condition, from an empty cache."""
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        for change in patches:
+            stack.enter_context(change)
+        print(name)
+        for stage in job(asked, Path(folder)):
+            print(stage.line(), flush=True)
+    print(f"  peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
 
 if __name__ == "__main__":
