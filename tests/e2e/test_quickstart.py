@@ -1,4 +1,4 @@
-"""The README's first command on the real model, and what it promises of the second run."""
+"""The README's first command on the real model, what it promises of the second run, and its other commands."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import polars as pl
 import pytest
 
 from dpo_score.cli import main
+from tests.e2e.readme import PROJECT, own_commands
 
-PROJECT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
@@ -104,4 +104,12 @@ def test_the_card_makes_each_policy_loadable(out: Path, tmp_path: Path, monkeypa
 def test_what_follows_a_run_works_on_it(out: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     name, *options = command.split()
     main_ok(name, str(out), *options)
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", own_commands(), ids=" ".join)
+def test_each_command_of_the_readme_works_after_the_quickstart(
+    out: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main_ok(*words)
     assert capsys.readouterr().out

@@ -1,32 +1,12 @@
-"""Every command of the README works as it stands there."""
+"""The README's set-up, test command and Python; its other commands run in test_quickstart.py, on a finished run."""
 
 from __future__ import annotations
 
-import re
-import shlex
-from pathlib import Path
-
 import pytest
 
-from tests.e2e.test_quickstart import PROJECT, main_ok, out, workplace  # noqa: F401 - fixtures
+from tests.e2e.readme import PROJECT, blocks, commands
 
-README = (PROJECT / "README.md").read_text()
 TESTS = "python -m pytest -n auto --dist loadfile"
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-
-
-def commands() -> list[str]:
-    """Each command line of the README, continuation lines joined."""
-    text = "\n".join(blocks("bash")).replace("\\\n", " ")
-    return [part.strip() for line in text.splitlines() for part in line.split("&&") if part.strip()]
-
-
-def own_commands() -> list[list[str]]:
-    lines = (shlex.split(line, comments=True) for line in commands())
-    return [words[1:] for words in lines if words and words[0].removeprefix(".venv/bin/") == "dpo-score"]
 
 
 def test_the_two_commands_are_there_and_install_from_the_constraints() -> None:
@@ -39,17 +19,6 @@ def test_the_two_commands_are_there_and_install_from_the_constraints() -> None:
 
 def test_ci_calls_the_test_command() -> None:
     assert TESTS in (PROJECT / ".ci/run").read_text().splitlines()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("words", own_commands(), ids=" ".join)
-def test_each_command_works_after_the_quickstart(
-    words: list[str],
-    out: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    main_ok(*words)
-    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("source", blocks("python"), ids=["python"])
