@@ -8,16 +8,17 @@ from contextlib import contextmanager
 import torch
 
 from dpo_score.logps import gemm
+from dpo_score.logps.host_memory import kept
 from dpo_score.logps.numerics import Numerics
 
 
 @contextmanager
 def running(numerics: Numerics) -> Iterator[None]:
-    """Thread count, and how fp32 products are made: oneDNN where the kernel says so, never TF32 on CUDA."""
+    """Thread count, how fp32 products are made (oneDNN where the kernel says so, never TF32 on CUDA), kept memory."""
     threads = torch.get_num_threads()
     torch.set_num_threads(numerics.threads)
     try:
-        with gemm.onednn(numerics.kernel.endswith("+onednn")), _no_tf32(numerics.device_kind):
+        with gemm.onednn(numerics.kernel.endswith("+onednn")), _no_tf32(numerics.device_kind), kept():
             yield
     finally:
         torch.set_num_threads(threads)

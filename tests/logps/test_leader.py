@@ -5,13 +5,28 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+import torch
 
 from dpo_score.errors import GroupLostError, ModelError
+from dpo_score.logps import leader as leading
+from dpo_score.logps.fast import FastPath
 from dpo_score.logps.leader import Leader
+from dpo_score.logps.model import ModelShelf
+from dpo_score.logps.plain import Values
+from dpo_score.logps.scorer import PairScorer
+from dpo_score.pairs.records import TokenSequence
+from tests.logps.engine import numerics_for
+from tests.logps.model_folders import source
+from tests.logps.sequences import awkward
+from tests.tiny import save_tiny, tiny_model
 
 pytestmark = pytest.mark.slow
 CAUGHT = """
@@ -23,6 +38,25 @@ with found.step("verify", None):
     found._followers[0].process.kill()
     time.sleep(60)  # stands for a collective that never ends
 """
+
+SCARCE = """
+from dpo_score.logps import follow
+from tests.logps.test_leader import scarce
+scarce({most})
+follow.main()
+"""
+
+
+def scarce(most: int, patch: Callable[[Any, str, Any], None] = setattr) -> None:
+    """From now on a pass over more than `most` sequences takes more memory than there is."""
+    compute = FastPath.compute
+
+    def attempt(self: FastPath, sequences: Sequence[TokenSequence]) -> list[Values]:
+        if len(sequences) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compute(self, sequences)
+
+    patch(FastPath, "compute", attempt)
 
 
 @pytest.fixture
@@ -69,3 +103,28 @@ def test_a_process_that_led_a_group_is_none_of_many_afterwards(leader: Leader) -
     leader.close()
     assert dict(os.environ) == before
     assert not {"LOCAL_RANK", "RANK", "WORLD_SIZE", "GLOO_SOCKET_IFNAME"} & before.keys()
+
+
+@pytest.mark.parametrize("elsewhere", [1, 999], ids=["on every rank", "on one rank alone"])
+def test_ranks_that_run_out_of_memory(elsewhere: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together: smaller packs, the same values. One alone has left the others in a collective: the group is lost."""
+    found = source(save_tiny(tmp_path / "llama", "llama"))
+    alone, split = numerics_for(tiny_model(), "fast"), ModelShelf(tensor_parallel=2)
+    theirs = PairScorer(ModelShelf().load(found, alone).model, alone).score(awkward())
+    command = (sys.executable, "-c", SCARCE.format(most=elsewhere))
+    monkeypatch.setattr(leading.Leader.__init__, "__defaults__", (command,))
+    monkeypatch.setitem(leading.Leader.step.__wrapped__.__kwdefaults__, "seconds", 5.0)  # type: ignore[attr-defined]
+    numerics = replace(alone, tensor_parallel=2)
+    try:
+        scorer = PairScorer(split.load(found, numerics).model, numerics)
+        scarce(1, monkeypatch.setattr)
+        if elsewhere > 1:
+            with pytest.raises(GroupLostError, match="rank 0: OutOfMemoryError"):
+                scorer.score(awkward())
+            return
+        ours = scorer.score(awkward())
+    finally:
+        split.close()
+    assert scorer.packs_split > 0
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a.token_logps, b.token_logps, atol=1e-4)
