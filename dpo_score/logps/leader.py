@@ -36,6 +36,8 @@ from dpo_score.logps.weights import brief
 FOLLOW = (sys.executable, "-m", "dpo_score.logps.follow")
 LOAD_SECONDS = 7200.0
 """How long ranks may be apart in starting and in reading weights."""
+DESERTED_SECONDS = 60.0
+"""How long a leader that failed waits for followers, which may be caught in a collective that it left."""
 CAUGHT_SECONDS = 15.0
 """From a follower's death to the end of a leader that has not noticed: it hangs in a collective."""
 
@@ -113,7 +115,16 @@ class Leader(Group):
             mine = error
         finally:
             self._entered = None
-        self._settle(mine, self._answers(seconds))
+        self._settle(mine, self._others(mine, seconds))
+
+    def _others(self, mine: Exception | None, seconds: float) -> list[Failure | None]:
+        """The answers of the followers, which may be waiting for this rank in vain where it failed."""
+        try:
+            return self._answers(seconds if mine is None else min(seconds, DESERTED_SECONDS))
+        except GroupLostError as lost:
+            if mine is None:
+                raise
+            raise GroupLostError(f"rank 0: {type(mine).__name__}: {brief(mine)}; {lost.reason}") from mine
 
     def _settle(self, mine: Exception | None, answers: Sequence[Failure | None]) -> None:
         own = None if mine is None else Failure.of(mine)

@@ -54,6 +54,10 @@ class System:
         self.process.stdin.flush()
         self.passes.append(self.answer())
 
+    def end(self) -> None:
+        with self.process:  # closes its pipes, then waits
+            self.process.terminate()
+
     @property
     def seconds(self) -> float:
         """Median over rounds; the first pass warms up and is left out when there are others."""
@@ -177,6 +181,8 @@ def main() -> None:
         for _ in range(asked.rounds + 1):
             for system in systems:
                 system.run()
+        for system in systems:
+            system.end()
     figures = report(systems, tokens, flops, len(pairs))
     for line in figures:
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v:<11}" for k, v in line.items()))

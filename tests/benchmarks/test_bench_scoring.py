@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.benchmarks import bench_scoring
-from tests.e2e.readme import blocks
+from tests.e2e.readme import README
 from tests.tiny import save_tiny
 
 NAME = "tests.benchmarks.bench_scoring"
 
 
 def words_of_the_readme() -> list[str]:
-    (line,) = [line for block in blocks("") for line in block.splitlines() if NAME in line]
+    (line,) = [line for line in README.splitlines() if line.startswith(f"python -m {NAME}")]
     return shlex.split(line)[3:]
 
 

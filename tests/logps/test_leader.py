@@ -113,7 +113,7 @@ def test_ranks_that_run_out_of_memory(elsewhere: int, tmp_path: Path, monkeypatc
     theirs = PairScorer(ModelShelf().load(found, alone).model, alone).score(awkward())
     command = (sys.executable, "-c", SCARCE.format(most=elsewhere))
     monkeypatch.setattr(leading.Leader.__init__, "__defaults__", (command,))
-    monkeypatch.setitem(leading.Leader.step.__wrapped__.__kwdefaults__, "seconds", 5.0)  # type: ignore[attr-defined]
+    monkeypatch.setattr(leading, "DESERTED_SECONDS", 5.0)
     numerics = replace(alone, tensor_parallel=2)
     try:
         scorer = PairScorer(split.load(found, numerics).model, numerics)
