@@ -12,6 +12,7 @@ Does not: run adapters that change the input or depend on it (prompt tuning, act
 from __future__ import annotations
 
 import importlib.util
+import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -124,6 +125,7 @@ class AdapterSlot:
 def read_config(source: ModelSource) -> Any:
     if importlib.util.find_spec("peft") is None:
         raise ModelError(f'{source.name} needs peft to read its adapter: `pip install "dpo-score[adapters]"`')
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it where it is: notes of kernels not used
     from peft import PeftConfig
 
     try:
