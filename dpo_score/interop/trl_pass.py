@@ -7,8 +7,10 @@ rendering, planning or scoring takes part. Does not: load a model (the caller's 
 
 from __future__ import annotations
 
+import logging as messages
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,12 +54,12 @@ def reference_pass(
 def _pass(
     pairs: Sequence[Pair], model: Any, tokenizer: Any, text: TextSpec, max_length: int | None
 ) -> dict[str, TrlRow]:
-    from datasets import Dataset
-    from trl import DPOTrainer
-
-    from dpo_score.interop.load_ref_logps import cut
-
     with tempfile.TemporaryDirectory(prefix="dpo-score-") as folder, _quiet():
+        from datasets import Dataset
+        from trl import DPOTrainer
+
+        from dpo_score.interop.load_ref_logps import cut
+
         pq.write_table(_table(pairs, text), Path(folder) / "rows.parquet")
         rows = Dataset.from_parquet(str(Path(folder) / "rows.parquet"), cache_dir=folder)
         settings = _settings(folder, max_length)
@@ -99,13 +101,16 @@ def _quiet() -> Iterator[None]:
     import datasets
     from transformers.utils import logging
 
+    messages.getLogger("bitsandbytes").setLevel(messages.ERROR)  # TRL imports it where it is installed
     before, level = os.environ.get("TQDM_DISABLE"), logging.get_verbosity()
     bars = not datasets.are_progress_bars_disabled()
     os.environ["TQDM_DISABLE"] = "1"
     datasets.disable_progress_bars()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of TRL's calls into transformers
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
