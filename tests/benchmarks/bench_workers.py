@@ -71,6 +71,8 @@ def _run(config: Any, workers: int, warm: int) -> Times:
     from dpo_score.run.crew import Crew
     from dpo_score.run.ray_crew import Device, RayPlace
 
+    with at_desk(config, Progress(quiet=True), config.out) as desk:
+        preparing.prepare(config, desk)  # here, where blocks are small: workers find what is decided
     begun = time.perf_counter()
     ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
