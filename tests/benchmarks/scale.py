@@ -19,17 +19,15 @@ PAGE = Path(__file__).parents[2] / "pipelines/SCALE.md"
 
 # measured, by the benchmark that `constants` names
 LOCAL_MS_A_BLOCK = 21.6
-RAY_MS_A_BLOCK = 16.0
+RAY_MS_A_BLOCK = 15.6
 LOCAL_BYTES_A_BLOCK = 630
-RAY_BYTES_A_BLOCK = 1_300
+RAY_BYTES_A_BLOCK = 330
 LOOK_MS_A_BLOCK = 0.26
 RECORD_BYTES = 870
 REQUESTS = {"stage one": 8, "stage two": 10, "the end": 15, "a second look": 10}
 AT_ONCE = 16
-
-# estimated: what rows.py keeps of a row, three times while it is joined; bench_summary measures it
-SUMMARY_BYTES_A_ROW = 300
-SUMMARY_US_A_ROW = 5.0
+SUMMARY_BYTES_A_ROW = 292
+SUMMARY_US_A_ROW = 15.8
 
 # assumed
 PEAK_FLOPS = 989e12
@@ -177,15 +175,15 @@ def constants() -> list[str]:
         (
             "memory of the Ray driver, a block",
             f"{RAY_BYTES_A_BLOCK:,} bytes",
-            "bench_blocks --engine ray, 8,000 blocks",
+            "bench_blocks --engine ray, 20,000 blocks",
         ),
         ("a look at a committed block, local disk", f"{LOOK_MS_A_BLOCK:g} ms", "bench_blocks"),
         ("a commit record", f"{RECORD_BYTES:,} bytes", "bench_blocks"),
         ("requests to an object store, a block", requests, "bench_requests"),
         (
-            "estimated: summary of one policy, a pair",
+            "summary of one policy, a pair",
             f"{SUMMARY_BYTES_A_ROW:,} bytes, {SUMMARY_US_A_ROW:g} µs",
-            "to be measured by bench_summary",
+            "bench_summary, a million rows",
         ),
         ("assumed: a GPU", f"{PEAK_FLOPS / 1e12:.0f} TFLOP/s dense in 16 bits, {SHARE_OF_PEAK:.0%} of it used", "H100"),
         ("assumed: a token", f"{MODEL.flops_a_token / 1e9:.1f} GFLOP", "2 × weights of the 80 layers"),
