@@ -124,7 +124,8 @@ class Leader(Group):
         except GroupLostError as lost:
             if mine is None:
                 raise
-            raise GroupLostError(f"rank 0: {type(mine).__name__}: {brief(mine)}; {lost.reason}") from mine
+            # the loss first: where a follower died, what rank 0 says (a connection reset) only follows from it
+            raise GroupLostError(f"{lost.reason}; rank 0: {type(mine).__name__}: {brief(mine)}") from mine
 
     def _settle(self, mine: Exception | None, answers: Sequence[Failure | None]) -> None:
         own = None if mine is None else Failure.of(mine)

@@ -86,6 +86,9 @@ def test_a_rank_that_fails_alone_falls_silent_or_dies_is_named(leader: Leader) -
     died = rf"rank 1 \(process {follower.pid}\).* died \(exit status -9\)"
     with pytest.raises(GroupLostError, match=died), leader.step("dance"), leader.step("dance"):
         pass
+    named_first = rf"rank 1 \(process {follower.pid}\).* died \(exit status -9\); rank 0: RuntimeError: reset"
+    with pytest.raises(GroupLostError, match=named_first):
+        leader._others(RuntimeError("reset"), 0.5)  # as a collective fails whose other end is gone
     leader.close()
     assert followers() == []
 

@@ -81,7 +81,7 @@ def test_two_replicas_stopped_resumed_and_one_rank_killed(runner: Any, data: Pat
     progress = Watching()
     engines.run(split, progress)
     assert progress.most == 2
-    assert [line for line in progress.warnings if "a worker was lost (rank 1" in line], progress.warnings
+    assert [line for line in progress.warnings if "a worker was lost" in line], progress.warnings
     verify(str(tmp_path / "split")).raise_damage()
     assert gone()
     runner(data, tmp_path / "one", tensor_parallel=2, cache_dir=str(tmp_path / "one-cache"))
