@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dpo_score.errors import ModelError
+from dpo_score.logps.quantized import refuse_packed
 from dpo_score.logps.source import ModelSource
 from dpo_score.logps.weights import brief
 
@@ -76,7 +77,7 @@ class AdapterSlot:
         self._take_off()
         if source.adapter is None:
             return
-        _refuse_four_bits(self.model, source)
+        refuse_packed(self.model, source.name)
         self._structure = _Structure.of(self.model)
         try:
             self._put_on(source)
@@ -160,15 +161,6 @@ def read_weights(source: ModelSource) -> dict[str, Tensor]:
 def starts_from_base(config: Any) -> bool:
     """Whether peft rewrites the base's weights on injection: PiSSA, OLoRA and their like keep a residual there."""
     return getattr(config, "init_lora_weights", True) not in PLAIN_INITS
-
-
-def _refuse_four_bits(model: Any, source: ModelSource) -> None:
-    """On CPUs an adapter of zeros over 4-bit weights moves log-probs by whole nats: no number is better than that."""
-    if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
-        raise ModelError(
-            f"{source.name} is an adapter over 4-bit weights, which is not computed reliably on a CPU: leave "
-            "--quantization nf4 out, use int8, or score it on a GPU"
-        )
 
 
 def _touched(model: nn.Module, weights: Mapping[str, Tensor], every: bool) -> list[nn.Parameter]:

@@ -10,7 +10,6 @@ next `load` or `clear` of its shelf.
 from __future__ import annotations
 
 import gc
-import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 from dpo_score.errors import ModelError
 from dpo_score.logps.adapters import AdapterSlot
 from dpo_score.logps.prefetch import Prefetch
+from dpo_score.logps.quantized import keep_four_bits_unpacked, quantization_config
 from dpo_score.logps.sharded_adapters import ShardedSlot
 from dpo_score.logps.source import ModelSource
 from dpo_score.logps.weights import brief
@@ -156,12 +156,13 @@ class ModelShelf:
         if self.tensor_parallel > 1:
             return self._read_part(source, options)
         if self.quantization is not None:
-            options["quantization_config"] = _quantization(self.quantization, numerics)
+            options["quantization_config"] = quantization_config(self.quantization, numerics.dtype)
         if self.quantization is not None or "quantization_config" in source.config:
             options.setdefault("device_map", {"": numerics.device})  # quantised weights are placed, not moved
         model = read_model(source, options, self.trust_remote_code)
         if "device_map" not in options and getattr(model, "hf_quantizer", None) is None:
             model = model.to(numerics.device)
+        keep_four_bits_unpacked(model)
         return model.eval().requires_grad_(False)
 
     def _read_part(self, source: ModelSource, options: dict[str, Any]) -> Any:
@@ -256,21 +257,6 @@ def _refuse_misfit(source: ModelSource, kind: str, info: dict[str, Any]) -> None
         f"{source.name}: the weights in {source.weights[0].parent} do not fit {kind}: {'; '.join(parts)}. Its "
         "config.json and its weights belong to different models, or it was saved without its language-model head"
     )
-
-
-def _quantization(kind: str, numerics: Placement) -> Any:
-    import importlib.util
-
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(f"--quantization {kind} needs bitsandbytes: `pip install bitsandbytes`")
-    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # else a line for every product of every pass
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    compute = getattr(torch, numerics.dtype)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 @contextmanager

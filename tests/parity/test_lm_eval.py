@@ -32,14 +32,15 @@ pytestmark = [
 ]
 
 
-def stable_rows(renderer: Renderer) -> list[EncodedPair]:
-    """Short rows, no token of which spans the boundary, and no space for lm-eval to move across it."""
+def stable_rows(renderer: Renderer, longest: int | None = LONGEST, most: int | None = ROWS) -> list[EncodedPair]:
+    """Rows of less than `longest` bytes, no token of which spans the boundary, and no space for lm-eval to move
+    across it."""
     rows = pq.read_table(DATA).to_pylist()
-    short = [row for row in rows if sum(len(row[k].encode()) for k in ("prompt", *SIDES)) < LONGEST]
+    short = [row for row in rows if longest is None or sum(len(row[k].encode()) for k in ("prompt", *SIDES)) < longest]
     pairs = [Pair(Source("llmbar", "f", 0, i), *(row[k] for k in ("prompt", *SIDES))) for i, row in enumerate(short)]
     found = [item for item in renderer.encode(pairs) if isinstance(item, EncodedPair)]
     stable = [item for item in found if "boundary_shift" not in item.marks and not str(item.pair.prompt)[-1:].isspace()]
-    return stable[:ROWS]
+    return stable[:most]
 
 
 def harness_sums(model: Any, tokenizer: Any, rows: list[EncodedPair]) -> list[float]:

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from dpo_score import score
-from dpo_score.errors import IdentityError, PolicyFailedError, UsageError
+from dpo_score.errors import IdentityError, UsageError
 from dpo_score.interop.against import comparison
 from dpo_score.run.results import open_out
 from tests.exported import text_rows
@@ -50,9 +50,10 @@ def run(runner: Runner, wide: dict[str, Path], out: Path, **options: Any) -> pl.
 
 
 def computed(folder: Path, how: str | None) -> list[float]:
-    """Sums of the chosen answers by transformers alone, one sequence at a time."""
+    """Sums of the chosen answers by transformers alone, one sequence at a time; four bits as float32 weights."""
     options: dict[str, Any] = {} if how is None else {"quantization_config": CONFIGS[how]}
     model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}, dtype=torch.float32, **options).eval()
+    model = model.dequantize() if how == "nf4" else model
     tokenizer, found = AutoTokenizer.from_pretrained(folder), []
     for row in ROWS:
         ids = tokenizer(row["prompt"] + row["chosen"] + tokenizer.eos_token, return_tensors="pt")["input_ids"]
@@ -85,31 +86,20 @@ def test_quantised_values_are_never_taken_for_others(runner: Runner, wide: dict[
         run(runner, wide, tmp_path / "int8" / "out", quantization="nf4")
 
 
-def test_an_adapter_over_a_quantised_base(runner: Runner, wide: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", HOW)
+def test_an_adapter_over_a_quantised_base(how: str, runner: Runner, wide: dict[str, Path], tmp_path: Path) -> None:
+    """A zero adapter moves nothing, though bitsandbytes loses packed 4-bit weights where a state dict is made."""
     pytest.importorskip("peft")
     from tests.logps.model_folders import save_adapter
 
     trained = save_adapter(tmp_path / "trained", wide["reference"])
     still = save_adapter(tmp_path / "still", wide["reference"], weight=0.0)
     policies = [f"trained={trained}", f"still={still}", f"same={wide['reference']}"]
-    run(
-        runner, wide, tmp_path / "out", quantization="int8", policy=[*policies, f"p={trained}"], policy_base="reference"
-    )
+    run(runner, wide, tmp_path / "out", quantization=how, policy=[*policies, f"p={trained}"], policy_base="reference")
     margins = {name: scores(tmp_path / "out", name)["margins"].abs().max() for name in ("trained", "still", "same")}
     assert margins["trained"] > 1e-3  # type: ignore[operator]
     assert margins["still"] < 1e-5  # type: ignore[operator]
     assert margins["same"] == 0.0
-
-
-def test_an_adapter_over_four_bits_is_refused_on_a_cpu(runner: Runner, wide: dict[str, Path], tmp_path: Path) -> None:
-    pytest.importorskip("peft")
-    from tests.logps.model_folders import save_adapter
-
-    adapter, data = save_adapter(tmp_path / "adapter", wide["reference"]), write_rows(tmp_path / "d.parquet", ROWS)
-    options: dict[str, Any] = {"reference": str(wide["reference"]), "policy_base": "reference", "path": "plain"}
-    found = runner(data, tmp_path / "out", policy=[f"p={adapter}"], quantization="nf4", **options)
-    with pytest.raises(PolicyFailedError, match="adapter over 4-bit weights"):
-        found.raise_failures()
 
 
 @pytest.mark.parametrize("how", HOW)
