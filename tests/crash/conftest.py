@@ -24,10 +24,14 @@ class Golden:
     calls: Sequence[str]
     hashes: dict[str, str]
 
+    @property
+    def every(self) -> bool:
+        return os.environ.get("DPO_SCORE_CRASH") == "full"
+
     def points(self, consecutive: int = CONSECUTIVE, spread: int = SPREAD) -> list[int]:
         """Call numbers to strike at: every one, or some in a row (a whole commit) and some spread over the run."""
         total = len(self.calls)
-        if os.environ.get("DPO_SCORE_CRASH") == "full":
+        if self.every:
             return list(range(1, total + 1))
         row = range(total // 2, total // 2 + consecutive)
         return sorted({1, 2, total, *row, *range(1, total, max(total // spread, 1))})
