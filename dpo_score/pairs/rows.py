@@ -11,7 +11,7 @@ from typing import Any
 from dpo_score.pairs.cells import Problem, Row, Unusable, decoded_json, plain, seen
 from dpo_score.pairs.comparison import Comparison, Reading
 from dpo_score.pairs.formats import Format
-from dpo_score.pairs.records import Message, Pair, Rejected, Source, Text, TokenIds
+from dpo_score.pairs.records import Pair, Rejected, Source, Text, TokenIds
 from dpo_score.pairs.shapes import Shapes
 
 
@@ -113,22 +113,24 @@ def _template_arguments(value: Any) -> Mapping[str, Any]:
 def pair_id(found: Comparison, tools: Any) -> str:
     """blake2b-128 (hex) of the canonical JSON of what is compared.
 
-    Conversations count whole, so a row has one id whether its prompt is a column of its own or not.
+    Conversations and texts count whole, so a row has one id whether its prompt is a column of its own or not.
     """
     if found.tokens is not None:
         return _ids_digest(found.tokens)
-    content: dict[str, Any] = {"prompt": found.prompt, "chosen": found.chosen, "rejected": found.rejected}
-    if not isinstance(found.prompt, str):
-        content = {side: [*found.prompt, *_messages(content[side])] for side in ("chosen", "rejected")}
+    sides = {"chosen": found.chosen, "rejected": found.rejected}
+    content = {side: _whole(found.prompt, answer) for side, answer in sides.items()}
     text = json.dumps(
         {**content, "tools": tools}, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str
     )
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def _messages(text: Text) -> Sequence[Message]:
-    assert not isinstance(text, str)
-    return text
+def _whole(prompt: Text, answer: Text) -> Text:
+    if isinstance(prompt, str):
+        assert isinstance(answer, str)
+        return prompt + answer
+    assert not isinstance(answer, str)
+    return (*prompt, *answer)
 
 
 def _ids_digest(tokens: TokenIds) -> str:

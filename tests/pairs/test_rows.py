@@ -239,6 +239,14 @@ def test_pair_id_tells_pairs_apart_and_nothing_else(tmp_path: Path) -> None:
     assert len(explicit.pair_id) == 32
 
 
+def test_a_transcript_keeps_its_pair_id_once_its_prompt_is_a_column(tmp_path: Path) -> None:
+    """As `precompute` writes it: runs over either can be compared."""
+    begun = "\n\nHuman: q\n\nAssistant:"
+    whole = only(from_json(tmp_path, {"chosen": f"{begun} yes", "rejected": f"{begun} no"}))
+    split = only(from_json(tmp_path, {"prompt": begun, "chosen": " yes", "rejected": " no"}))
+    assert (whole.prompt, whole.pair_id) == (split.prompt, split.pair_id)
+
+
 def test_labels_split_where_scoring_begins_and_keep_any_mask(tmp_path: Path) -> None:
     row = {
         "chosen_input_ids": [1, 2, 3, 4, 5, 0],
