@@ -244,7 +244,8 @@ def test_a_transcript_keeps_its_pair_id_once_its_prompt_is_a_column(tmp_path: Pa
     begun = "\n\nHuman: q\n\nAssistant:"
     whole = only(from_json(tmp_path, {"chosen": f"{begun} yes", "rejected": f"{begun} no"}))
     split = only(from_json(tmp_path, {"prompt": begun, "chosen": " yes", "rejected": " no"}))
-    assert whole.implicit and whole.pair_id == split.pair_id
+    assert whole.implicit
+    assert whole.pair_id == split.pair_id
 
 
 def test_labels_split_where_scoring_begins_and_keep_any_mask(tmp_path: Path) -> None:
