@@ -61,7 +61,7 @@ def compare(
 def report(
     out: Out,
     baseline: Annotated[str | None, typer.Option(help="the policy that the others are set against")] = None,
-    no_text: Annotated[bool, typer.Option("--no-text", help="leave the texts of pairs out")] = False,
+    no_text: Annotated[bool, typer.Option("--no-text", help="leave texts out, and number groups of texts")] = False,
     format_: Annotated[str, typer.Option("--format", help="html, or tables on standard output: md, csv, tex")] = "html",
     slices: Slices = None,
     as_json: AsJson = False,
@@ -71,7 +71,7 @@ def report(
     from dpo_score.run import show_compare
 
     if format_ != "html":
-        typer.echo(page.tables(out, format_, baseline, slices or []))
+        typer.echo(page.tables(out, format_, baseline, slices or [], no_text))
         return
     where, found = page.report(out, no_text=no_text, baseline=baseline, slices=slices or [])
     show_compare.compared(found, as_json=as_json)

@@ -6,7 +6,7 @@ from dpo_score.errors import UsageError
 from dpo_score.run.desk import Desk
 from dpo_score.run.job import Job
 from dpo_score.run.report import write_report
-from dpo_score.run.trackers import log_run
+from dpo_score.run.trackers import log_run, tensorboard_folder
 
 REPORT_ROWS = 50_000
 """Pairs up to which a run writes its report by itself: beyond, memory would grow with the rows."""
@@ -19,6 +19,8 @@ def publish(desk: Desk, job: Job) -> None:
         _report(desk, out)
     else:
         desk.progress.say(f"no report for more than {REPORT_ROWS:,} rows unasked: dpo-score report {out}")
+    if "tensorboard" in job.config.log_to:
+        desk.progress.say(f"TensorBoard: tensorboard --logdir {tensorboard_folder(out)}")
     for problem in log_run(job.config.log_to, desk.store, out) if job.config.log_to else ():
         desk.progress.warn(problem)
 

@@ -21,7 +21,7 @@ from dpo_score.run.inspect import side_tokens
 from dpo_score.run.inspect_out import stored_shares
 from dpo_score.run.pair_texts import Reader, TextSource, plain_text, stored_config, stored_reader, text_source
 from dpo_score.run.results import chosen_names, natural, open_out, parts, read_scored
-from dpo_score.run.slices import read_sliced
+from dpo_score.run.slices import numbered_groups, read_sliced
 from dpo_score.scores.audit import label_audit
 from dpo_score.scores.lineup import Lineup, line_up
 from dpo_score.scores.matchup import matchup
@@ -74,6 +74,7 @@ def gather(
     summary = read_summary(store, out)
     names = [name for name in chosen_names(store, manifest, None, out) if name in summary["policies"]]
     lineup, unsliced = sliced_lineup(store, manifest, names, out, slices)
+    lineup = numbered_groups(lineup) if no_text else lineup
     if baseline is not None and baseline not in names:
         raise UsageError(f"--baseline {baseline}: not among the scored policies {', '.join(names)}")
     found, audit = matchup(lineup, baseline), label_audit(lineup)
@@ -271,7 +272,7 @@ def _loss(fields: Mapping[str, Any]) -> str:
     return f"{fields.get('name')}, β {fields.get('beta')}"
 
 
-def tables(out: str, form: str, baseline: str | None = None, slices: Sequence[str] = ()) -> str:
+def tables(out: str, form: str, baseline: str | None = None, slices: Sequence[str] = (), no_text: bool = False) -> str:
     """The report's tables as md, csv or tex. Raises UsageError."""
     if form not in FORMATS:
         raise UsageError(f"--format {form}: {nearest(form, ('html', *FORMATS))}")
@@ -280,4 +281,5 @@ def tables(out: str, form: str, baseline: str | None = None, slices: Sequence[st
     if baseline is not None and baseline not in names:
         raise UsageError(f"--baseline {baseline}: {nearest(baseline, names)}")
     lineup, _ = sliced_lineup(store, manifest, names, out, slices)
+    lineup = numbered_groups(lineup) if no_text else lineup
     return write(matchup(lineup, baseline), form, numbers(lineup))

@@ -21,7 +21,14 @@ from dpo_score.store.manifest import Manifest, read_manifest
 from dpo_score.store.records import CommitRecord, read_records
 from dpo_score.store.storage import Store, open_store
 
-_STEP = re.compile(r"(?:[-_.]|step|checkpoint|ckpt|iter|epoch)(\d+)$", re.IGNORECASE)
+STEP = re.compile(
+    r"""(?: [-_.]? (?:step|checkpoint|ckpt|iter|epoch) [-_.]?
+          | (?<! \d e) [-_]        # 5e-7 is one number
+          | (?<= [^\W\d_]) [.] )  # 0.05 is one, 1.2 a version
+        (\d+) $""",
+    re.IGNORECASE | re.VERBOSE,
+)
+"""The end of a checkpoint's name that tells its step: a whole number after a separator or a word such as step."""
 
 
 def open_out(out: str) -> tuple[Store, Manifest]:
@@ -102,8 +109,8 @@ def _scored_rows(tables: Iterable[pa.Table]) -> pa.Table:
 
 
 def step_of(*names: str) -> int | None:
-    """The training step in a checkpoint's name: digits at its end, after a separator or a word such as step."""
-    found = (_STEP.search(name.rstrip("/")) for name in names)
+    """The training step in the first of a checkpoint's names that has one, as STEP reads it."""
+    found = (STEP.search(name.rstrip("/")) for name in names)
     return next((int(match[1]) for match in found if match), None)
 
 

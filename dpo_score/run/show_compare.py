@@ -43,7 +43,12 @@ def verdict_lines(found: Found) -> Iterator[str]:
         note += f", in {found['groups']:,} groups that share a prompt or group (intervals allow for it)"
     yield note
     for side in found["one_sided"]:
-        yield f"left out: {side['pairs']:,} pairs only {side['policy']} has (row {', '.join(side['first'])} …)"
+        pairs = f"pairs only {side['policy']} has" if len(found["policies"]) == 2 else _not_shared(side["policy"])
+        yield f"left out: {side['pairs']:,} {pairs} (row {', '.join(side['first'])} …)"
+
+
+def _not_shared(policy: str) -> str:
+    return f"pairs of {policy} that not all others have"
 
 
 def _span(found: Found) -> str:

@@ -23,8 +23,8 @@ from dpo_score.run.job import Job
 from dpo_score.run.pair_texts import text_source
 from dpo_score.run.results import as_scored, scored_rows
 from dpo_score.run.tables import COUNT_FIELDS, TEXT_FIELDS
-from dpo_score.scores.lineup import Scored
-from dpo_score.scores.rows import FLOATS
+from dpo_score.scores.lineup import Lineup, Scored
+from dpo_score.scores.rows import FLOATS, unquoted
 from dpo_score.scores.slices import BUILT_IN, LENGTH, TURNS, means, text_of
 from dpo_score.store.manifest import Manifest
 from dpo_score.store.storage import Store
@@ -73,6 +73,11 @@ def read_sliced(store: Store, manifest: Manifest, policy: str, names: Sequence[s
     if lacking:
         table = joined(table, _of_folder(store, manifest, table, lacking))
     return as_scored(manifest, policy, table, names)
+
+
+def numbered_groups(lineup: Lineup) -> Lineup:
+    """For --no-text: the policies with no text of the data in the name of a group."""
+    return replace(lineup, policies=tuple(replace(policy, rows=unquoted(policy.rows)) for policy in lineup.policies))
 
 
 def _of_folder(store: Store, manifest: Manifest, table: pa.Table, names: Sequence[str]) -> pa.Table:

@@ -2,8 +2,8 @@
 
 Promises: a tracker works in a process of its own with a time limit, so nothing it does can fail, hang or colour the
 run; what went wrong is returned as a sentence. No text of the data is sent: the report that goes along has none.
-Logging again adds to the same tracker run. Does not: install trackers, or ask for accounts (each reads its own
-environment variables, such as MLFLOW_TRACKING_URI or WANDB_API_KEY).
+Logging again from one OUT adds to the same tracker run; another OUT, or one begun anew, never does. Does not: install
+trackers, or ask for accounts (each reads its own environment variables, such as MLFLOW_TRACKING_URI or WANDB_API_KEY).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from dpo_score.errors import ConfigError, DpoScoreError, nearest
 from dpo_score.escape import safe
 from dpo_score.run.report import gather, read_summary
-from dpo_score.run.results import step_of
+from dpo_score.run.results import STEP, step_of
 from dpo_score.scores.report.page import render
 from dpo_score.store.identity import digest
 from dpo_score.store.manifest import Manifest, read_manifest
@@ -82,15 +82,40 @@ def payloads(summary: Mapping[str, Any], manifest: Manifest, out: str, page: str
         families.setdefault(family_of(name), []).append(point)
     for family, points in families.items():
         points.sort(key=lambda point: int(point["step"]))
-        key = digest([manifest.identities.reference_digest, family])[:32]
-        place = Path(out.removeprefix("file://")).absolute()
-        yield {"title": place.name, "out": str(place), "family": family, "key": key, "points": points, "page": page}
+        key = digest([_address(out), manifest.started, family])[:32]
+        folder = tensorboard_folder(out)
+        yield {
+            "title": folder.name,
+            "folder": str(folder / family),
+            "family": family,
+            "key": key,
+            "points": points,
+            "page": page,
+        }
 
 
 def family_of(name: str) -> str:
     """The name without the step at its end: checkpoints of one training share it."""
-    bare = re.sub(r"(?:[-_.]?(?:step|checkpoint|ckpt|iter|epoch))?[-_.]?\d+$", "", name, flags=re.IGNORECASE)
-    return bare or "checkpoints"
+    return STEP.sub("", name) or "checkpoints"
+
+
+def _address(out: str) -> str:
+    """OUT's URL, or the folder that its path leads to from wherever it is said."""
+    return out.rstrip("/") if _is_url(out) else str(Path(out.removeprefix("file://")).resolve())
+
+
+def _is_url(out: str) -> bool:
+    """Whether OUT is on an object store, not a folder of this machine."""
+    return "://" in out and not out.startswith("file://")
+
+
+def tensorboard_folder(out: str) -> Path:
+    """tensorboard/<OUT> beside OUT; of an OUT that is no folder here, tensorboard/<bucket>/<path> in this folder."""
+    if not _is_url(out):
+        place = Path(out.removeprefix("file://")).absolute()
+        return place.parent / "tensorboard" / place.name
+    parts = [part for part in out.split("://", 1)[1].split("/") if part not in ("", ".", "..")]
+    return Path("tensorboard", *parts).absolute()
 
 
 def metrics_of(policy: Mapping[str, Any]) -> Values:
@@ -144,11 +169,10 @@ def _sent(name: str, payload: Mapping[str, Any]) -> str | None:
 
 
 def to_tensorboard(payload: Mapping[str, Any]) -> None:
-    """Event files in tensorboard/<OUT>/<family> beside OUT, so that `tensorboard --logdir tensorboard` shows all."""
+    """Event files in a folder for each family, so that `tensorboard --logdir tensorboard` shows all."""
     from torch.utils.tensorboard import SummaryWriter
 
-    out = Path(payload["out"])
-    folder = out.parent / "tensorboard" / out.name / payload["family"]
+    folder = Path(payload["folder"])
     with SummaryWriter(str(folder), purge_step=0) as writer:  # what was logged before is replaced
         for point in payload["points"]:
             for name, value in point["values"].items():

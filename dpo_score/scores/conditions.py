@@ -16,9 +16,11 @@
     margins < baseline
 
 `diff.` is a policy minus the baseline, paired. A condition is asked of every policy but the baseline and fires when
-it holds for one. `worst_subset` is the subset with the lowest value (loss: the highest); because it is picked from
-the data, its interval and p are those of all k subsets together (Bonferroni), so the gate does not fire on the noise
-of many small subsets. What cannot be computed is an error, never a silent pass.
+it holds for one. `worst_subset` is the subset in which the number asked for is the lowest (loss: the highest); of p,
+the one that is most surely worse, by its high (loss: low). Because it is picked from the data, intervals and p are
+those of all k subsets together (Bonferroni), so the gate neither fires on the noise of many small subsets nor is
+blind to a large one beside them. A subset of which the number cannot be had, all its pairs of one prompt say, is not
+picked. Whatever else cannot be computed, no policy left to test included, is an error, never a silent pass.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,17 +36,9 @@ from numpy.typing import NDArray
 
 from dpo_score.errors import ConfigError, nearest
 from dpo_score.scores.array import Floats
+from dpo_score.scores.comparison import paired_difference, share_difference
 from dpo_score.scores.lineup import LOWER_IS_BETTER, METRICS, Lineup, refusal
-from dpo_score.scores.statistics import (
-    LEVEL,
-    mean_interval,
-    mean_test,
-    repeats,
-    share_interval,
-    total,
-    wilson,
-)
-from dpo_score.scores.student import normal_quantile, t_quantile
+from dpo_score.scores.statistics import LEVEL, mean_interval, share_interval
 
 WORST = "worst_subset"
 BOUNDS = ("value", "low", "high", "p")
@@ -135,9 +129,12 @@ def _value(text: str, left: Quantity, whole: str) -> float | str:
         _check_bound(bound, False, whole)
         return bound
     try:
-        return float(text[:-1]) / 100.0 if text.endswith("%") else float(text)
+        number = float(text[:-1]) / 100.0 if text.endswith("%") else float(text)
     except ValueError:
         raise ConfigError(f"--fail-if {whole!r}: {text!r} is neither a number nor `baseline`") from None
+    if not math.isfinite(number):
+        raise ConfigError(f"--fail-if {whole!r}: compare with a finite number, not {text!r}")
+    return number
 
 
 def needs_baseline(condition: Condition) -> bool:
@@ -147,18 +144,27 @@ def needs_baseline(condition: Condition) -> bool:
 def firing(condition: Condition, lineup: Lineup, baseline: str | None) -> list[str]:
     """One sentence for each policy of which the condition holds; empty: the gate is open.
 
-    ConfigError when a quantity cannot be had (an unknown group, too few pairs, unlike things to subtract).
+    ConfigError when a quantity cannot be had (an unknown group, too few pairs, unlike things to subtract), and when
+    there is no policy besides the baseline.
     """
     found = []
-    for policy in lineup.names:
-        if policy == baseline:
-            continue
+    for policy in _tested(lineup, baseline):
         for group in condition:
             sentences = [_holds(test, lineup, policy, baseline) for test in group]
             if all(sentences):
                 found.append(f"{policy}: " + " and ".join(str(sentence) for sentence in sentences))
                 break
     return found
+
+
+def _tested(lineup: Lineup, baseline: str | None) -> list[str]:
+    names = [name for name in lineup.names if name != baseline]
+    if not names:
+        raise ConfigError(
+            f"--fail-if: {baseline} is the baseline and the only policy, so none is left to test; "
+            "name others with --policies, or leave --baseline out"
+        )
+    return names
 
 
 def _holds(test: Test, lineup: Lineup, policy: str, baseline: str | None) -> str | None:
@@ -174,104 +180,97 @@ def _holds(test: Test, lineup: Lineup, policy: str, baseline: str | None) -> str
     return f"{test.left}{note} is {left:.4g}, {test.op} {shown}" if OPERATORS[test.op](left, right) else None
 
 
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a condition may ask of some pairs; None where it cannot be had, see `reason`."""
+
+    value: float
+    low: float | None
+    high: float | None
+    p: float | None = None
+    reason: str | None = None
+
+
 def _measured(quantity: Quantity, lineup: Lineup, policy: str, baseline: str | None) -> tuple[float, str]:
     """The number, and for the worst subset a note that names it."""
-    values = _values(quantity, lineup, policy, baseline)
-    if quantity.group is None:
-        return _estimate(quantity, values, lineup.clusters, 1), ""
-    if quantity.group != WORST:
-        groups = _named_groups(lineup)
-        if quantity.group not in groups:
-            raise ConfigError(f"--fail-if: no subset {quantity.group!r}; {nearest(quantity.group, groups)}")
-        mask = groups[quantity.group]
-        return _estimate(quantity, values[mask], lineup.clusters[mask], 1), ""
-    name, mask, count = _worst(quantity, lineup.groups("subset"), values)
-    return _estimate(quantity, values[mask], lineup.clusters[mask], count), f" ({name})"
+    sides = _sides(quantity, lineup, policy, baseline)
+    if quantity.group == WORST:
+        return _worst(quantity, _estimates(quantity.metric, sides, lineup))
+    mask = np.ones(len(lineup), np.bool_) if quantity.group is None else _named(quantity.group, lineup)
+    found = estimate(quantity.metric, [side[mask] for side in sides], lineup.clusters[mask])
+    if found is None:
+        raise ConfigError(f"--fail-if {quantity}: no pair has this value")
+    number: float | None = getattr(found, quantity.bound)
+    if number is None:
+        raise ConfigError(f"--fail-if {quantity}: {found.reason}")
+    return number, ""
 
 
-def _named_groups(lineup: Lineup) -> dict[str, NDArray[np.bool_]]:
-    """Every group that a condition may name."""
+def _named(group: str, lineup: Lineup) -> NDArray[np.bool_]:
+    """The pairs of a subset, a data set or a group of a slice."""
     sliced = {
         f"{label}={name}": mask for label in lineup.first.rows.cuts for name, mask in lineup.groups(label).items()
     }
-    return {**sliced, **lineup.groups("dataset"), **lineup.groups("subset")}
+    groups = {**sliced, **lineup.groups("dataset"), **lineup.groups("subset")}
+    if group not in groups:
+        raise ConfigError(f"--fail-if: no subset {group!r}; {nearest(group, groups)}")
+    return groups[group]
 
 
-def _values(quantity: Quantity, lineup: Lineup, policy: str, baseline: str | None) -> Floats:
+def _sides(quantity: Quantity, lineup: Lineup, policy: str, baseline: str | None) -> list[Floats]:
+    """The policy's values, and for a difference the baseline's."""
     values = lineup.values(quantity.metric)
     if not quantity.diff:
-        return values[policy]
+        return [values[policy]]
     assert baseline is not None
     reason = refusal(lineup[baseline].settings, lineup[policy].settings, quantity.metric)
     if reason is not None:
         raise ConfigError(f"--fail-if {quantity}: {policy} and {baseline} are {reason}")
-    return values[policy] - values[baseline]
+    return [values[policy], values[baseline]]
 
 
-def _worst(
-    quantity: Quantity, groups: Mapping[str, NDArray[np.bool_]], values: Floats
-) -> tuple[str, NDArray[np.bool_], int]:
-    """The subset with the worst mean, and of how many."""
-    means = dict(_means(groups, values))
-    if not means:
-        raise ConfigError(f"--fail-if {quantity}: the data has no subset with a value")
-    pick = max if quantity.metric in LOWER_IS_BETTER else min
-    name = pick(means, key=lambda group: means[group])
-    return name, groups[name], len(means)
+def _estimates(metric: str, sides: Sequence[Floats], lineup: Lineup) -> dict[str, Estimate]:
+    """Every subset's, as one of so many; those without a value are left out."""
+    there = np.logical_and.reduce([np.isfinite(side) for side in sides])
+    masks = {name: mask & there for name, mask in lineup.groups("subset").items() if (mask & there).any()}
+    found = {
+        name: estimate(metric, [side[mask] for side in sides], lineup.clusters[mask], len(masks))
+        for name, mask in masks.items()
+    }
+    return {name: one for name, one in found.items() if one is not None}
 
 
-def _means(groups: Mapping[str, NDArray[np.bool_]], values: Floats) -> Iterator[tuple[str, float]]:
-    for name, mask in groups.items():
-        kept = values[mask & np.isfinite(values)]
-        if len(kept):
-            yield name, total(kept) / len(kept)
+def _worst(quantity: Quantity, found: Mapping[str, Estimate]) -> tuple[float, str]:
+    """The number of the subset where it is the worst, of those that have it, and the subset's name as a note."""
+    down = quantity.metric in LOWER_IS_BETTER
+    ranked_by = quantity.bound if quantity.bound != "p" else "low" if down else "high"
+    ranks: dict[str, float] = {name: getattr(one, ranked_by) for name, one in found.items() if _has(one, ranked_by)}
+    if not ranks:
+        reason = next((f": {one.reason}" for one in found.values()), "")
+        raise ConfigError(f"--fail-if {quantity}: the data has no subset with a value{reason}")
+    name = (max if down else min)(ranks, key=lambda group: ranks[group])
+    number: float = getattr(found[name], quantity.bound)
+    return number, f" ({name})"
 
 
-def _estimate(quantity: Quantity, values: Floats, clusters: NDArray[np.int64], tests: int) -> float:
-    """One bound of the mean of the finite values; `tests`: how many intervals must hold at once."""
-    there = np.isfinite(values)
-    kept, labels = values[there], clusters[there]
-    if not len(kept):
-        raise ConfigError(f"--fail-if {quantity}: no pair has this value")
-    is_share = quantity.metric == "accuracy" and not quantity.diff
-    if quantity.bound == "value":
-        return total(kept) / len(kept)
-    if quantity.bound == "p":
-        found = mean_test(kept, labels).p
-        return _there(quantity, None if found is None else min(1.0, tests * found))
-    low, high = share_bounds(kept, labels, tests) if is_share else mean_bounds(kept, labels, tests)
-    return _there(quantity, low if quantity.bound == "low" else high)
+def _has(found: Estimate, bound: str) -> bool:
+    return getattr(found, bound) is not None
 
 
-def _there(quantity: Quantity, value: float | None) -> float:
-    if value is None or not math.isfinite(value):
-        raise ConfigError(f"--fail-if {quantity}: fewer than two independent groups of pairs")
-    return value
+def estimate(metric: str, sides: Sequence[Floats], clusters: NDArray[np.int64], tests: int = 1) -> Estimate | None:
+    """A metric's mean over the pairs that have it, or with two sides the first one's minus the second's.
 
-
-def mean_bounds(values: Floats, clusters: NDArray[np.int64], tests: int = 1) -> tuple[float | None, float | None]:
-    """The interval of a mean at level 1 − 0.05/tests (Bonferroni)."""
-    if tests == 1:
-        interval = mean_interval(values, clusters)
-        return interval.low, interval.high
-    test = mean_test(values, clusters)
-    if test.error is None:
-        return None, None
-    half = t_quantile(1.0 - (1.0 - LEVEL) / (2 * tests), test.df) * test.error
-    return test.mean - half, test.mean + half
-
-
-def share_bounds(outcomes: Floats, clusters: NDArray[np.int64], tests: int = 1) -> tuple[float | None, float | None]:
-    """The interval of a share at level 1 − 0.05/tests: `statistics.share_interval` with a wider quantile."""
-    if tests == 1:
-        interval = share_interval(outcomes, clusters)
-        return interval.low, interval.high
-    tail = 1.0 - (1.0 - LEVEL) / (2 * tests)
-    n, share = float(len(outcomes)), total(outcomes) / len(outcomes)
-    if not repeats(clusters):
-        return wilson(total(outcomes), n, normal_quantile(tail))
-    test = mean_test(outcomes, clusters)
-    if test.error is None:
-        return None, None
-    effective = min(n, share * (1 - share) / test.error**2) if test.error > 0 else float(test.df + 1)
-    return wilson(share * effective, effective, t_quantile(tail, test.df))
+    `tests`: how many intervals, or p values, must hold at once (Bonferroni). None without a pair.
+    """
+    there = np.logical_and.reduce([np.isfinite(side) for side in sides])
+    kept, labels, level = [side[there] for side in sides], clusters[there], 1.0 - (1.0 - LEVEL) / tests
+    if not there.any():
+        return None
+    if len(kept) == 1:
+        interval = share_interval if metric == "accuracy" else mean_interval
+        one = interval(kept[0], labels, level)
+        return Estimate(one.value, one.low, one.high, None, one.reason)
+    differ = share_difference if metric == "accuracy" else paired_difference
+    found = differ(kept[0], kept[1], labels, level=level)
+    p = None if found.p is None else min(1.0, tests * found.p)
+    return None if found.mean is None else Estimate(found.mean, found.low, found.high, p, found.reason)

@@ -14,7 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_score.scores.array import Floats
-from dpo_score.scores.comparison import Versus, against, best_policy, flips, not_worse_than_best
+from dpo_score.scores.comparison import (
+    Versus,
+    against,
+    best_policy,
+    flips,
+    not_worse_than_best,
+    paired_difference,
+    share_difference,
+)
 from dpo_score.scores.lineup import METRICS, Lineup, Scored, per_pair, refusal
 from dpo_score.scores.metrics import measure, share
 from dpo_score.scores.verdict import verdict
@@ -93,7 +101,7 @@ def _levels(policy: Scored, edges: Floats) -> dict[str, Any]:
 
 def _versus_best(lineup: Lineup, best: str) -> dict[str, Any]:
     """Accuracy against the best, with what cannot be told from it."""
-    found = not_worse_than_best(_rankable(lineup), lineup.first.rows.repeated)
+    found = not_worse_than_best(_rankable(lineup), lineup.first.rows.repeated, differ=share_difference)
     return {"accuracy": [_versus(lineup, item) for item in found if item.against == best]}
 
 
@@ -106,7 +114,8 @@ def _versus_baseline(lineup: Lineup, baseline: str, metric: str) -> list[dict[st
     anchor, values = lineup[baseline], lineup.values(metric)
     refused = {policy.name: refusal(anchor.settings, policy.settings, metric) for policy in lineup.policies}
     usable = {name: value for name, value in values.items() if refused[name] is None}
-    found = {item.policy: item for item in against(baseline, usable, lineup.first.rows.repeated)}
+    differ = share_difference if metric == "accuracy" else paired_difference
+    found = {item.policy: item for item in against(baseline, usable, lineup.first.rows.repeated, differ=differ)}
     return [
         _versus(lineup, found[name]) if name in found else {"policy": name, "mean": None, "reason": refused[name]}
         for name in lineup.names
@@ -160,8 +169,9 @@ def _group(lineup: Lineup, mask: NDArray[np.bool_], baseline: str | None) -> dic
         }
         for policy in lineup.policies
     }
-    for item in against(baseline, right, clusters) if baseline else []:
+    for item in against(baseline, right, clusters, differ=share_difference) if baseline else []:
         d = item.difference
         ci95 = None if d.low is None or d.high is None else [d.low, d.high]
-        found[item.policy]["versus_baseline"] = {"n": d.n, "mean": d.mean, "ci95": ci95, "p": d.p}
+        versus = {"n": d.n, "mean": d.mean, "ci95": ci95, "p": d.p}
+        found[item.policy]["versus_baseline"] = versus if ci95 is not None else versus | {"reason": d.reason}
     return {"pairs": int(mask.sum()), "policies": found}

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dpo_score.scores.array import Floats
-from dpo_score.scores.slices import LENGTH, Cut, by_length, cut_field
+from dpo_score.scores.slices import LENGTH, Cut, by_length, cut_field, numbered
 from dpo_score.scores.statistics import connected_clusters, repeats
 
 FLOATS = (
@@ -35,6 +35,11 @@ FLOATS = (
 )
 TOKENS = ("chosen_tokens", "rejected_tokens")
 FLAGS = ("truncated", "tied", "overflow")
+LABELS = ("dataset", "subset")
+"""Columns that rows are always grouped by, each value being a group; a slice of one is these same groups."""
+AS_LABELLED = "each of its values; pairs without one are in none"
+VOCABULARY = ("status", "marks")
+"""Columns of texts that this program writes itself: none is a text of the data."""
 Rejects = Counter[tuple[str, str]]
 """(dataset, code) → rows."""
 
@@ -44,7 +49,7 @@ class Rows:
     """Scored rows as arrays of one length. `labels[name]` holds an index into `names[name]` for every row.
 
     `values`: FLOATS, and TOKENS kept as float32, NaN where null. `flags`: FLAGS. `cuts`: how each slice was cut, in
-    words; the names of a slice stand in the order to show them in.
+    words; the names of a slice stand in the order to show them in. `quoting`: slices whose names are texts of the data.
     """
 
     values: dict[str, Floats]
@@ -54,6 +59,7 @@ class Rows:
     clusters: NDArray[np.int64]
     rejected: Rejects = field(default_factory=Counter)
     cuts: Mapping[str, str] = field(default_factory=dict)
+    quoting: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.clusters)
@@ -72,22 +78,23 @@ class Rows:
             clusters=self.clusters[rows],
             rejected=self.rejected,
             cuts=self.cuts,
+            quoting=self.quoting,
         )
 
     def present(self, label: str) -> list[str]:
         """The names of a label that occur, but for the empty one, in order."""
         codes = set(np.unique(self.labels[label]).tolist())
         found = [name for index, name in enumerate(self.names[label]) if name and index in codes]
-        return found if label in self.cuts else sorted(found)
+        return sorted(found) if label in LABELS else found
 
 
 def collect(tables: Iterable[pa.Table], *, rejects: Iterable[pa.Table] = (), slices: Sequence[str] = ()) -> Rows:
     """Read score tables (and reject tables, for their counts) once, in order.
 
-    `slices`: columns to group by besides dataset and subset, cut as slices.py says; "length" needs no column.
+    `slices`: columns to group by besides LABELS, cut as slices.py says; "length" needs no column.
     """
-    coders = {name: _Coder() for name in ("dataset", "subset")}
-    columns: dict[str, list[pa.Table]] = {name: [] for name in slices}
+    coders = {name: _Coder() for name in LABELS}
+    columns: dict[str, list[pa.Table]] = {name: [] for name in slices if name not in LABELS}
     parts: list[dict[str, NDArray[Any]]] = []
     rejected: Rejects = Counter()
     seen = 0
@@ -106,7 +113,18 @@ def collect(tables: Iterable[pa.Table], *, rejects: Iterable[pa.Table] = (), sli
         rows,
         labels=rows.labels | {name: found.codes for name, found in cuts.items()},
         names=rows.names | {name: found.names for name, found in cuts.items()},
-        cuts={name: found.how for name, found in cuts.items()},
+        cuts={name: cuts[name].how if name in cuts else AS_LABELLED for name in slices},
+        quoting=frozenset(name for name, found in cuts.items() if found.quotes and name not in VOCABULARY),
+    )
+
+
+def unquoted(rows: Rows) -> Rows:
+    """The rows with groups of texts numbered in their order: no text of the data is left in the name of a slice."""
+    return replace(
+        rows,
+        names=rows.names | {name: numbered(rows.names[name]) for name in rows.quoting},
+        cuts={name: f"{how}; numbered" if name in rows.quoting else how for name, how in rows.cuts.items()},
+        quoting=frozenset(),
     )
 
 

@@ -5,11 +5,13 @@
     length            built in: scored tokens of the longer answer, in doubling bins
     turns             built in: messages of prompt and answer (who reads the pairs counts them)
 
-Pairs without a value are a group of their own, so groups always add up to all pairs.
+Pairs without a value are a group of their own, so groups always add up to all pairs. Groups of texts are named by
+those texts; `numbered` gives them names without.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -33,16 +35,20 @@ DISTINCT, BINS, MOST = 8, 4, 30
 LONGEST_NAME = 80
 MEANS = b"dpo_score.means"
 """Metadata of an Arrow field whose values need a word of explanation."""
-NO_VALUE, EMPTY, OTHERS = "(no value)", "(empty)", "(other values)"
+NO_VALUE, EMPTY, OTHERS = OWN_NAMES = ("(no value)", "(empty)", "(other values)")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cut:
-    """`codes`: for every row an index into `names`, which stand in the order to show them in. `how`: in words."""
+    """`codes`: for every row an index into `names`, which stand in the order to show them in. `how`: in words.
+
+    `quotes`: whether the names are texts of the data.
+    """
 
     codes: NDArray[np.int32]
     names: tuple[str, ...]
     how: str
+    quotes: bool = False
 
 
 def means(sentence: str) -> dict[bytes, bytes]:
@@ -60,8 +66,8 @@ def cut(column: pa.ChunkedArray) -> Cut:
     """Groups of a column of any type."""
     kind = column.type
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        return cut_numbers(column.cast(pa.float64()).to_numpy(zero_copy_only=False))
-    return cut_texts(_texts(column))
+        return cut_numbers(column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))
+    return replace(cut_texts(_texts(column)), quotes=not pa.types.is_boolean(kind))
 
 
 def by_length(longer: Floats) -> Cut:
@@ -77,7 +83,7 @@ def cut_numbers(values: Floats) -> Cut:
     there = np.isfinite(values)
     different = np.unique(values[there])
     if len(different) <= DISTINCT:
-        names, how = [_number(value) for value in different], _each(len(different))
+        names, how = _distinct(different), _each(len(different))
         edges = different
     else:
         shares = np.arange(1, BINS) / BINS
@@ -93,11 +99,27 @@ def _ranges(different: Floats, edges: Floats) -> list[str]:
     bins = np.split(different, np.searchsorted(different, edges, side="right"))
     ends = [(found[0], found[-1]) for found in bins if len(found)]
     short = [f"{_number(low)} to {_number(high)}" if low < high else _number(low) for low, high in ends]
-    return short if len(set(short)) == len(short) else [f"{low!r} to {high!r}" for low, high in ends]
+    return short if len(set(short)) == len(short) else [f"{_full(low)} to {_full(high)}" for low, high in ends]
+
+
+def _distinct(different: Floats) -> list[str]:
+    """A name for each number; all digits where shorter names would be alike."""
+    short = [_number(value) for value in different]
+    return short if len(set(short)) == len(short) else [_full(value) for value in different]
 
 
 def _number(value: float) -> str:
     return str(int(value)) if float(value).is_integer() else f"{value:.4g}"
+
+
+def _full(value: float) -> str:
+    return repr(float(value)).removesuffix(".0")
+
+
+def numbered(names: Sequence[str]) -> tuple[str, ...]:
+    """Names that quote nothing: "group 1" and so on, in their order."""
+    places = itertools.count(1)
+    return tuple(name if name in OWN_NAMES else f"group {next(places)}" for name in names)
 
 
 def _each(count: int) -> str:
@@ -107,7 +129,7 @@ def _each(count: int) -> str:
 def cut_texts(texts: Sequence[str | None]) -> Cut:
     """Each text is a group, in order; of more than MOST the most frequent, and the rest as one."""
     shown = [NO_VALUE if text is None else _name(text) for text in texts]
-    counts = Counter(name for name in shown if name != NO_VALUE)
+    counts = Counter(name for name in shown if name not in (NO_VALUE, OTHERS))  # a text may be just that
     ranked = sorted(counts, key=lambda name: (-counts[name], name))
     names = (*sorted(ranked[:MOST]), OTHERS, NO_VALUE)
     places = {name: place for place, name in enumerate(names)}

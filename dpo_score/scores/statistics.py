@@ -2,12 +2,13 @@
 
 A cluster is what repeats: pairs of one prompt or group are not independent, so their residuals are summed before
 they are squared. Without repetition the formulas reduce to the textbook ones. Sums are math.fsum: exactly rounded,
-so no result depends on NumPy's summation order. An interval that cannot be had is None.
+so no result depends on NumPy's summation order. An interval that cannot be had is None: no spread is not certainty.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeAlias
@@ -21,12 +22,15 @@ from dpo_score.scores.student import normal_quantile, t_quantile, t_two_sided_p
 Clusters: TypeAlias = NDArray[Any]
 """One label per row, equal for rows of one cluster."""
 LEVEL = 0.95
+ONE_GROUP = "all pairs belong to one prompt or group"
+NO_SPREAD = "no spread between independent pairs to estimate an error from"
 _SLICE = 65_536
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A point estimate with its interval at LEVEL. `method` says how; bounds None: too little data, see `reason`."""
+    """A point estimate with its interval. `method` says how; bounds None: too little data, see `reason`."""
 
     value: float
     low: float | None
@@ -37,7 +41,10 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class MeanTest:
-    """Mean of a sample with standard error, degrees of freedom and the two-sided p of "the mean is 0"."""
+    """Mean of a sample with standard error, degrees of freedom and the two-sided p of "the mean is 0".
+
+    Error 0: the sample shows no spread. Then p is None, unless every value is 0.
+    """
 
     mean: float
     error: float | None
@@ -88,18 +95,20 @@ def mean_test(values: Floats, clusters: Clusters | None = None) -> MeanTest:
     if groups < 2:
         return MeanTest(centre, None, 0, None)
     error = math.sqrt(groups / (groups - 1) * total(residuals * residuals)) / n
-    if error == 0.0:
-        return MeanTest(centre, 0.0, groups - 1, 1.0 if centre == 0.0 else 0.0)
+    if error <= _ROUNDING * float(np.abs(values).max()):
+        return MeanTest(centre, 0.0, groups - 1, None if values.any() else 1.0)
     return MeanTest(centre, error, groups - 1, t_two_sided_p(centre / error, groups - 1))
 
 
-def mean_interval(values: Floats, clusters: Clusters | None = None) -> Interval:
-    """x̄ ± t_{G−1}·error of `mean_test`."""
+def mean_interval(values: Floats, clusters: Clusters | None = None, level: float = LEVEL) -> Interval:
+    """x̄ ± t_{G−1}·error of `mean_test`. Where every value is the same, so are the bounds."""
     method = "cluster-robust t" if repeats(clusters) else "t"
     test = mean_test(values, clusters)
     if test.error is None:
         return Interval(test.mean, None, None, method, "fewer than two independent groups of pairs")
-    half = t_quantile(0.5 + LEVEL / 2, test.df) * test.error
+    if test.error == 0.0 and np.ptp(values) > 0.0:
+        return Interval(test.mean, None, None, method, NO_SPREAD)
+    half = t_quantile(0.5 + level / 2, test.df) * test.error
     return Interval(test.mean, test.mean - half, test.mean + half, method)
 
 
@@ -113,25 +122,62 @@ def wilson(successes: float, n: float, z: float | None = None) -> tuple[float, f
     return low, 1.0 if successes >= n else min(1.0, centre + half)
 
 
-def share_interval(outcomes: Floats, clusters: Clusters | None = None) -> Interval:
+def share_interval(outcomes: Floats, clusters: Clusters | None = None, level: float = LEVEL) -> Interval:
     """A share of 0/1 outcomes: Wilson where nothing repeats, else Wilson at the effective sample size.
 
     Effective n = share·(1−share)/Var with the cluster-robust Var, at most n, and t_{G−1} for z (Korn and Graubard
-    1998; Dean and Pagano 2015). Where all outcomes agree the variance says nothing: then every cluster counts once.
+    1998; Dean and Pagano 2015). Where the clusters show no spread, every cluster counts once.
     """
-    n = len(outcomes)
+    n, tail = len(outcomes), 0.5 + level / 2
     if n == 0:
         return Interval(math.nan, None, None, "none", "no pair to count")
     share = mean(outcomes)
     if not repeats(clusters):
-        low, high = wilson(total(outcomes), n)
+        low, high = wilson(total(outcomes), n, normal_quantile(tail))
         return Interval(share, low, high, "Wilson")
     test = mean_test(outcomes, clusters)
     if test.error is None:
-        return Interval(share, None, None, "cluster-robust Wilson", "all pairs belong to one prompt or group")
-    effective = min(float(n), share * (1 - share) / test.error**2) if test.error > 0 else float(test.df + 1)
-    low, high = wilson(share * effective, effective, t_quantile(0.5 + LEVEL / 2, test.df))
+        return Interval(share, None, None, "cluster-robust Wilson", ONE_GROUP)
+    effective = effective_size(share * (1 - share), n, test)
+    low, high = wilson(share * effective, effective, t_quantile(tail, test.df))
     return Interval(share, low, high, "cluster-robust Wilson")
+
+
+def effective_size(variance: float, n: int, test: MeanTest) -> float:
+    """How many independent rows of this variance have the error of n clustered ones; at most n, without spread G."""
+    assert test.error is not None
+    return min(float(n), variance / test.error**2) if test.error > 0.0 else float(test.df + 1)
+
+
+def tango(won: float, lost: float, n: float, z: float) -> tuple[float, float]:
+    """The score interval of (won − lost)/n, a difference of two shares of the same n pairs. Tango 1998.
+
+    won, lost: pairs that only one side has right; with n they may be an effective size, not whole. At z of a 95 %
+    interval it holds 0 where McNemar's p, uncorrected, is above 5 %.
+    """
+    share = (won - lost) / n
+    low = edge(lambda delta: _tango_score(delta, won, lost, n) <= z, share, -1.0)
+    high = edge(lambda delta: _tango_score(delta, won, lost, n) >= -z, share, 1.0)
+    return low, high
+
+
+def _tango_score(delta: float, won: float, lost: float, n: float) -> float:
+    """(won − lost − nδ)/√(n(2q + δ(1 − δ))), q the likeliest share of lost pairs given the difference δ."""
+    linear, constant = (2.0 * n - won + lost) * delta - won - lost, -lost * delta * (1.0 - delta)
+    root = math.sqrt(max(0.0, linear * linear - 8.0 * n * constant))
+    q = -2.0 * constant / (root + linear) if linear > 0.0 else (root - linear) / (4.0 * n)
+    distance, variance = won - lost - n * delta, n * (2.0 * q + delta * (1.0 - delta))
+    return distance / math.sqrt(variance) if variance > 0.0 else math.copysign(math.inf, distance)
+
+
+def edge(holds: Callable[[float], bool], inside: float, outside: float) -> float:
+    """How far `holds` reaches from `inside`, where it does, towards `outside`, where it does not: by bisection."""
+    for _ in range(60):
+        middle = 0.5 * (inside + outside)
+        if abs(outside - inside) <= 1e-12 * (1.0 + abs(inside)):
+            break
+        inside, outside = (middle, outside) if holds(middle) else (inside, middle)
+    return inside
 
 
 def quantiles(values: Floats, at: tuple[float, ...] = (0.05, 0.25, 0.5, 0.75, 0.95)) -> dict[str, float]:

@@ -27,7 +27,7 @@ def sentences(found: Found) -> list[str]:
 
 def _best(found: Found) -> str:
     best = next(policy for policy in found["policies"] if policy["name"] == found["best"])
-    accuracy, count = best["accuracy"], len(found["policies"])
+    accuracy, count = best["accuracy"], sum(policy["accuracy"]["value"] is not None for policy in found["policies"])
     rank = f", the highest of {count}" if count > 1 else ""
     text = f"{best['name']} ranks {percent(accuracy['value'])} of {accuracy['n']:,} pairs as labelled"
     return f"{text}{interval(accuracy['ci95'])}{rank}{_chance(accuracy['ci95'])}."
@@ -68,6 +68,8 @@ def _names(items: Sequence[Found]) -> str:
 
 def _baseline(found: Found) -> list[str]:
     items = found["versus_baseline"].get("accuracy", [])
+    if items and all(item["mean"] is None for item in items):
+        return [_nothing_in_common(found)]
     better = [item for item in items if item["mean"] is not None and not item["tied"] and item["mean"] > 0]
     worse = [item for item in items if item["mean"] is not None and not item["tied"] and item["mean"] < 0]
     if not items or found["best"] == found["baseline"]:
@@ -82,10 +84,18 @@ def _baseline(found: Found) -> list[str]:
     return [f"Against {found['baseline']}, {' and '.join(parts)} beyond noise."]
 
 
+def _nothing_in_common(found: Found) -> str:
+    """Why no accuracy can be set against the baseline's."""
+    baseline = next(policy for policy in found["policies"] if policy["name"] == found["baseline"])
+    if baseline["accuracy"]["value"] is None:
+        return f"{baseline['name']} ties on every pair, so no accuracy can be set against it."
+    return f"No pair is without a tie in both {baseline['name']} and another."
+
+
 def _resolution(found: Found) -> list[str]:
     """The smallest difference the set finds four times in five, over the comparisons made."""
     items = [*found["versus_best"].get("accuracy", []), *found["versus_baseline"].get("accuracy", [])]
-    sizes = [item["detectable"] for item in items if item.get("detectable") is not None]
+    sizes = [item["detectable"] for item in items if item.get("detectable")]
     if not sizes:
         return []
     size = f"{100 * max(sizes):.1f} points"

@@ -10,8 +10,11 @@ from dpo_score.cli import main
 from dpo_score.errors import ConfigError, FailIfError, UsageError
 from dpo_score.run.compare import compare, raise_failed
 from dpo_score.run.results import natural, step_of
-from dpo_score.run.show_compare import compared, sparkline
+from dpo_score.run.show_compare import compared, sparkline, verdict_lines
+from dpo_score.scores.lineup import line_up
+from dpo_score.scores.matchup import matchup
 from tests.run.small_run import small_run
+from tests.scores.scored import scored
 
 
 def test_all_policies_of_a_folder_in_natural_order() -> None:
@@ -54,6 +57,21 @@ def test_a_gate_needs_a_baseline_only_when_it_speaks_of_one() -> None:
     found = compare([out], fail_if=["accuracy.low < 1"])
     with pytest.raises(FailIfError, match="step-10"):
         raise_failed(found)
+
+
+def test_a_gate_on_the_baseline_alone_is_refused() -> None:
+    with pytest.raises(ConfigError, match="none is left to test"):
+        compare([str(small_run().out)], policies="step-10", baseline="step-10", fail_if=["accuracy < 0.99"])
+
+
+def test_pairs_that_were_left_out_are_called_what_they_are() -> None:
+    ids = [f"pair {i}" for i in range(4)]
+    a, b = (scored(name, [1.0, -1.0, 1.0, 1.0], pair_ids=ids) for name in "ab")
+    c = scored("c", [1.0, -1.0, 1.0], pair_ids=ids[:3])
+    assert "left out: 1 pairs only a has (row 0:3 …)" in list(verdict_lines(matchup(line_up([a, c]))))
+    three = list(verdict_lines(matchup(line_up([a, b, c]))))
+    assert "left out: 1 pairs of a that not all others have (row 0:3 …)" in three
+    assert not any("only" in line for line in three[1:])
 
 
 def test_exit_codes_and_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from dpo_score.errors import ConfigError, DamageError, UsageError
 from dpo_score.run.preview import dry_run, histogram, probe
 from dpo_score.run.progress import Progress
 from dpo_score.run.rescore import rescore
+from dpo_score.run.results import STEP, step_of
 from dpo_score.run.status import status
 from dpo_score.run.verify import verify
 from tests.run.conftest import preference_rows, write_rows
@@ -27,6 +28,36 @@ def data(tmp_path: Path) -> Path:
 def out(runner: Any, data: Path, tmp_path: Path) -> Path:
     runner(data, tmp_path / "out", policy=[f"{name}={runner.models[name]}" for name in ("better", "worse")])
     return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("step-10", 10),
+        ("step.10", 10),
+        ("checkpoint-500/", 500),
+        ("global_step_100", 100),
+        ("epoch-3", 3),
+        ("ckpt10", 10),
+        ("sigmoid-0.05-step-76", 76),
+        ("lr-5e-7-20", 20),
+        ("step_1000-merged", None),
+        ("sigmoid-0.05", None),
+        ("sigmoid-0.5", None),
+        ("beta-.5", None),
+        ("step-1.5", None),
+        ("lr-5e-7", None),
+        ("lr-5E-07", None),
+        ("v1.2", None),
+    ],
+)
+def test_a_step_is_a_whole_number_and_no_part_of_another(name: str, step: int | None) -> None:
+    assert step_of(name) == step
+    assert STEP.search(name.rstrip("/")) is None if step is None else step_of(name, "checkpoint-7") == step
+
+
+def test_a_name_without_a_step_leaves_it_to_the_model() -> None:
+    assert step_of("sigmoid-0.05", "data/quickstart-adapters/step-76") == 76
 
 
 def test_rescore_reproduces_the_stored_loss_and_extends_it(out: Path) -> None:

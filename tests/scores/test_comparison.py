@@ -42,6 +42,16 @@ def test_equal_policies_differ_by_exactly_nothing() -> None:
     values = np.random.default_rng(0).normal(size=20)
     found = paired_difference(values, values)
     assert (found.mean, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
+    assert found.detectable is None
+    assert "equal on every pair" in str(found.reason)
+
+
+def test_the_same_difference_on_every_pair_is_not_certain() -> None:
+    found = paired_difference(np.array([1.0, 2.0]), np.array([2.0, 3.0]))
+    assert (found.mean, found.low, found.high, found.p, found.detectable) == (-1.0, None, None, None, None)
+    assert "no spread" in str(found.reason)
+    turned = paired_difference(np.tile([0.0, 1.0, 1.0], 4), np.ones(12), np.repeat(np.arange(4), 3))
+    assert (turned.low, turned.p) == (None, None)
 
 
 def test_too_few_pairs_have_no_interval_and_say_why() -> None:
@@ -118,6 +128,15 @@ def test_against_a_baseline_adjusts_over_all_others() -> None:
     found = against("a", three_policies())
     assert [item.policy for item in found] == ["b", "c"]
     assert all(item.adjusted_p == pytest.approx(0.0, abs=1e-12) and not item.tied for item in found)
+
+
+def test_holm_runs_over_the_p_values_that_there_are() -> None:
+    base, flat = np.zeros(40), np.ones(40)
+    noise = np.random.default_rng(9).normal(0.5, 1.0, 40)
+    found = {item.policy: item for item in against("base", {"base": base, "flat": flat, "noise": noise})}
+    assert found["flat"].adjusted_p is None
+    assert found["flat"].tied
+    assert found["noise"].adjusted_p == found["noise"].difference.p
 
 
 def test_one_policy_has_nothing_to_be_compared_with() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import py_compile
 from pathlib import Path
 
 import pyarrow as pa
@@ -66,6 +68,18 @@ def test_the_identity_follows_the_bytes_of_the_file(tmp_path: Path) -> None:
     before = parse_loss(LossSpec(name=written(tmp_path, GAP))).identity()
     assert before == parse_loss(LossSpec(name=written(tmp_path, GAP))).identity()
     assert before != parse_loss(LossSpec(name=written(tmp_path, GAP + "\n"))).identity()
+
+
+def test_what_runs_is_the_bytes_of_the_file_and_no_compiled_copy_beside_it(tmp_path: Path) -> None:
+    """A cache of bytecode is trusted by size and time: both may be made to fit."""
+    other = GAP.replace("beta * columns['quality']", "7.00 * columns['quality']")
+    written(tmp_path, other)
+    stat = (tmp_path / "mine.py").stat()
+    py_compile.compile(str(tmp_path / "mine.py"), invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+    name = written(tmp_path, GAP)
+    os.utime(tmp_path / "mine.py", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (tmp_path / "mine.py").stat().st_size == stat.st_size
+    assert derive_table(TABLE, parse_loss(LossSpec(name=name, beta=0.5)))["loss"].to_pylist() == [-0.5, -2.0, None]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from dpo_score.scores.length import (
     ranks,
     spearman,
 )
+from dpo_score.scores.statistics import wilson
+from dpo_score.scores.student import t_quantile
 
 
 def lengths(n: int = 4000, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
@@ -62,6 +64,52 @@ def test_few_or_separable_pairs() -> None:
     separable = length_controlled_accuracy(np.ones(50), np.ones(50), np.ones(50))
     assert 0.9 < separable.accuracy <= 1.0
     assert math.isfinite(separable.low)
+
+
+@pytest.mark.parametrize(("right", "n"), [(50, 50), (12, 12), (40, 50), (1, 30)])
+def test_at_equal_lengths_throughout_the_interval_is_wilsons(right: int, n: int) -> None:
+    margin = np.repeat([1.0, -1.0], [right, n - right])
+    found = length_controlled_accuracy(margin, np.ones(n), np.ones(n))
+    expected = wilson(right, n, t_quantile(0.975, n - 1))
+    assert (found.low, found.high) == (pytest.approx(expected[0], abs=1e-3), pytest.approx(expected[1], abs=1e-3))
+
+
+def test_all_right_is_not_certain() -> None:
+    rng = np.random.default_rng(3)
+    chosen, rejected = rng.integers(20, 200, (2, 140)) * 1.0
+    found = length_controlled_accuracy(np.ones(140), chosen, rejected)
+    assert found.low == pytest.approx(wilson(140, 140)[0], abs=2e-3)
+    assert found.high == pytest.approx(1.0)
+    longer = length_controlled_accuracy(np.ones(140), rejected + 50, rejected)
+    assert longer.low < 0.5, "no pair says what happens at equal length"
+
+
+def test_pairs_of_one_prompt_have_no_interval() -> None:
+    found = length_controlled_accuracy(np.ones(12), np.arange(12.0), np.ones(12), np.zeros(12))
+    assert (found.low, found.high) == (None, None)
+    assert found.accuracy is not None
+    assert "one prompt" in str(found.reason)
+
+
+def test_prompts_that_were_all_right_count_once_each() -> None:
+    copies = length_controlled_accuracy(np.ones(60), np.ones(60), np.ones(60), np.repeat(np.arange(12), 5))
+    assert copies.low == pytest.approx(wilson(12, 12, t_quantile(0.975, 11))[0], abs=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("log_odds", "slope", "n"), [(3.9, 0.0, 140), (2.2, 1.0, 140), (0.4, 1.0, 60)])
+def test_the_interval_at_equal_length_covers(log_odds: float, slope: float, n: int) -> None:
+    """98 %, 90 % and 60 % right: errors of the log-odds alone would cover 83 % of the first."""
+    rng, hits = np.random.default_rng(4), 0
+    truth = 1.0 / (1.0 + math.exp(-log_odds))
+    for _ in range(250):
+        chosen, rejected = rng.integers(40, 240, n) * 1.0, rng.integers(20, 220, n) * 1.0
+        gap = chosen - rejected
+        feature = np.tanh(gap / math.sqrt(float(np.mean(gap * gap))))
+        right = rng.random(n) < 1.0 / (1.0 + np.exp(-log_odds - slope * feature))
+        found = length_controlled_accuracy(np.where(right, 1.0, -1.0), chosen, rejected)
+        hits += found.low <= truth <= found.high
+    assert hits / 250 >= 0.92
 
 
 def test_correlations_by_hand() -> None:

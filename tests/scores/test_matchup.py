@@ -70,6 +70,31 @@ def test_only_ties_are_said_to_be_ties() -> None:
     assert "tie" in found["sentence"]
 
 
+def test_a_baseline_of_ties_is_said_to_be_one() -> None:
+    """As the reference itself is: nothing can be said of differences to it, least of all that there are none."""
+    found = matchup(line_up([scored("base", [0.0] * 30), scored("dpo", [1.0] * 25 + [-1.0] * 5)]), baseline="base")
+    assert found["versus_baseline"]["accuracy"][0]["mean"] is None
+    assert "base ties on every pair, so no accuracy can be set against it." in found["sentence"]
+    assert "beyond noise" not in found["sentence"]
+    assert "highest" not in found["sentence"], "only one policy ranks anything"
+
+
+def test_a_baseline_that_shares_no_ranked_pair_is_not_called_equal() -> None:
+    halves = scored("base", [0.0] * 10 + [1.0] * 10), scored("dpo", [1.0] * 10 + [0.0] * 10)
+    found = matchup(line_up(halves), baseline="dpo")["sentence"]
+    assert "beyond noise" not in found
+    assert "No pair is without a tie in both base and another." in matchup(line_up(halves[::-1]), "base")["sentence"]
+
+
+def test_equal_rankings_do_not_make_the_smallest_differences_visible() -> None:
+    nats = [1.0] * 25 + [-1.0] * 5
+    found = matchup(line_up([scored("a", nats), scored("b", [2.0 * x for x in nats])]), baseline="a")
+    assert "difference of 0.0 points" not in found["sentence"]
+    assert "a true difference of 26.2 points" in found["sentence"]
+    few = matchup(line_up([scored("a", [1.0, -1.0]), scored("b", [2.0, -1.0])]))
+    assert "true difference" not in few["sentence"]
+
+
 def test_chance_is_named() -> None:
     lineup = line_up([scored("coin", [1.0, -1.0] * 20)])
     assert "cannot be told from guessing" in matchup(lineup)["sentence"]

@@ -145,6 +145,21 @@ def test_a_page_is_made_of_very_little(nats: list[float]) -> None:
     assert "</html>" in render(facts([scored("only", nats)]))
 
 
+def test_pairs_that_were_left_out_are_called_what_they_are() -> None:
+    ids = [f"pair {i}" for i in range(4)]
+    a, b = (scored(name, [1.0, -1.0, 1.0, 1.0], pair_ids=ids) for name in "ab")
+    c = scored("c", [1.0, -1.0, 1.0], pair_ids=ids[:3])
+    assert "1 pairs that only a has are left out (row 0:3 …)" in render(facts([a, c]))
+    three = render(facts([a, b, c]))
+    assert "1 pairs of a that not all others have are left out (row 0:3 …)" in three
+    assert "that only" not in three
+
+
+def test_the_page_names_the_test_behind_each_p() -> None:
+    made = policies(3, 60, {"a": 0.1, "b": 0.4})
+    assert "p: two-sided; of accuracy by the pairs that flipped (McNemar)" in render(facts(made, baseline="a"))
+
+
 def test_many_policies_and_subsets_make_a_page() -> None:
     made = policies(1, 120, {f"p{i}": i / 20 for i in range(14)}, subsets=60)
     assert len(render(facts(made))) < 1_500_000

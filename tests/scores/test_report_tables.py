@@ -37,6 +37,14 @@ def test_csv_is_long_and_exact_and_no_cell_is_a_formula() -> None:
     assert set(french) == {"accuracy", "margins", "margins_nats", "loss", "chosen_rewards", "rejected_rewards"}
 
 
+def test_csv_has_each_number_once_where_a_slice_is_the_subsets() -> None:
+    names = ["a", "b"] * 10
+    result = matchup(line_up([scored("one", [1.0, -1.0] * 10, subsets=names, slices={"subset": names})]))
+    rows = [tuple(row.values())[:6] for row in csv.DictReader(io.StringIO(write(result, "csv")))]
+    assert len(set(rows)) == len(rows)
+    assert {row[3] for row in rows if row[2] == "subset"} == {"a", "b"}
+
+
 def test_markdown_has_a_cell_for_every_column() -> None:
     for line in write(found(), "md").splitlines():
         if line.startswith("|"):

@@ -11,7 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_score.scores.slices import BINS, DISTINCT, MOST, NO_VALUE, OTHERS, by_length, cut, cut_numbers, cut_texts
+from dpo_score.scores.slices import (
+    BINS,
+    DISTINCT,
+    EMPTY,
+    MOST,
+    NO_VALUE,
+    OTHERS,
+    by_length,
+    cut,
+    cut_numbers,
+    cut_texts,
+    numbered,
+)
 
 
 def groups(column: list[object], type_: pa.DataType | None = None) -> dict[str, list[int]]:
@@ -40,6 +52,15 @@ def test_bins_whose_short_names_are_alike_are_spelt_out() -> None:
     values = 1.0 + np.arange(40) * 1e-9
     found = cut_numbers(values)
     assert len(set(found.names)) == len(found.names)
+    assert found.names[0] == "1 to 1.000000009"
+
+
+def test_few_numbers_whose_short_names_are_alike_are_spelt_out() -> None:
+    assert groups([20231.1, 20231.2, 5.0, 20231.1]) == {"5": [2], "20231.1": [0, 3], "20231.2": [1]}
+
+
+def test_whole_numbers_beyond_what_floats_hold_are_cut_too() -> None:
+    assert {name: len(rows) for name, rows in groups([2**60, 5, 2**60 + 1]).items()} == {"5": 1, str(2**60): 2}
 
 
 def test_a_value_that_most_rows_share_is_in_one_bin() -> None:
@@ -60,6 +81,7 @@ def test_bins_hold_every_number_once_and_follow_each_other(values: list[float]) 
     filled = [held for held in bins if len(held)]
     assert len(filled) == len(bins), "no bin is empty"
     assert all(low.max() < high.min() for low, high in itertools.pairwise(filled))
+    assert len(set(found.names)) == len(found.names)
     assert len(bins) <= max(DISTINCT, BINS)
 
 
@@ -73,6 +95,21 @@ def test_of_many_texts_the_rare_ones_are_pooled() -> None:
     pooled = found.names.index(OTHERS)
     assert int((found.codes == pooled).sum()) == 70
     assert found.how == f"the {MOST} most frequent of its 100 values"
+
+
+def test_a_text_that_reads_like_the_pool_is_in_the_pool() -> None:
+    found = cut_texts([OTHERS, OTHERS, "a", None])
+    assert len(set(found.names)) == len(found.names)
+    assert [found.names[code] for code in found.codes] == [OTHERS, OTHERS, "a", NO_VALUE]
+
+
+def test_only_texts_are_quoted() -> None:
+    columns: list[list[object]] = [["a"], [["a"]], [{"k": 1}], [1], [0.5], [True]]
+    assert [cut(pa.chunked_array([pa.array(column)])).quotes for column in columns] == [True] * 3 + [False] * 3
+
+
+def test_numbered_names_keep_what_is_no_text_of_the_data() -> None:
+    assert numbered(("a", "b", EMPTY, OTHERS, NO_VALUE)) == ("group 1", "group 2", EMPTY, OTHERS, NO_VALUE)
 
 
 def test_long_texts_are_cut() -> None:

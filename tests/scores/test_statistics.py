@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, stats
 
 from dpo_score.scores.statistics import (
     connected_clusters,
@@ -20,9 +20,10 @@ from dpo_score.scores.statistics import (
     quantiles,
     repeats,
     share_interval,
+    tango,
     wilson,
 )
-from dpo_score.scores.student import t_quantile
+from dpo_score.scores.student import normal_quantile, t_quantile
 
 REPETITIONS = 2000
 
@@ -78,6 +79,69 @@ def test_a_share_of_all_right_still_has_an_interval() -> None:
     interval = share_interval(np.ones(60), clusters)
     assert (interval.value, interval.high) == (1.0, 1.0)
     assert interval.low == pytest.approx(wilson(20, 20, t_quantile(0.975, 19))[0])
+
+
+def test_no_spread_is_not_certainty() -> None:
+    lost = mean_test(np.array([-1.0, -1.0]))
+    assert (lost.error, lost.p) == (0.0, None)
+    assert mean_test(np.zeros(3)).p == 1.0
+    prompts = np.repeat(np.arange(4), 3)
+    alike = np.tile([-1.0, 0.0, 0.0], 4)  # residual sums of some 1e-17, not 0
+    test = mean_test(alike, prompts)
+    assert (test.error, test.p) == (0.0, None)
+    interval = mean_interval(alike, prompts)
+    assert (interval.low, interval.high) == (None, None)
+    assert "no spread" in str(interval.reason)
+    ln2 = mean_interval(np.full(7, math.log(2.0)))
+    assert ln2.low == ln2.value == ln2.high, "a constant has its bounds: the loss of a policy that is the reference"
+
+
+def test_clusters_that_are_all_alike_count_once_each() -> None:
+    interval = share_interval(np.tile([1.0, 0.0, 0.0], 6), np.repeat(np.arange(6), 3))
+    expected = wilson(2.0, 6.0, t_quantile(0.975, 5))
+    assert (interval.low, interval.high) == (pytest.approx(expected[0]), pytest.approx(expected[1]))
+
+
+def test_another_level_is_another_width() -> None:
+    outcomes = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    wide = share_interval(outcomes, level=0.99)
+    assert (wide.low, wide.high) == wilson(4, 6, normal_quantile(0.995))
+    assert mean_interval(outcomes, level=0.99).low < mean_interval(outcomes).low
+
+
+def test_tango_by_hand_and_at_the_edges() -> None:
+    """1 won and 7 lost of 21 pairs: Fagerland, Lydersen and Laake 2014. None of n: z²/(n + z²)."""
+    z = normal_quantile(0.975)
+    assert tango(1, 7, 21, z) == pytest.approx((-0.517, -0.026), abs=5e-4)
+    assert tango(0, 0, 30, z) == pytest.approx((-z * z / (30 + z * z), z * z / (30 + z * z)))
+    assert tango(0, 5, 5, z)[0] == -1.0
+    assert tango(5, 0, 5, z)[1] == 1.0
+
+
+@given(st.integers(0, 8), st.integers(0, 8), st.integers(0, 30))
+def test_tango_turns_with_the_sides_and_holds_its_estimate(won: int, lost: int, same: int) -> None:
+    n = won + lost + same
+    if n == 0:
+        return
+    low, high = tango(won, lost, n, 1.96)
+    back_low, back_high = tango(lost, won, n, 1.96)
+    assert (low, high) == (pytest.approx(-back_high, abs=1e-9), pytest.approx(-back_low, abs=1e-9))
+    assert -1.0 <= low <= (won - lost) / n <= high <= 1.0
+    assert tango(won, lost, n, 3.0)[0] <= low
+
+
+@pytest.mark.parametrize(("won", "lost", "n"), [(1, 7, 21), (3, 2, 40), (10, 25, 60)])
+def test_tango_is_the_score_test_turned_round(won: int, lost: int, n: int) -> None:
+    """At each bound the likeliest table with that difference lies z standard errors from what was seen."""
+    for delta in tango(won, lost, n, 1.96):
+
+        def unlikely(q: float, delta: float = delta) -> float:
+            return -(won * math.log(q + delta) + lost * math.log(q) + (n - won - lost) * math.log(1 - 2 * q - delta))
+
+        bounds = (max(0.0, -delta) + 1e-12, (1 - delta) / 2 - 1e-12)
+        q = optimize.minimize_scalar(unlikely, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x
+        score = (won - lost - n * delta) / math.sqrt(n * (2 * q + delta - delta * delta))
+        assert abs(score) == pytest.approx(1.96, abs=1e-4)
 
 
 def test_too_little_data_says_so() -> None:

@@ -210,8 +210,8 @@ def _long(found: Cell) -> Iterator[tuple[Any, ...]]:
                 cell["value"] if metric == "accuracy" else cell["mean"],
                 *(cell["ci95"] or (None, None)),
             )
-    sliced = {column: one["groups"] for column, one in found["slices"].items()}
-    for kind, groups in [*found["subsets"].items(), *sliced.items()]:
+    sliced = {column: one["groups"] for column, one in found["slices"].items()}  # subset may be among them: once
+    for kind, groups in {**found["subsets"], **sliced}.items():
         for name, group in groups.items():
             for policy in found["policies"]:
                 cells = group["policies"][policy["name"]]
