@@ -163,15 +163,17 @@ def verify(
     out: Out,
     against: Annotated[str | None, typer.Option(help="trl: re-score rows with TRL's own code")] = None,
     n: Annotated[int, typer.Option("-n", help="rows for --against")] = 32,
+    loss_file: Annotated[list[str] | None, typer.Option(metavar="FILE", help="a custom loss's; repeatable")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Re-prove counts, checksums and derived columns; exit 4 names each damaged file.
+    """Re-prove counts, checksums and derived columns; exit 4 names each damaged file. Runs no code that OUT names.
 
+    --loss-file: your file of a custom loss, run to recompute it where its sha256 is the stored one.
     --against trl scores sampled rows again with the installed TRL, on the reference's weights."""
     from dpo_score.run import show
     from dpo_score.run import verify as proof
 
-    findings = proof.verify(out)
+    findings = proof.verify(out, loss_file or [])
     if against is not None and not findings.damage:
         from dpo_score.interop.against import comparison
 
@@ -212,7 +214,7 @@ def cache_ls(cache_dir: Annotated[str | None, typer.Option()] = None, as_json: A
 
 @cache_app.command("verify")
 def cache_verify(cache_dir: Annotated[str | None, typer.Option()] = None) -> None:
-    """Read every entry; damaged files are set aside and named (exit 4)."""
+    """Read every entry; exit 4 names each damaged file. Nothing is moved: the next run sets such files aside."""
     from dpo_score.run import cachework
 
     typer.echo(cachework.verify(cache_dir))
@@ -221,10 +223,10 @@ def cache_verify(cache_dir: Annotated[str | None, typer.Option()] = None) -> Non
 @cache_app.command("gc")
 def cache_gc(
     cache_dir: Annotated[str | None, typer.Option()] = None,
-    max_age_days: Annotated[float | None, typer.Option(help="drop what was not used for so long")] = None,
+    max_age_days: Annotated[float | None, typer.Option(help="drop what was written longer ago")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="drop the oldest beyond this size")] = None,
 ) -> None:
-    """Drop old entries; runs that need them compute them again."""
+    """Drop old entries, by the time they were written; runs that need them compute them again."""
     from dpo_score.run import cachework
 
     typer.echo(cachework.gc(cache_dir, max_age_days, max_bytes))

@@ -7,11 +7,16 @@ itself valid input. Nothing here imports torch or transformers.
 
 from __future__ import annotations
 
+import datetime
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from dpo_score.errors import nearest
+
+STATS = ("wpo", "entropy", "top1")
+"""What `stats` may ask for of each answer."""
 POLICY_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
 SHARE = re.compile(r"(\d{1,6})/(\d{1,6})")
 
@@ -19,7 +24,11 @@ SHARE = re.compile(r"(\d{1,6})/(\d{1,6})")
 def _as_map(value: Any) -> Any:
     """`a=b,c=d` as it is typed on a command line."""
     if isinstance(value, str):
-        return dict(item.split("=", 1) for item in value.split(",") if item)
+        items = [item.strip() for item in value.split(",") if item.strip()]
+        bare = next((item for item in items if "=" not in item), None)
+        if bare is not None:
+            raise ValueError(f"{bare!r} is no assignment: write NAME=COLUMN, as in prompt=question,chosen=best")
+        return dict(item.split("=", 1) for item in items)
     return {} if value is None else value
 
 
@@ -27,6 +36,11 @@ def _as_list(value: Any) -> Any:
     if isinstance(value, str):
         return tuple(item.strip() for item in value.split(",") if item.strip())
     return () if value is None else value
+
+
+def _as_date(value: Any) -> Any:
+    """YAML reads a bare 2024-07-26 as a date."""
+    return f"{value:%Y-%m-%d}" if isinstance(value, datetime.date) else value
 
 
 Mapping_ = Annotated[dict[str, str], BeforeValidator(_as_map)]
@@ -57,6 +71,13 @@ class ModelSpec(Spec):
     model: str
     revision: str | None = None
     adapter: str | None = None
+
+    @field_validator("model")
+    @classmethod
+    def _two_columns(cls, value: str) -> str:
+        if value.startswith("columns:") and not all(map(str.strip, value.removeprefix("columns:").partition(","))):
+            raise ValueError("name two columns of the data, as in columns:ref_chosen,ref_rejected")
+        return value
 
     @property
     def columns(self) -> tuple[str, str] | None:
@@ -120,7 +141,7 @@ class TextSpec(Spec):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     system: str | None = None
     system_mode: Literal["fill", "replace", "drop", "merge-user"] = "fill"
-    date: str | None = None
+    date: Annotated[str | None, BeforeValidator(_as_date)] = None
     keep_nulls: bool = False
 
 
@@ -135,7 +156,7 @@ class ComputeSpec(Spec):
     batch_tokens: int | Literal["auto"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     path: Literal["auto", "fast", "plain"] = "auto"
-    threads: int | None = None
+    threads: int | None = Field(None, ge=1)
     stats: Names = ()
     per_token: bool = False
     device_map: str | None = None
@@ -147,6 +168,24 @@ class ComputeSpec(Spec):
     def _short_names(cls, value: Any) -> Any:
         known = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
         return known.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("batch_tokens", mode="before")
+    @classmethod
+    def _some_tokens(cls, value: Any) -> Any:
+        if value == "auto":
+            return value
+        number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+        if type(number) is not int or number < 1:
+            raise ValueError("give the most tokens that a pack may hold as a whole number from 1 on, or auto")
+        return number
+
+    @field_validator("stats")
+    @classmethod
+    def _known_stats(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in STATS:
+                raise ValueError(f"unknown statistic {name!r}: {nearest(name, STATS)}")
+        return value
 
     @field_validator("compile", mode="before")
     @classmethod

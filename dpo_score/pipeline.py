@@ -6,11 +6,10 @@ by key, whatever the value; errors name the file. Does not look at data or model
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,14 @@ from pydantic import BaseModel, ValidationError
 from dpo_score.config import DataSpec, ModelSpec, PolicySpec, RunConfig
 from dpo_score.errors import ConfigError, nearest
 from dpo_score.options import BY_NAME, OPTIONS
+from dpo_score.sweeps import expanded, stem
 
-Tree = dict[str, Any]
+Tree = dict[Any, Any]
 ENV_PREFIX = "DPO_SCORE_"
-DATA_DEFAULTS = tuple(option.path[2] for option in OPTIONS if option.path[:2] == ("data", "*"))
+SHORT = {"reference": "model", "loss": "name"}
+"""Sections that may be one string, and the key that it stands for."""
+SECTIONS = (*SHORT, "text", "compute")
+_TARGET, _ALL_SETS = ("target",), ("data", "*")  # tuples: no key of a file is one
 
 
 def load_config(
@@ -43,17 +46,33 @@ def load_config(
 
 def validated(tree: Tree, source: str) -> RunConfig:
     """Normalise the short spellings and check; raises ConfigError naming key, value and the nearest known key."""
-    tree = dict(tree)
-    defaults = tree.pop("_data_defaults", {})
-    tree["data"] = [_with_defaults(item, defaults) for item in _named_list(tree.get("data"), "path", "data")]
-    tree["policies"] = _expand(_named_list(tree.get("policies"), "model", "policy"))
-    for section, key in (("reference", "model"), ("loss", "name")):
-        if isinstance(tree.get(section), str):
-            tree[section] = {key: tree[section]}
     try:
-        return RunConfig.model_validate(tree)
+        return RunConfig.model_validate(_written_out(tree))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
     except ValidationError as error:
         raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def _written_out(tree: Tree) -> Tree:
+    """`tree` without short spellings: sections are mappings, sets and policies are lists, globs are looked up."""
+    found = {name: value for name, value in tree.items() if name not in SECTIONS or value is not None}
+    defaults = found.pop(_ALL_SETS, {})
+    found |= {name: _section(name, found[name]) for name in SECTIONS if name in found}
+    found["data"] = [_with_defaults(item, defaults) for item in _named_list(tree.get("data"), "path", "data")]
+    policies = _named_list(tree.get("policies"), "model", "policies")
+    found["policies"] = [policy for entry in policies for policy in expanded(entry)]
+    return found
+
+
+def _section(name: str, value: Any) -> Tree:
+    """One section as a mapping of its own: null is empty, and a string is the key that SHORT names."""
+    if isinstance(value, str) and name in SHORT:
+        return {SHORT[name]: value}
+    if value is not None and not isinstance(value, Mapping):
+        key = next(option.path[1] for option in OPTIONS if option.path[0] == name)
+        raise ConfigError(f"{name}: a section is a mapping of keys, {name}: {{{key}: …}}; got {value!r:.200}")
+    return dict(value or {})
 
 
 def dump_config(config: RunConfig) -> str:
@@ -71,17 +90,28 @@ def _read_file(file: str) -> Tree:
         raise ConfigError(f"pipeline file {file!r} does not exist (looked at {path.absolute()})")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not a YAML file: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ConfigError(f"pipeline file {file!r} cannot be read: {error.strerror or error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: a pipeline file is a mapping of keys; this one holds a {type(tree).__name__}")
+    try:
+        return _with_flat_keys(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def _with_flat_keys(tree: Tree) -> Tree:
+    """`tree` with its flat keys put into sections, and every section a mapping, so that options can be laid over it."""
     flat = {key: tree.pop(key) for key in list(tree) if _is_flat(key)}
+    tree |= {name: _section(name, tree[name]) for name in SECTIONS if tree.get(name) is not None}
     for key, value in flat.items():
         _place(tree, key, value)
     return tree
 
 
-def _is_flat(key: str) -> bool:
+def _is_flat(key: Any) -> bool:
     option = BY_NAME.get(key)
     return option is not None and key not in RunConfig.model_fields
 
@@ -92,14 +122,12 @@ def _place(tree: Tree, name: str, value: Any) -> None:
     if name in ("data", "policy"):
         tree[path[0]] = _assignments(value)
         return
-    if path[:2] == ("data", "*"):
-        tree.setdefault("_data_defaults", {})[path[2]] = _split_names(path[2], value)
+    if path[:2] == _ALL_SETS:
+        tree.setdefault(_ALL_SETS, {})[path[2]] = _split_names(path[2], value)
         return
     section = tree
     for step in path[:-1]:
-        if isinstance(section.get(step), str):
-            section[step] = {"model" if step == "reference" else "name": section[step]}
-        section[step] = dict(section.get(step) or {})
+        section[step] = _section(step, section.get(step))
         section = section[step]
     section[path[-1]] = _typed(name, value)
 
@@ -109,42 +137,54 @@ def _typed(name: str, value: Any) -> Any:
         return loss_params(value)
     if name == "chat_template_kwargs" and isinstance(value, str):
         return _json_object(value)
-    if name == "batch_tokens" and isinstance(value, str) and value.isdigit():
+    if name == "batch_tokens" and isinstance(value, str) and value.isdecimal():
         return int(value)
     return value
 
 
-def loss_params(items: Iterable[str]) -> Tree:
-    """`KEY=VALUE` strings, values read as YAML scalars."""
-    return {key: yaml.safe_load(value) for key, value in (_key_value(item, "--loss-param") for item in items)}
+def loss_params(items: Any) -> Tree:
+    """`KEY=VALUE` strings, or one; values read as YAML scalars."""
+    items = [items] if isinstance(items, str) else items
+    if not isinstance(items, list | tuple):
+        raise ConfigError(f"--loss-param takes KEY=VALUE, or a list of such; got {items!r:.200}")
+    return dict(_loss_param(item) for item in items)
+
+
+def _loss_param(item: Any) -> tuple[str, float | int | bool | str]:
+    key, equals, text = item.partition("=") if isinstance(item, str) else ("", "", "")
+    if not equals:
+        raise ConfigError(f"--loss-param takes KEY=VALUE; got {item!r:.200}")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, float | int | str):
+        raise ConfigError(f"--loss-param {key} takes a number, true, false or a name; got {text!r:.200}")
+    return key, value
 
 
 def _json_object(value: str) -> Any:
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--chat-template-kwargs takes a JSON object; {value!r} is not JSON: {error}") from None
-
-
-def _key_value(item: str, flag: str) -> tuple[str, str]:
-    key, equals, value = item.partition("=")
-    if not equals:
-        raise ConfigError(f"{flag} takes KEY=VALUE; got {item!r}")
-    return key, value
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--chat-template-kwargs takes a JSON object; {value!r:.200} is not JSON: {error}") from None
 
 
 def _split_names(key: str, value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if key == "split" and isinstance(value, str) else value
 
 
-def _assignments(values: Any) -> list[Any]:
-    """`NAME=PATH` or `PATH` strings as mappings; anything else unchanged."""
+def _assignments(values: Any) -> Any:
+    """`NAME=PATH` or `PATH` strings, one or a list, as mappings; anything else unchanged."""
+    values = [values] if isinstance(values, str) else values
+    if not isinstance(values, list | tuple):
+        return values
     return [_assignment(value) if isinstance(value, str) else value for value in values]
 
 
 def _assignment(text: str) -> Tree:
     match = re.match(r"([A-Za-z0-9_-][A-Za-z0-9._-]{0,79})=(.+)", text, re.DOTALL)
-    return {"name": match[1], "_target": match[2]} if match else {"_target": text}
+    return {"name": match[1], _TARGET: match[2]} if match else {_TARGET: text}
 
 
 def _named_list(value: Any, target: str, kind: str) -> list[Tree]:
@@ -153,37 +193,34 @@ def _named_list(value: Any, target: str, kind: str) -> list[Tree]:
         return []
     if isinstance(value, str):
         value = [_assignment(value)]
-    if not isinstance(value, Mapping | list | tuple):
-        raise ConfigError(f"{kind}: expected a path, a list or a mapping of names, got {value!r}")
     if isinstance(value, Mapping):
-        value = [{"name": str(name), **_entry(item)} for name, item in value.items()]
-    entries = [_entry(_assignment(item) if isinstance(item, str) else item) for item in value]
+        entries = [{"name": str(name), **_entry(item, f"{kind}.{name}")} for name, item in value.items()]
+    elif isinstance(value, list | tuple):
+        pairs = enumerate(_assignments(value))
+        entries = [_entry(item, f"{kind}.{index}") for index, item in pairs]
+    else:
+        raise ConfigError(f"{kind}: expected a path, a list or a mapping of names; got {value!r:.200}")
     return [_named(entry, target, kind) for entry in entries]
 
 
-def _entry(item: Any) -> Tree:
-    if isinstance(item, str):
-        return {"_target": item}
+def _entry(item: Any, where: str) -> Tree:
+    if isinstance(item, str | os.PathLike):
+        return {_TARGET: os.fspath(item)}
     if not isinstance(item, Mapping):
-        raise ConfigError(f"expected a path or a mapping, got {item!r}")
+        raise ConfigError(f"{where}: expected a path, or a mapping of its keys; got {item!r:.200}")
     return dict(item)
 
 
 def _named(entry: Tree, target: str, kind: str) -> Tree:
-    value = entry.pop("_target", None)
+    value = entry.pop(_TARGET, None)
     if value is not None:
-        model, plus, adapter = value.partition("+") if kind == "policy" else (value, "", "")
-        if plus and adapter and not Path(value).exists():
+        model, plus, adapter = value.partition("+") if kind == "policies" else (value, "", "")
+        if plus and adapter and not os.path.exists(value):  # noqa: PTH110  False where pathlib raises: a name too long
             entry["adapter"], value = adapter, model
         entry[target] = value
     path = str(entry.get("adapter") or entry.get(target) or "")
-    entry.setdefault("name", _stem(path))
+    entry.setdefault("name", stem(path))
     return entry
-
-
-def _stem(path: str) -> str:
-    name = Path(path.rstrip("/")).name.split(".parquet")[0].split(".json")[0] or "data"
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "data"
 
 
 def _with_defaults(entry: Tree, defaults: Tree) -> Tree:
@@ -192,32 +229,6 @@ def _with_defaults(entry: Tree, defaults: Tree) -> Tree:
 
 def _not_none(entry: Tree, defaults: Tree) -> Tree:
     return {k: v for k, v in entry.items() if not (v is None and k in defaults)}
-
-
-def _expand(policies: list[Tree]) -> list[Tree]:
-    """Globs become one policy a checkpoint, in natural order (checkpoint-9 before checkpoint-10)."""
-    return [policy for entry in policies for policy in _expand_one(entry)]
-
-
-def _expand_one(entry: Tree) -> list[Tree]:
-    key = "adapter" if any(c in str(entry.get("adapter") or "") for c in "*?[") else "model"
-    pattern = str(entry.get(key) or "")
-    if not any(c in pattern for c in "*?["):
-        return [entry]
-    # pathlib cannot glob an absolute pattern
-    found = sorted((p for p in glob.glob(pattern) if Path(p).is_dir()), key=_natural)  # noqa: PTH207
-    if not found:
-        raise ConfigError(f"policy {entry['name']!r}: no folder matches {pattern!r}")
-    return [{**entry, key: path, "name": f"{entry['name']}-{_suffix(path)}", "glob": pattern} for path in found]
-
-
-def _suffix(path: str) -> str:
-    number = re.search(r"(\d+)$", Path(path).name)
-    return number[1] if number else _stem(path)
-
-
-def _natural(text: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
 
 
 def _explain(error: Any) -> str:

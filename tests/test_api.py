@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 import dpo_score
 from dpo_score.errors import ConfigError, DataError, ModelError
 from tests.exported import chat_rows, text_rows, write_rows
-from tests.tiny import save_tiny
+from tests.families import family
+from tests.tiny import byte_tokenizer, save_tiny
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = ["DPOLoss", "__version__", "evaluate_pairs", "precompute", "rescore", "run", "score", "sequence_logps"]
@@ -163,6 +164,17 @@ def state_of(model: Any) -> Any:
         [parameter.requires_grad for parameter in model.parameters()],
         attention,
     )
+
+
+def test_a_policy_that_needs_the_plain_path_is_scored_on_it(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family("bloom", 1).save_pretrained(tmp_path / "bloom")
+    byte_tokenizer().save_pretrained(tmp_path / "bloom")
+    how: dict[str, Any] = {"reference": models / "m0", "policy": tmp_path / "bloom"}
+    found = score(text_rows(4), tmp_path, path="fast", **how)
+    assert capsys.readouterr().err.count("scored on the plain path, which is slower") == 1
+    assert_frame_equal(found, score(text_rows(4), tmp_path, **how), abs_tol=1e-4)
 
 
 def test_the_base_of_an_adapter_is_its_reference(models: Path, tmp_path: Path) -> None:

@@ -26,6 +26,19 @@ def test_help_lists_every_option() -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize(
+    ("command", "said", "unsaid"),
+    [
+        (("cache", "verify"), "Nothing is moved", "are set aside and"),
+        (("cache", "gc"), "written longer ago", "not used"),
+    ],
+)
+def test_help_says_what_is_done(command: tuple[str, ...], said: str, unsaid: str) -> None:
+    """`cache verify` leaves every file where it is (tests/store/test_cache.py), and `gc` asks for the age of files."""
+    shown = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    assert (said in shown, unsaid in shown) == (True, False), shown
+
+
 def test_underscores_and_dashes_are_one_spelling(capsys: pytest.CaptureFixture[str]) -> None:
     for spelling in ("--max_length=-3", "--max-length=-3"):
         code, _, said = run_cli(capsys, "run", "--data", "nowhere.parquet", spelling)

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from dpo_score.logps.attention_cpu import bmm_attention
-from dpo_score.logps.plan import Layout
+from dpo_score.logps.plan import BUCKETS, Layout
 
 FLASH_HEAD = 256
 """Largest head size of the flash kernel."""
 FLEX_BLOCK = 128
+FLEX_SHAPES = 8 * BUCKETS
+"""Compiled forms at most: by size of the pack, with and without a window, and of groups larger than a pack."""
 NEEDED = ("cum_seq_q", "max_q", "is_causal", "scale", "window_size_left", "window_size_right")
 """Arguments without which the flash operator cannot do what a segment asks."""
 
@@ -153,10 +155,21 @@ def _with_sinks(out_THE: Tensor, mass_TH: Tensor, sinks: Tensor | None) -> Tenso
 
 @cache
 def flex() -> Any:
-    """FlexAttention, compiled for constant shapes (torch warns where it runs uncompiled: right, but slow)."""
+    """FlexAttention, compiled for constant shapes (torch warns where it runs uncompiled: right, but slow).
+
+    Beyond torch's usual number of shapes it would run uncompiled as well, in memory of the size of a whole mask.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if torch.cuda.is_available() else flex_attention
+    if not torch.cuda.is_available():
+        return flex_attention
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(*args: Any, **given: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=FLEX_SHAPES):
+            return compiled(*args, **given)
+
+    return attend
 
 
 @cache

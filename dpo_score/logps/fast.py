@@ -18,7 +18,7 @@ from dpo_score.logps.anatomy import Anatomy
 from dpo_score.logps.head import token_values
 from dpo_score.logps.numerics import Numerics
 from dpo_score.logps.plain import Values, split
-from dpo_score.logps.plan import Layout, lay_out, plan
+from dpo_score.logps.plan import Layout, bucket, lay_out, pack_size, plan
 from dpo_score.pairs.records import TokenSequence
 
 
@@ -42,7 +42,7 @@ class FastPath:
 
     def compute(self, sequences: Sequence[TokenSequence]) -> list[Values]:
         """One pack: the values of every sequence, in order."""
-        layout = lay_out(sequences, self.numerics.batch_tokens if self.numerics.device_kind == "cuda" else 0)
+        layout = lay_out(sequences, self._padded_size(sequences))
         self.forwards += 1
         with torch.inference_mode(), attention.installed(self.anatomy.model):
             with attention.sharing(layout, self._prepared(layout)):
@@ -51,6 +51,11 @@ class FastPath:
             rows, source, target = (_on(out, array) for array in (layout.rows, layout.sources, layout.targets))
             values = token_values(self.head, hidden_TH[rows], source, target, self.stats)
         return split(values, layout.counts)
+
+    def _padded_size(self, sequences: Sequence[TokenSequence]) -> int:
+        """On a GPU packs have few sizes, for which kernels are chosen and tuned; elsewhere padding is only work."""
+        gpu = self.numerics.device_kind == "cuda"
+        return bucket(pack_size(sequences), self.numerics.batch_tokens) if gpu else 0
 
     def _prepared(self, layout: Layout) -> Any:
         """The pack as the kernel wants it; None for the batched products, which need nothing but the layout."""

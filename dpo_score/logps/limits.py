@@ -8,6 +8,7 @@ from typing import Any
 from dpo_score.errors import ModelError
 from dpo_score.logps import weights as files
 from dpo_score.logps.source import ModelSource
+from dpo_score.pairs.boundary import SideLimits
 
 RELATIVE_POSITIONS = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "bloom"})
 
@@ -21,6 +22,16 @@ def context_limit(config: Mapping[str, Any]) -> int | None:
         if isinstance(config.get(name), int) and config[name] > 0:
             return int(config[name])
     return None
+
+
+def side_limits(config: Mapping[str, Any]) -> SideLimits:
+    """The longest prompt that an encoder's positions allow, and the longest answer that its decoder's do."""
+    found = {}
+    for side in ("encoder", "decoder"):
+        own = config.get(f"max_{side}_position_embeddings")
+        inner = config.get(side)
+        found[side] = own or context_limit(inner if isinstance(inner, Mapping) else config)
+    return SideLimits(found["encoder"], found["decoder"])
 
 
 def embedding_rows(source: ModelSource) -> int:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_score.errors import ModelError
-from dpo_score.logps.weights import STATE_SUFFIXES, brief
+from dpo_score.logps.weights import brief
+from dpo_score.sweeps import STATE_SUFFIXES
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 HUB_GGUF = re.compile(r"(?P<repo>[A-Za-z0-9._-]+/[A-Za-z0-9._-]+)/(?P<file>.+\.gguf)")

@@ -5,8 +5,14 @@ Sizes follow total memory, never free memory: the plan must not depend on what e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dpo_score.errors import ModelError
+from dpo_score.logps.wholeness import safetensors_header
 
 if TYPE_CHECKING:
     from dpo_score.logps.numerics import Numerics
@@ -41,6 +47,29 @@ def peak_bytes(config: Mapping[str, Any], numerics: Numerics, parameters: int, l
     return parameters // numerics.tensor_parallel * ITEM_BYTES[numerics.dtype] + pack + scratch
 
 
+def clone_bytes(base: Sequence[Path], adapters: Sequence[Path], parameters: int) -> int:
+    """Host memory of the float32 clones that adapters merged into one base are undone with (adapters.py): of the
+    base's modules that their tensors name, or of all `parameters` where file and names do not say."""
+    files = (*base, *adapters)
+    if any(path.suffix != ".safetensors" for path in files):
+        return parameters * ITEM_BYTES["float32"]
+    modules: dict[str, int] = {}
+    for path in base:
+        for name, entry in safetensors_header(path).items():
+            module = name.rpartition(".")[0]
+            modules[module] = modules.get(module, 0) + prod(entry["shape"])
+    keys = (key.removeprefix("base_model.model.") for path in adapters for key in safetensors_header(path))
+    touched = {_module_of(key, modules) for key in keys}
+    return ITEM_BYTES["float32"] * (parameters if "" in touched else sum(modules[name] for name in touched))
+
+
+def _module_of(key: str, modules: Mapping[str, int]) -> str:
+    """The deepest module of the base in the name of an adapter's tensor, "" if there is none."""
+    while key and key not in modules:
+        key = key.rpartition(".")[0]
+    return key
+
+
 def token_bytes(config: Mapping[str, Any], dtype: str) -> int:
     """Activation bytes that one token holds at the widest place of a layer (an upper estimate).
 
@@ -71,7 +100,6 @@ def total_memory(device: str) -> int:
 
 def _host_memory() -> int:
     import os
-    from pathlib import Path
 
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
@@ -81,14 +109,31 @@ def _host_memory() -> int:
     return total
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a RuntimeError of torch means that a device or the host ran out of memory."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error, most likely a RuntimeError of torch, means that a device or the host ran out of memory."""
     import torch
 
     text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or any(
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         sign in text for sign in ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     )
+
+
+@contextmanager
+def room_for(what: str, device: str, dtype: str) -> Iterator[None]:
+    """Running out of memory inside is a ModelError with the ways out. Not for packs, which are split instead."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        release(device.split(":")[0])
+        said = (str(error).strip() or "out of memory").splitlines()[0]
+        raise ModelError(
+            f"{what} in {dtype} does not fit on {device} ({said[:200]}). If nothing else uses its memory: a narrower "
+            "--dtype, fewer bits with --quantization int8 or nf4, or more devices with --tensor-parallel N or "
+            "--device-map auto"
+        ) from error
 
 
 def release(device_kind: str) -> None:

@@ -19,6 +19,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from dpo_score.errors import ModelError
+from dpo_score.logps import memory
 from dpo_score.logps.adapters import AdapterSlot
 from dpo_score.logps.prefetch import Prefetch
 from dpo_score.logps.quantized import keep_four_bits_unpacked, quantization_config
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
 FIRST_KEYS = 5
 BESIDE_THE_LOGITS = re.compile(r"(^|\.)(position_ids|masked_bias|rotary_emb\.inv_freq)$|^v_head\.")
 """Tensors that tools save and no logit depends on: buffers that a model computes itself, TRL's value head."""
+
+UNLOADABLE = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
+    *(RuntimeError, OSError, ImportError, UnpicklingError),
+)
+"""What a configuration with impossible values, or a file that is not what it says, raises in the libraries."""
 
 
 class Placement(Protocol):
@@ -80,10 +87,13 @@ class ModelShelf:
         """The model of `source` in `numerics.dtype` on `numerics.device`, in evaluation mode, without gradients.
 
         Invalidates the `LoadedModel` handed out before. Raises ModelError when the checkpoint does not fit the
-        architecture key by key, when an adapter does not fit its base, when a file changed since it was resolved, or
-        when an optional package is absent.
+        architecture key by key, when an adapter does not fit its base, when a file changed since it was resolved, when
+        the device has no room for it, or when an optional package is absent.
         """
-        with self._together(source, numerics, attn_implementation):
+        with (
+            self._together(source, numerics, attn_implementation),
+            memory.room_for(source.name, numerics.device, numerics.dtype),
+        ):
             return self._load(source, numerics, attn_implementation)
 
     def _together(self, source: ModelSource, numerics: Placement, attn: str | None) -> AbstractContextManager[None]:
@@ -179,13 +189,12 @@ class ModelShelf:
 
 def read_model(source: ModelSource, options: dict[str, Any], trust_remote_code: bool = False) -> Any:
     """The base of `source` through transformers; ModelError naming the first keys that are missing or left over."""
-    from transformers import AutoConfig
     from transformers.utils import logging as notices
 
+    code = {"trust_remote_code": trust_remote_code}
     with _quiet(notices):
+        config = _configuration(source, code)
         try:
-            code = {"trust_remote_code": trust_remote_code}
-            config = AutoConfig.from_pretrained(source.folder, local_files_only=True, **code)
             options = {**options, "config": config, "output_loading_info": True}
             auto = _auto_class(config, source)
             if source.state:
@@ -194,10 +203,24 @@ def read_model(source: ModelSource, options: dict[str, Any], trust_remote_code: 
                 safe = not _base_is_pickle(source)
                 options |= {"use_safetensors": safe, "local_files_only": True, **code}
                 model, info = auto.from_pretrained(source.folder, **options)
-        except (ValueError, KeyError, RuntimeError, OSError, ImportError, UnpicklingError) as error:
+        except UNLOADABLE as error:
+            if memory.is_out_of_memory(error):
+                raise
             raise ModelError(f"{source.name} ({source.folder}) could not be loaded: {brief(error)}") from error
     _refuse_misfit(source, type(model).__name__, info)
     return model
+
+
+def _configuration(source: ModelSource, code: dict[str, bool]) -> Any:
+    """config.json as transformers takes it; its classes compute with what stands there."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.folder, local_files_only=True, **code)
+    except (*UNLOADABLE, StrictDataclassError) as error:
+        path = source.folder / "config.json"
+        raise ModelError(f"{source.name} ({path}) could not be loaded: {brief(error)}") from error
 
 
 def _from_state(auto: Any, source: ModelSource, options: dict[str, Any], code: dict[str, bool]) -> tuple[Any, Any]:

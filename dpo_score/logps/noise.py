@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_score.logps import memory
 from dpo_score.logps.numerics import Numerics
 from dpo_score.logps.precision import CannotWiden, widened
 from dpo_score.logps.results import SequenceLogps, Unscored
@@ -24,8 +25,8 @@ from dpo_score.pairs.records import TokenSequence
 class NoiseFloor:
     """|Δ| in nats over a sample: of sequence log-probabilities, and of differences chosen − rejected.
 
-    `deltas`: the run's value − fp32, per sequence of the sample. Where it could not be measured all numbers are None
-    and `reason` says why.
+    `deltas`: the run's value − fp32, of the sequences of the sample with the indices `measured`. Where it could not be
+    measured all numbers are None and `reason` says why.
     """
 
     sequences: int
@@ -34,6 +35,7 @@ class NoiseFloor:
     margin_mean: float | None = None
     margin_max: float | None = None
     deltas: tuple[float, ...] = ()
+    measured: tuple[int, ...] = ()
     reason: str | None = None
 
 
@@ -51,8 +53,8 @@ def noise_floor(
     """
     try:
         again = _plain_fp32(model, numerics, sequences)
-    except CannotWiden as error:
-        return NoiseFloor(len(sequences), reason=str(error))
+    except (CannotWiden, RuntimeError) as error:
+        return NoiseFloor(len(sequences), reason=_why(error, numerics))
     deltas = {i: _sum(s) - total for i, (s, total) in enumerate(zip(scored, again, strict=True)) if _usable(s, total)}
     if not deltas:
         return NoiseFloor(len(sequences), reason="no sequence of the sample could be scored")
@@ -66,7 +68,18 @@ def noise_floor(
         margin_mean=float(np.mean(margins)) if margins else None,
         margin_max=max(margins, default=None),
         deltas=tuple(deltas.values()),
+        measured=tuple(deltas),
     )
+
+
+def _why(error: Exception, numerics: Numerics) -> str:
+    """Why there is no second pass. The run's own pass was made, and needs less memory: it goes on."""
+    if isinstance(error, CannotWiden):
+        return str(error)
+    if not memory.is_out_of_memory(error):
+        raise error
+    memory.release(numerics.device_kind)
+    return f"{numerics.device} has no room for the plain path in float32"
 
 
 def _plain_fp32(model: Any, numerics: Numerics, sequences: Sequence[TokenSequence]) -> list[float]:

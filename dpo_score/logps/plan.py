@@ -19,6 +19,8 @@ from dpo_score.pairs.records import TokenSequence
 
 Index = NDArray[np.int64]
 PAD = 64
+BUCKETS = 16
+"""Sizes that packs are padded to, where they are: a device that sees few shapes meets few kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,21 @@ def prompt_groups(sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
 def group_size(group: Sequence[TokenSequence]) -> int:
     """Tokens of one group in a pack: the prompt, and each distinct response, once."""
     return len(group[0].prompt) + sum({_bytes(s): len(s.response) for s in group}.values())
+
+
+def pack_size(sequences: Sequence[TokenSequence]) -> int:
+    """Tokens of a pack."""
+    return sum(group_size([sequences[i] for i in group]) for group in prompt_groups(sequences))
+
+
+def bucket(tokens: int, budget: int) -> int:
+    """The size to pad a pack to: the next of BUCKETS equal steps to the budget; above the budget its own.
+
+    All packs of a block but the last are full and make the whole budget; the last, and what is left of a pack that did
+    not fit on its device, cost what they hold.
+    """
+    step = max(budget // BUCKETS, PAD)
+    return max(tokens, min(-(-tokens // step) * step, budget))
 
 
 def fill(sizes: Sequence[int], budget: int) -> list[list[int]]:

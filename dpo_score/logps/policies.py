@@ -39,11 +39,12 @@ def _state(
 ) -> ModelSource:
     said = policy.base or policy_base
     if said is None:
-        raise HalfWrittenError(
+        text = (
             f"policy {policy.name!r}: {path} is a checkpoint without config.json, so its architecture and tokenizer "
-            "must come from a base: say `base: reference` in the policy (or --policy-base reference), or another MODEL",
-            path,
+            "must come from a base: say `base: reference` in the policy (or --policy-base reference), or another MODEL"
         )
+        # a folder of transformers' own file names may be one whose config.json is still to come
+        raise ModelError(text) if path.is_file() or files.lone_states(path) else HalfWrittenError(text, path)
     return resolver.state_over(_base(path, said, policy, reference, resolver), path, str(policy.model))
 
 

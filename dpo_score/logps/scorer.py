@@ -67,7 +67,8 @@ class PairScorer:
         self.numerics = numerics
         self.notes: list[str] = []
         self.packs_split = 0
-        self._path = make_path(model, numerics, stats)
+        with memory.room_for(type(model).__name__, numerics.device, numerics.dtype):
+            self._path = make_path(model, numerics, stats)
         self._on_progress = on_progress or (lambda _: None)
         self._should_stop = should_stop or (lambda: False)
 

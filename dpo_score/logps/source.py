@@ -125,6 +125,8 @@ class Resolver:
         if not config_path.is_file():
             gguf = sorted(path.name for path in folder.glob("*.gguf"))
             clue = f"; name one of its files ({', '.join(gguf[:3])}) to read a GGUF model" if gguf else ""
+            states = [path.name for path in files.lone_states(folder)]
+            clue += f"; to read one of {', '.join(states[:3])} over a base, name that file" if states else ""
             text = f"{folder} has no config.json: it is not a model folder, or is half written{clue}"
             raise ModelError(text) if gguf else HalfWrittenError(text, folder)
         if not self.trust_remote_code:

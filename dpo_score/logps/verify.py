@@ -21,7 +21,7 @@ from dpo_score.logps.anatomy import dissect
 from dpo_score.logps.attention import Unshareable
 from dpo_score.logps.fast import FastPath
 from dpo_score.logps.leader import led
-from dpo_score.logps.memory import is_out_of_memory
+from dpo_score.logps.memory import is_out_of_memory, room_for
 from dpo_score.logps.numerics import Numerics
 from dpo_score.logps.plain import log_softmax
 from dpo_score.logps.precision import CannotWiden, widened
@@ -58,8 +58,12 @@ def settle(model: Any, numerics: Numerics) -> tuple[Numerics, Verdict | None]:
 
 
 def verify_fast_path(model: Any, numerics: Numerics) -> Verdict:
-    """Run the probe on both paths. Never raises for a model the fast path does not fit: that is a verdict."""
-    with led(model, "verify", numerics), torch.inference_mode():
+    """Run the probe on both paths. Never raises for a model the fast path does not fit: that is a verdict.
+
+    A device without room for the probe is no verdict, which would be remembered, but a ModelError.
+    """
+    room = room_for(f"the check of {type(model).__name__}'s fast path", numerics.device, numerics.dtype)
+    with led(model, "verify", numerics), room, torch.inference_mode():
         return _verdict(model, numerics)
 
 

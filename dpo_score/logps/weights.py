@@ -2,7 +2,7 @@
 
 Promises: nothing of a folder is executed or unpickled; a folder that is half written (HalfWrittenError), pickled or
 asks for code of its own is refused here, in one paragraph, before any library opens it. The files listed are the ones
-that transformers reads, in the order of its own search.
+that transformers reads, in the order of its own search. wholeness.py says of a single file whether it is whole.
 Does not: read tensor data (a safetensors header is read, its tensors are not), or judge a chat template.
 """
 
@@ -12,9 +12,11 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from dpo_score.errors import HalfWrittenError, ModelError
+from dpo_score.logps.wholeness import check_pickle, check_safetensors, safetensors_header
+from dpo_score.sweeps import PICKLE_SUFFIXES, STATE_SUFFIXES, is_state_name, is_trainers
 
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -22,10 +24,6 @@ ADAPTER_PICKLE = "adapter_model.bin"
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 DCP_METADATA = ".metadata"
-PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-STATE_SUFFIXES = PICKLE_SUFFIXES | {".safetensors"}
-TRAINER_FILES = frozenset({"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt"})
-"""Pickles that a trainer leaves beside the weights, and that are none."""
 CODE_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_pipelines"})
 CONFIG_FILES = (
     "config.json",
@@ -36,7 +34,6 @@ CONFIG_FILES = (
     ADAPTER_CONFIG,
 )
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings", "embeddings")
-HEADER_LIMIT = 100 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +153,7 @@ def _shards(folder: Path, index: str) -> dict[Path, set[str] | None]:
 
 def _pickles(folder: Path, allow_pickle: bool) -> WeightFiles:
     found = sorted(path for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES and path.is_file())
-    found = [path for path in found if path.name not in TRAINER_FILES and not path.name.startswith("rng_state")]
+    found = [path for path in found if not is_trainers(path.name)]
     stray = sorted(path.name for path in folder.glob("*.safetensors"))
     if not found:
         clue = f" ({', '.join(stray[:3])} but no index)" if stray else ""
@@ -175,6 +172,8 @@ def _pickles(folder: Path, allow_pickle: bool) -> WeightFiles:
     if not names:
         raise ModelError(f"{folder}: {found[0].name} is not a name that transformers reads ({PICKLES[0]} is)")
     files = [folder / names[0]] if names[0].endswith(".bin") else list(_shards(folder, names[0]))
+    for path in files:
+        check_pickle(path)
     return WeightFiles(tuple(sorted(files)), pickle=True)
 
 
@@ -192,20 +191,34 @@ def adapter_weights(folder: Path, allow_pickle: bool) -> WeightFiles:
             f"{folder} holds its adapter only as pickle ({ADAPTER_PICKLE}), a format that can run code when it is "
             "read: nothing was opened. Save it with safetensors, or pass --allow-pickle if you trust its author"
         )
+    check_pickle(folder / ADAPTER_PICKLE)
     return WeightFiles((folder / ADAPTER_PICKLE,), pickle=True)
 
 
 def is_state(path: Path) -> bool:
-    """Whether a path is a checkpoint without config.json: a state-dict file, a DCP folder, accelerate's folder."""
+    """Whether a path is a checkpoint without config.json: a state-dict file, a DCP folder, accelerate's folder, or a
+    folder with one file of weights, such as the reference implementation's policy.pt."""
     if path.is_file():
         return path.suffix in STATE_SUFFIXES
     if (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file():
         return False
-    return any((path / name).is_file() for name in (DCP_METADATA, *SAFE_WEIGHTS, *PICKLES))
+    return _has_library_names(path) or len(lone_states(path)) == 1
+
+
+def _has_library_names(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (DCP_METADATA, *SAFE_WEIGHTS, *PICKLES))
+
+
+def lone_states(folder: Path) -> list[Path]:
+    """The files of a folder that may each be a whole checkpoint, by their names; none where libraries name them."""
+    if not folder.is_dir() or _has_library_names(folder):
+        return []
+    return sorted(path for path in folder.iterdir() if is_state_name(path.name) and path.is_file())
 
 
 def state_weights(path: Path, allow_pickle: bool) -> WeightFiles:
     """The files of a checkpoint without config.json. Only safetensors are read unless pickles are allowed."""
+    path = next(iter(lone_states(path)), path)
     distributed = (path / DCP_METADATA).is_file()
     if path.is_dir() and not distributed:
         return _safe(path, SAFE_WEIGHTS) or _pickles(path, allow_pickle)
@@ -219,55 +232,8 @@ def state_weights(path: Path, allow_pickle: bool) -> WeightFiles:
         )
     if distributed:
         return WeightFiles((path / DCP_METADATA, *sorted(path.glob("*.distcp"))), pickle=True)
+    check_pickle(path)
     return WeightFiles((path,), pickle=True)
-
-
-def safetensors_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file (tensor name → dtype, shape, data_offsets), checked against the file's size."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            return _header(path, size, file)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _header(path: Path, size: int, file: BinaryIO) -> dict[str, Any]:
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if size == 0:
-        raise HalfWrittenError(
-            f"{path} is empty (0 bytes): the folder is half written. Copy or download it again", path
-        )
-    if start == b"version ":
-        raise ModelError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
-    if not 0 < length <= min(HEADER_LIMIT, size - 8):
-        text = f"{path} is not a whole safetensors file ({size} bytes): copy or download it again"
-        raise ModelError(text) if length > HEADER_LIMIT else HalfWrittenError(text, path)
-    try:
-        header = json.loads(file.read(length))
-        end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{path} has a damaged safetensors header ({error}): copy or download it again") from error
-    if size != 8 + length + end:
-        text = (
-            f"{path} is truncated or damaged: {size} bytes, its header says {8 + length + end}. The folder is half "
-            "written, or the copy was interrupted: copy or download it again"
-        )
-        raise HalfWrittenError(text, path) if size < 8 + length + end else ModelError(text)
-    header.pop("__metadata__", None)
-    return dict(header)
-
-
-def check_safetensors(path: Path, expected: set[str] | None = None) -> None:
-    """Raise ModelError unless the file is whole and holds the tensors that an index expects in it."""
-    header = safetensors_header(path)
-    absent = sorted((expected or set()) - header.keys())
-    if absent:
-        raise ModelError(
-            f"{path} lacks {len(absent)} tensors that the index names (first: {absent[0]}): the shards belong to "
-            "different saves, or the folder is half written"
-        )
 
 
 def embedding_rows(files: tuple[Path, ...]) -> int | None:

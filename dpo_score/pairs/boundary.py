@@ -65,6 +65,50 @@ def cut(tokens: TokenIds, limit: int | None, truncation: Literal["keep_start", "
     return Cut(kept, lengths[0] > limit, lengths[1] > limit)
 
 
+@dataclass(frozen=True, slots=True)
+class SideLimits:
+    """The most tokens that an encoder takes of a prompt, and its decoder of an answer; None: any number."""
+
+    prompt: int | None = None
+    answer: int | None = None
+
+
+def cut_apart(
+    tokens: TokenIds, limits: SideLimits, truncation: Literal["keep_start", "keep_end", "reject"]
+) -> Cut | Problem:
+    """The prompt and both answers, each brought to its own limit: an encoder and its decoder hold them apart.
+
+    keep_start keeps the first tokens of each, keep_end the last ones; reject none. Both sides lose what a prompt loses.
+    """
+    problem = _over(tokens, limits) if truncation == "reject" else None
+    if problem is not None:
+        return problem
+    given, end = (tokens.prompt, tokens.chosen, tokens.rejected), truncation == "keep_end"
+    parts = [_part(len(ids), most, end) for ids, most in zip(given, (limits.prompt, *2 * [limits.answer]), strict=True)]
+    prompt, chosen, rejected = (ids[part] for ids, part in zip(given, parts, strict=True))
+    masks = (tokens.prompt_mask, tokens.chosen_mask, tokens.rejected_mask)
+    kept = TokenIds(prompt, chosen, rejected, *(_sliced(m, part) for m, part in zip(masks, parts, strict=True)))
+    asked = len(prompt) < len(tokens.prompt)
+    return Cut(kept, asked or len(chosen) < len(tokens.chosen), asked or len(rejected) < len(tokens.rejected))
+
+
+def _over(tokens: TokenIds, limits: SideLimits) -> Problem | None:
+    """What is too long, the prompt first."""
+    n, longer = len(tokens.prompt), max(len(tokens.chosen), len(tokens.rejected))
+    if limits.prompt is not None and n > limits.prompt:
+        return Problem("prompt_too_long", f"the prompt has {n} tokens, its limit is {limits.prompt}", "prompt", n)
+    if limits.answer is not None and longer > limits.answer:
+        return Problem("too_long", f"the longer answer has {longer} tokens, its limit is {limits.answer}", None, longer)
+    return None
+
+
+def _part(size: int, limit: int | None, end: bool) -> slice:
+    """Which of `size` tokens stay."""
+    if limit is None or size <= limit:
+        return slice(None)
+    return slice(size - limit, None) if end else slice(limit)
+
+
 def _sliced(mask: Mask | None, part: slice) -> Mask | None:
     return None if mask is None else mask[part]
 

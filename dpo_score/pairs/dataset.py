@@ -7,10 +7,11 @@ or `Rejected`, in order; memory does not grow with files, row groups or ranges (
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from dpo_score.config import DataSpec
@@ -229,14 +230,17 @@ class PairReader:
     def _from(self, start: int) -> Iterator[list[Pair | Rejected]]:
         for dataset, file in self._places:
             if start < file.rows:
-                yield from _units(dataset, file, start)
+                rows = file.content.stream(start * dataset.format.rows_per_unit, dataset.reader_of(file).needed)
+                yield from _units(dataset, file, range(start, file.rows), rows)
             start = max(start - file.rows, 0)
 
 
-def _units(dataset: Dataset, file: DataFile, start: int) -> Iterator[list[Pair | Rejected]]:
+def _units(
+    dataset: Dataset, file: DataFile, units: Iterable[int], rows: Iterator[RawRow]
+) -> Iterator[list[Pair | Rejected]]:
+    """What these units of a file give; `rows` are theirs, in order."""
     reader, per_unit = dataset.reader_of(file), dataset.format.rows_per_unit
-    rows = file.content.stream(start * per_unit, reader.needed)
-    for unit in range(start, file.rows):
+    for unit in units:
         raw = list(islice(rows, per_unit))
         if not raw:
             raise DataError(f"{file.path} ended before row {unit}: it changed while it was read")
@@ -259,16 +263,23 @@ def read_pairs(datasets: Sequence[Dataset], start: int, stop: int) -> Iterator[P
 
 
 def read_rows_at(datasets: Sequence[Dataset], rows: Iterable[int]) -> list[Pair | Rejected]:
-    """The pairs and rejects of these global rows, given in ascending order."""
-    reader = PairReader(datasets)
+    """The pairs and rejects of these global rows, given in ascending order: one pass over each file that holds any."""
+    wanted, before = list(rows), 0
     found: list[Pair | Rejected] = []
-    position = 0
-    for row in rows:
-        if 0 <= row - position < HH_SAMPLE:
-            list(reader.units(position, row))
-        found += reader.read(row, row + 1)
-        position = row + 1
+    for dataset in datasets:
+        for file in dataset.files:
+            inside = slice(bisect_left(wanted, before), bisect_left(wanted, before + file.rows))
+            for unit in _picked(dataset, file, [row - before for row in wanted[inside]]):
+                found += unit
+            before += file.rows
     return found
+
+
+def _picked(dataset: Dataset, file: DataFile, units: Sequence[int]) -> Iterator[list[Pair | Rejected]]:
+    per_unit = dataset.format.rows_per_unit
+    spans = (range(unit * per_unit, min((unit + 1) * per_unit, file.content.rows)) for unit in units)
+    rows = file.content.picked(list(chain.from_iterable(spans)), dataset.reader_of(file).needed)
+    return _units(dataset, file, units, rows)
 
 
 def mean_text_bytes(dataset: Dataset) -> float:

@@ -1,4 +1,4 @@
-"""What happened to a pair's text on its way to token ids: the marks of a scored row, counted with one example each.
+"""What happened to a pair's text on its way to token ids: the marks of a scored row.
 
 Marks are findings, not rejections: a trainer that reads the same row trains on the same tokens.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,45 +14,31 @@ import numpy as np
 from dpo_score.pairs.cells import seen
 from dpo_score.pairs.records import EncodedPair, Ids, Message, Pair, Text
 from dpo_score.pairs.split import shared_length
+from dpo_score.pairs.tokenizer import special_ids
 
 END_WINDOW = 4
 """An end-of-turn token may be followed by a line break or two."""
+EXAMPLE = 80
+"""Characters of a text that a warning shows."""
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-@dataclass(slots=True)
-class Note:
-    """How often a mark was seen, and where first."""
-
-    count: int = 0
-    first_row: str = ""
-    example: str = ""
+def example(encoded: EncodedPair) -> str:
+    """A pair as a warning may show it: the last words of its prompt and of the better answer, or their ids."""
+    pair, last = encoded.pair, (last_words(encoded.pair.prompt), last_words(encoded.pair.chosen))
+    shown = last if pair.tokens is None else (encoded.prompt_ids.tolist(), encoded.chosen_ids.tolist())
+    return " → ".join(_shortened(part) for part in shown)
 
 
-@dataclass(slots=True)
-class Notes:
-    """Counts of marks over everything encoded so far, for the warnings of a run."""
-
-    rows: int = 0
-    marks: dict[str, Note] = field(default_factory=dict)
-
-    def add(self, encoded: EncodedPair) -> None:
-        self.rows += 1
-        for mark in encoded.marks:
-            note = self.marks.setdefault(mark, Note())
-            note.count += 1
-            if note.count == 1:
-                note.first_row = encoded.pair.source.row_id
-                note.example = seen(last_words(encoded.pair.chosen), 120)
-
-    def share(self, mark: str) -> float:
-        """The share of rows that carry `mark`, 0 to 1."""
-        note = self.marks.get(mark)
-        return note.count / self.rows if note else 0.0
+def _shortened(value: str | list[int]) -> str:
+    text = value if isinstance(value, str) else " ".join(map(str, value[:EXAMPLE]))
+    return f"'{seen(text, EXAMPLE)}{'…' if len(text) > EXAMPLE else ''}'"
 
 
 def last_words(side: Text) -> str:
-    return side if isinstance(side, str) else str(side[-1].get("content", ""))
+    if isinstance(side, str):
+        return side
+    return str(side[-1].get("content") or "") if side else ""
 
 
 def special_pattern(texts: Collection[str]) -> re.Pattern[str] | None:
@@ -126,9 +111,27 @@ def is_empty(side: Text) -> bool:
     return not any(message.get("tool_calls") for message in side) and not last_words(side).strip()
 
 
-def ends_turn(ids: Ids, ends: Collection[int]) -> bool:
-    """Whether one of the last END_WINDOW tokens closes a turn."""
-    return any(int(i) in ends for i in ids[-END_WINDOW:])
+class TurnEnds:
+    """How a tokenizer's texts close a turn. Remembers which tokens it found to be white space."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self._special = tokenizer, special_ids(tokenizer)
+        self._blank: dict[int, bool] = {}
+
+    def close(self, answer: Ids) -> bool:
+        """Whether an answer's own tokens end with a special one, white space behind it aside: a special token with
+        words behind it opened the turn."""
+        for token in map(int, answer[::-1][:END_WINDOW]):
+            if token in self._special:
+                return True
+            if not self._is_blank(token):
+                return False
+        return False
+
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blank:
+            self._blank[token] = not self._tokenizer.decode([token]).strip()
+        return self._blank[token]
 
 
 def doubles_bos(ids: Ids, bos: int | None) -> bool:

@@ -10,9 +10,9 @@ TRL keeps the row: rows that TRL drops are rejected here with a code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from dpo_score.config import TextSpec
 from dpo_score.errors import ConfigError, ModelError
@@ -23,10 +23,13 @@ from dpo_score.pairs.cells import Problem
 from dpo_score.pairs.records import EncodedPair, Ids, Mask, Message, Pair, Rejected, Text, TokenIds
 from dpo_score.pairs.rows import rejected
 from dpo_score.pairs.template import chat_template, refuses_system, system_refusal
-from dpo_score.pairs.tokenizer import BatchEncoder, special_ids, special_texts, tokenizer_digest
+from dpo_score.pairs.tokenizer import BatchEncoder, special_texts, tokenizer_digest
 from dpo_score.pairs.turns import response_masks
 
 VERSION = 1
+Part: TypeAlias = tuple[Literal["text", "chat", "labels"], str]
+"""A text and how it becomes ids: with the tokenizer's special tokens, as a template wrote it, as a decoder's labels."""
+PartIds: TypeAlias = Mapping[Part, Ids]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +45,15 @@ class Rendered:
     def texts(self) -> tuple[str, str, str]:
         return self.prompt, self.with_chosen, self.with_rejected
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The texts, and how each becomes ids."""
+        chat = is_conversation(self.pair)
+        return tuple(("chat" if chat else "text", text) for text in self.texts)
+
 
 class Renderer:
-    """Turns pairs into ids under one tokenizer and one `TextSpec`; counts what it saw in `notes`.
+    """Turns pairs into ids under one tokenizer and one `TextSpec`.
 
     `tokenizer` may be None for sets that are token ids already. `context_limit`: the models' own length limit.
     Raises ConfigError and ModelError for what no row could mend; row problems are `Rejected` values.
@@ -53,14 +62,18 @@ class Renderer:
     def __init__(self, tokenizer: Any, text: TextSpec, context_limit: int | None = None) -> None:
         self.text = text
         self.limit = _limit(text, context_limit)
-        self.notes = marks.Notes()
         self._tokenizer = tokenizer
         self._encoder = BatchEncoder(tokenizer) if tokenizer is not None else None
         self._template = chat_template(tokenizer, text) if tokenizer is not None else None
         self._eos: str | None = getattr(tokenizer, "eos_token", None)
         self._bos_id: int | None = getattr(tokenizer, "bos_token_id", None)
         self._special = marks.special_pattern(special_texts(tokenizer)) if tokenizer is not None else None
-        self._ends = special_ids(tokenizer) if tokenizer is not None else frozenset()
+        self._ends = marks.TurnEnds(tokenizer) if tokenizer is not None else None
+
+    @property
+    def bounds(self) -> Mapping[str, int | None]:
+        """What is bounded in a row, and by how many tokens."""
+        return {"prompt and answer": self.limit}
 
     @property
     def has_chat_template(self) -> bool:
@@ -88,7 +101,6 @@ class Renderer:
             if isinstance(found, Problem):
                 results.append(rejected(pair.source, found))
             else:
-                self.notes.add(found)
                 results.append(found)
         return results
 
@@ -138,27 +150,29 @@ class Renderer:
 
     # --- texts → ids --------------------------------------------------------------------------------------------
 
-    def _ids(self, rendered: Sequence[Rendered]) -> dict[tuple[bool, str], Ids]:
-        """The ids of every different text of a block, by (is chat, text)."""
-        found: dict[tuple[bool, str], Ids] = {}
-        for chat in (False, True):
-            texts = dict.fromkeys(t for item in rendered if is_conversation(item.pair) is chat for t in item.texts)
-            if texts and self._encoder is not None:
-                encoded = self._encoder.ids(list(texts), add_special_tokens=not chat)
-                found.update(((chat, text), ids) for text, ids in zip(texts, encoded, strict=True))
+    def _ids(self, rendered: Sequence[Rendered]) -> PartIds:
+        """The ids of every different text of a block."""
+        parts = list(dict.fromkeys(part for item in rendered for part in item.parts))
+        found: dict[Part, Ids] = {}
+        for how in dict.fromkeys(how for how, _ in parts):
+            same = [part for part in parts if part[0] == how]
+            found.update(zip(same, self._tokenised(how, [text for _, text in same]), strict=True))
         return found
 
-    def _encoded(
-        self, pair: Pair, item: Rendered | TokenIds, ids: dict[tuple[bool, str], Ids]
-    ) -> EncodedPair | Problem:
+    def _tokenised(self, how: str, texts: Sequence[str]) -> list[Ids]:
+        assert self._encoder is not None
+        if how == "labels":
+            return self._encoder.target_ids(texts)
+        return self._encoder.ids(texts, add_special_tokens=how == "text")
+
+    def _encoded(self, pair: Pair, item: Rendered | TokenIds, ids: PartIds) -> EncodedPair | Problem:
         if isinstance(item, TokenIds):
             return self._cut(pair, item, [])
-        chat = is_conversation(item.pair)
-        prompt, with_chosen, with_rejected = (ids[chat, text] for text in item.texts)
+        prompt, with_chosen, with_rejected = (ids[part] for part in item.parts)
         k = boundary(prompt, with_chosen, with_rejected)
         masks = self._masks(item, k)
         tokens = TokenIds(with_chosen[:k], with_chosen[k:], with_rejected[k:], *masks)
-        return self._cut(item.pair, tokens, self._marks(item, k < len(prompt), with_chosen, with_rejected))
+        return self._cut(item.pair, tokens, self._marks(item, k < len(prompt), with_chosen, with_rejected, begin=k))
 
     def _masks(self, item: Rendered, k: int) -> tuple[Mask | None, Mask | None, Mask | None]:
         """Without masks every token of a response is scored: that is TRL's rule, and right for single answers."""
@@ -170,13 +184,15 @@ class Renderer:
         assert self._encoder is not None
         return response_masks(self._template, self._encoder, pair, item.texts[1:], k, score)
 
-    def _marks(self, item: Rendered, shifted: bool, chosen: Ids, rejected_: Ids) -> list[str]:
+    def _marks(self, item: Rendered, shifted: bool, chosen: Ids, rejected_: Ids, *, begin: int = 0) -> list[str]:
+        """`begin`: where in `chosen` and `rejected_` the answers' own tokens begin."""
+        assert self._ends is not None
         pair = item.pair
         seen = {
             "boundary_shift": shifted,
             "special_in_text": marks.has_special(pair, self._special, self._eos),
             "content_altered": is_conversation(pair) and marks.is_altered(pair, *item.texts),
-            "no_eos": not (marks.ends_turn(chosen, self._ends) and marks.ends_turn(rejected_, self._ends)),
+            "no_eos": not all(self._ends.close(ids[begin:]) for ids in (chosen, rejected_)),
             "double_bos": marks.doubles_bos(chosen, self._bos_id),
             "empty_answer": marks.is_empty(pair.chosen) or marks.is_empty(pair.rejected),
         }
@@ -184,13 +200,17 @@ class Renderer:
 
     def _cut(self, pair: Pair, tokens: TokenIds, found: list[str]) -> EncodedPair | Problem:
         """Nothing to score is said of the whole answer first, then of what the cut left of it."""
-        kept = unscorable(tokens) or cut(tokens, self.limit, self.text.truncation)
+        kept = unscorable(tokens) or self._within(tokens)
         if isinstance(kept, Problem):
             return kept
         problem = unscorable(kept.tokens)
         if problem is not None:
             return problem
         return encoded_pair(pair, kept, found)
+
+    def _within(self, tokens: TokenIds) -> Cut | Problem:
+        """The tokens within the limit, or why they are not to be cut."""
+        return cut(tokens, self.limit, self.text.truncation)
 
 
 def encoded_pair(pair: Pair, kept: Cut, found: list[str]) -> EncodedPair:

@@ -24,7 +24,7 @@ from dpo_score.pairs.boundary import Cut, shared_ids
 from dpo_score.pairs.cells import Problem
 from dpo_score.pairs.comparison import wrapped_answer, wrapped_user
 from dpo_score.pairs.records import EncodedPair, Ids, Mask, Message, Pair, Text, TokenIds
-from dpo_score.pairs.render import Rendered, Renderer, encoded_pair, unscorable
+from dpo_score.pairs.render import PartIds, Rendered, Renderer, encoded_pair, unscorable
 from dpo_score.pairs.split import divided
 
 MAX_LENGTH, MAX_PROMPT = 2048, 128
@@ -88,11 +88,9 @@ class RewardBenchRenderer(Renderer):
         prompt, with_chosen, with_rejected = texts
         return Rendered(found, prompt, *(prompt + text.replace(prompt, "") for text in (with_chosen, with_rejected)))
 
-    def _encoded(
-        self, pair: Pair, item: Rendered | TokenIds, ids: dict[tuple[bool, str], Ids]
-    ) -> EncodedPair | Problem:
+    def _encoded(self, pair: Pair, item: Rendered | TokenIds, ids: PartIds) -> EncodedPair | Problem:
         assert isinstance(item, Rendered)
-        prompt, with_chosen, with_rejected = (ids[True, text] for text in item.texts)
+        prompt, with_chosen, with_rejected = (ids[part] for part in item.parts)
         if min(len(with_chosen), len(with_rejected)) < len(prompt):
             return Problem("template_error", "the prompt alone has more tokens than prompt and answer", "prompt")
         sides = self._side(prompt, with_chosen), self._side(prompt, with_rejected)

@@ -8,7 +8,10 @@ A row that cannot be decoded is a `Problem` in its place; a file that cannot is 
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Protocol, TypeAlias
 
 import pyarrow as pa
@@ -41,6 +44,10 @@ class RowFile(Protocol):
 
     def stream(self, start: int, columns: Sequence[str]) -> Iterator[RawRow]:
         """The rows from `start` on, in order."""
+        ...
+
+    def picked(self, rows: Sequence[int], columns: Sequence[str]) -> Iterator[RawRow]:
+        """The rows with these numbers, which ascend: one pass over the file, as much of it as they lie in."""
         ...
 
 
@@ -92,6 +99,15 @@ class ParquetRows:
             )
             yield from _skipping(self._rows_of(batches), skip)
 
+    def picked(self, rows: Sequence[int], columns: Sequence[str]) -> Iterator[RawRow]:
+        present = [name for name in columns if name in self.shapes]
+        with self._open() as opened:
+            for group, inside in groupby(map(self._position, rows), key=itemgetter(0)):
+                batches = opened.iter_batches(
+                    batch_size=self._batch_rows(), row_groups=[group], columns=present, use_threads=False
+                )
+                yield from _at(self._rows_of(batches), [row for _, row in inside])
+
     def _rows_of(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         try:
             yield from batches
@@ -118,6 +134,15 @@ def _skipping(batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[RawRow]:
             continue
         yield from _python_rows(batch.slice(skip))
         skip = 0
+
+
+def _at(batches: Iterator[pa.RecordBatch], rows: Sequence[int]) -> Iterator[RawRow]:
+    """Single rows by their ascending places in the batches, which are read no further than the last of them."""
+    begin, wanted = 0, deque(rows)
+    while wanted and (batch := next(batches, None)) is not None:
+        while wanted and wanted[0] < begin + batch.num_rows:
+            yield from _python_rows(batch.slice(wanted.popleft() - begin, 1))
+        begin += batch.num_rows
 
 
 def _python_rows(batch: pa.RecordBatch) -> list[RawRow]:
@@ -162,6 +187,12 @@ class JsonRows:
     def stream(self, start: int, columns: Sequence[str]) -> Iterator[RawRow]:
         for number, row in enumerate(self._undecoded()):
             if number >= start:
+                yield self._parsed(row)
+
+    def picked(self, rows: Sequence[int], columns: Sequence[str]) -> Iterator[RawRow]:
+        wanted, last = frozenset(rows), max(rows, default=-1)
+        for number, row in zip(range(last + 1), self._undecoded(), strict=False):
+            if number in wanted:
                 yield self._parsed(row)
 
     def _undecoded(self) -> Iterator[Any]:

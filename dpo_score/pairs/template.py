@@ -108,6 +108,7 @@ def _template_errors() -> tuple[type[Exception], ...]:
 
 def chat_template(tokenizer: Any, text: TextSpec) -> ChatTemplate | None:
     """The template that `text` asks for, or else the tokenizer's own; None if there is none."""
+    _refuse_call_settings(text.chat_template_kwargs)
     asked = named_template(tokenizer, text.chat_template)
     if asked is None and not tokenizer.chat_template:
         return None
@@ -125,6 +126,12 @@ def chat_template(tokenizer: Any, text: TextSpec) -> ChatTemplate | None:
         {**text.chat_template_kwargs, **_dates(plain + with_tools, date)},
         date,
     )
+
+
+def _refuse_call_settings(kwargs: Mapping[str, Any]) -> None:
+    for name in sorted(_CALL_SETTINGS & kwargs.keys()):
+        way_out = "give tools in a column of that name" if name == "tools" else "leave it out"
+        raise ConfigError(f"--chat-template-kwargs sets {name!r}, which is no argument of a template: {way_out}")
 
 
 def named_template(tokenizer: Any, value: str | None) -> str | None:

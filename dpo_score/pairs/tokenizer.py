@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ _NO_PROGRAM_STATE = ("truncation", "padding")
 
 def load_tokenizer(name_or_folder: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder or hub id. Raises ModelError if there is none, or it is not a fast one."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     if not trust_remote_code:
@@ -39,6 +41,9 @@ def load_tokenizer(name_or_folder: str, revision: str | None = None, trust_remot
         raise ModelError(
             f"no tokenizer can be loaded from {name_or_folder}: {reason} Name another with --tokenizer."
         ) from None
+    except (TypeError, ArithmeticError, LookupError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{name_or_folder}: its config.json or tokenizer holds a wrong value: {reason}") from None
     return checked(tokenizer, name_or_folder)
 
 
@@ -147,6 +152,21 @@ class BatchEncoder:
             return self._backend_ids(texts, add_special_tokens)
         found = self._called(list(texts), add_special_tokens)
         return [np.asarray(ids, dtype=np.int32) for ids in found]
+
+    def target_ids(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of each text as a decoder's labels, as `tokenizer(text_target=…)` gives them."""
+        if self._one_side:
+            return self.ids(texts, add_special_tokens=True)
+        return [np.asarray(ids, dtype=np.int32) for ids in self._labels(texts)]
+
+    @cached_property
+    def _one_side(self) -> bool:
+        """Whether labels get the special tokens that other texts get; translation models mark the language apart."""
+        return self._labels(_PROBES) == self._called(list(_PROBES), True)
+
+    def _labels(self, texts: Sequence[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(text_target=list(texts), verbose=False)["input_ids"] if texts else []
+        return ids
 
     def with_offsets(self, text: str, add_special_tokens: bool) -> Encoded:
         """The ids of one text with their places: slower, for masks only."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from dpo_score.logps.source import ModelSource
 from dpo_score.run.dataset_plan import Export
-from dpo_score.run.job import CONVERSATIONS, Job
+from dpo_score.run.job import Job, is_conversational
 
 VERSION = 1
 NOISE_FLOOR = 1e-3
@@ -72,7 +72,7 @@ def _text(job: Job) -> dict[str, Any]:
         "prompt_split": text.prompt_split,
         "score": text.score,
         "render": text.render,
-        "chat": text.render == "chat" or any(d.format.code in CONVERSATIONS for d in job.datasets),
+        "chat": text.render == "chat" or any(map(is_conversational, job.datasets)),
         "template_sha256": identity["template_sha256"],
         "template_date": identity["date"],
         "tokenizer": tokenizer_digest(tokenizer, [tokenizer.pad_token]) if tokenizer is not None else None,

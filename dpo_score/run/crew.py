@@ -7,6 +7,7 @@ workers live is a `Place`: a Ray cluster (ray_crew.py), or processes of this mac
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from dpo_score.run.backlog import Backlog
 from dpo_score.run.desk import Desk, cache_folder, cache_url
 from dpo_score.run.job import Job, PolicyJob, ReferenceJob
 from dpo_score.run.worker import Assignment, Report, Standing
-from dpo_score.store.manifest import read_manifest, reopen_manifest
+from dpo_score.store.manifest import read_manifest
 from dpo_score.store.records import CommitRecord, read_record, record_name
 
 POLL_SECONDS = 0.5
@@ -83,6 +84,7 @@ class Crew:
     def __init__(self, place: Place, config: RunConfig, desk: Desk) -> None:
         self._place, self._config, self._desk = place, config, desk
         self._members: list[Member] = []
+        self._most = sys.maxsize
 
     def __enter__(self) -> Crew:
         return self
@@ -104,17 +106,21 @@ class Crew:
         self._relay(report)
 
     def work(self, job: Job, task: ReferenceJob | PolicyJob, todo: Sequence[int]) -> None:
-        """All of `todo` committed, by whoever is free."""
-        reopen_manifest(self._desk.store)
+        """All of `todo` committed, by whoever is free. There may be room for more workers after a while."""
+        self._desk.reopen()
         self._begin()
-        self._hire(min(self._place.room, len(todo)))
         backlog, rows = Backlog(todo), job.rows
         label = task.name if isinstance(task, PolicyJob) else task.label
         with self._desk.progress.stage(label, rows.mine, rows.mine - rows.count(todo)):
-            while backlog or any(member.busy for member in self._members):
+            while backlog or self._busy:
+                self._hire(min(self._place.room, self._most, len(backlog) + self._busy))
                 self._hand_out(backlog, task)
                 for member in self._answering():
                     self._answer(member, backlog, job, task)
+
+    @property
+    def _busy(self) -> int:
+        return sum(member.busy for member in self._members)
 
     def _begin(self) -> None:
         """The first worker stands; said where that takes long, since a cluster waits for room in silence."""
@@ -159,9 +165,10 @@ class Crew:
         try:
             said = member.hand.answer()
         except LostError as error:
-            if not member.busy:
-                raise _not_started(error) from None
-            self._lost(member, str(error), backlog, job, task)
+            if member.busy:
+                self._lost(member, str(error), backlog, job, task)
+            else:
+                self._dismiss(member, error)
         except GroupLostError as error:
             self._lost(member, error.reason, backlog, job, task)
         except Exception:
@@ -181,6 +188,16 @@ class Crew:
             if said.block is not None:
                 member.left.remove(said.block)
                 self._desk.progress.rows(job.rows.count([said.block]))
+
+    def _dismiss(self, member: Member, error: LostError) -> None:
+        """It does not stand. Those who do go on, and nobody is hired in its place, who would meet the same machine."""
+        self._members.remove(member)
+        member.hand.kill()
+        member.hand.see_dead()
+        if not any(other.stands for other in self._members):
+            raise _not_started(error) from None
+        self._most = len(self._members)
+        self._desk.progress.warn(f"{_not_started(error)}. The others go on without it")
 
     def _stop_others(self) -> None:
         """A stage has failed: whoever still works on it begins anew, the worker that failed included."""

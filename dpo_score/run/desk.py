@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from dpo_score.run.interrupts import StopRequest
 from dpo_score.run.progress import Progress
 from dpo_score.store.cache import LogpCache, open_cache
 from dpo_score.store.filedigest import FileDigests
+from dpo_score.store.manifest import read_manifest, reopen_manifest
 from dpo_score.store.storage import Store
 
 if TYPE_CHECKING:
@@ -42,8 +44,10 @@ class Desk:
     """Shared by the stages of one process. The model shelf is made on first use: a full cache needs no torch model.
 
     `cache_url`: where log-probs are kept when that is an object store; what only this machine needs is in `cache_dir`.
-    `crew`: who computes blocks in this process's stead. `committed` hears of every block committed here.
+    `device`: as asked for. `crew`: who computes blocks in this process's stead. `committed` hears of every block
+    committed here.
     `skipped`: policy → why it is left for the next run; only checkpoints that a glob found can be.
+    `turn`: held while the manifest is changed where other shares of OUT may change it too.
     """
 
     store: Store
@@ -51,6 +55,7 @@ class Desk:
     progress: Progress
     stop: StopRequest = field(default_factory=StopRequest)
     trust_remote_code: bool = False
+    device: str = "auto"
     device_map: str | None = None
     quantization: Literal["int8", "nf4"] | None = None
     tensor_parallel: int = 1
@@ -58,6 +63,7 @@ class Desk:
     crew: Crew | None = None
     committed: Callable[[CommitRecord], None] = _unnoticed
     skipped: dict[str, str] = field(default_factory=dict)
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @cached_property
     def cache(self) -> LogpCache:
@@ -65,13 +71,20 @@ class Desk:
 
     @cached_property
     def digests(self) -> FileDigests:
-        return FileDigests(self.cache_dir)
+        return FileDigests(self.cache_dir, lambda: self.stop.check())
 
     @cached_property
     def shelf(self) -> ModelShelf:
         from dpo_score.logps.model import ModelShelf
 
         return ModelShelf(self.trust_remote_code, self.device_map, self.quantization, self.tensor_parallel)
+
+    def reopen(self) -> None:
+        """State `running` again, before anything that a complete manifest vouches for is computed anew."""
+        found = read_manifest(self.store)
+        if found is not None and found.state == "complete":
+            with self.turn():
+                reopen_manifest(self.store)
 
     def close(self) -> None:
         """Let the model go, and the processes that held it with this one."""
@@ -86,6 +99,7 @@ def desk_at(config: RunConfig, progress: Progress, store: Store) -> Desk:
         cache_folder(config.cache_dir),
         progress,
         trust_remote_code=config.trust_remote_code,
+        device=config.compute.device,
         device_map=config.compute.device_map,
         quantization=config.compute.quantization,
         tensor_parallel=config.compute.tensor_parallel,

@@ -24,13 +24,13 @@ Look = tuple[int, StoredRecord | None, Action]
 def due_blocks(desk: Desk, job: Job, stage: str, identity: str, folders: Sequence[str]) -> list[int]:
     """Blocks to compute, after every found block was skipped, cleared or set aside.
 
-    `folders`: where the stage puts its parts. IdentityError when a block belongs to another request.
+    `folders`: where the stage puts its parts. IdentityError when a block belongs to another request; Interrupted.
     """
     records, blocks, due = read_records(desk.store, stage), job.rows.blocks, []
     there = {name for folder in folders for name in desk.store.list(folder)}
     look = partial(_look, desk.store, job, identity, records, stage)
     with closing(at_once(look, job.rows, desk.store.width)) as looks:
-        for block, record, action in looks:
+        for block, record, action in desk.stop.between(looks):
             outputs = [name for folder in folders if (name := part(folder, block, blocks)) in there]
             if record is not None or outputs:
                 _settle(desk, record_name(stage, block, blocks), action, record, outputs)

@@ -6,11 +6,13 @@ consumer that would split, mask or cut rows in another way than the run. The val
 
 from __future__ import annotations
 
+from dpo_score.config import LossSpec
 from dpo_score.errors import ConfigError
 from dpo_score.run.pair_texts import stored_config
 from dpo_score.run.precompute import PrecomputeOutcome, precompute
 from dpo_score.run.progress import Progress
 from dpo_score.run.results import open_out
+from dpo_score.scores.custom import is_custom
 
 
 def export(out: str, to: str, folder: str | None, rename: str | None, progress: Progress) -> PrecomputeOutcome:
@@ -26,5 +28,7 @@ def export(out: str, to: str, folder: str | None, rename: str | None, progress: 
         )
     date = manifest.notes.get("date")
     text = config.text.model_copy(update={"date": date}) if config.text.date is None else config.text
-    wanted = config.model_copy(update={"out": folder, "policies": (), "rewardbench": None, "text": text})
+    loss = LossSpec() if is_custom(config.loss.name) else config.loss  # code that OUT names is not run; it reads none
+    given = {"out": folder, "policies": (), "rewardbench": None, "text": text, "loss": loss}
+    wanted = config.model_copy(update=given)
     return precompute(wanted, progress, to=to, rename=rename)

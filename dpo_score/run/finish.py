@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from dpo_score.errors import BadRowsError, PolicyFailedError
-from dpo_score.pairs.records import MARKS
+from dpo_score.pairs.marks import example
+from dpo_score.pairs.records import MARKS, EncodedPair
 from dpo_score.pipeline import dump_config
 from dpo_score.run import noise, rewardbench, slices
 from dpo_score.run.card import README, SUMMARY, card, data_set
@@ -22,12 +23,13 @@ from dpo_score.run.desk import Desk
 from dpo_score.run.environment import now
 from dpo_score.run.job import SCHEMA_VERSION, Job, text_notice
 from dpo_score.run.overlap import at_once
-from dpo_score.run.results import natural
+from dpo_score.run.pair_texts import TextSource
 from dpo_score.run.stages import part
 from dpo_score.scores.metrics import summarise
 from dpo_score.store.manifest import finish_manifest, read_manifest, reopen_manifest
 from dpo_score.store.records import CommitRecord, read_records, record_name
 from dpo_score.store.storage import FileRecord, Store
+from dpo_score.sweeps import natural
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ def check_bad_rows(label: str, rows: int, bad: int, allowed: float | None, out: 
 def finish(desk: Desk, job: Job, failures: Mapping[str, str]) -> Outcome:
     """Write what a person reads, then mark the manifest complete."""
     summary = summary_of(desk, job)
-    warn_of_marks(desk, summary)
+    warn_of_marks(desk, job, summary["text"]["marks"], summary["data"]["scored_by_reference"])
     warn_of_noise(desk, summary)
     reopen_manifest(desk.store)
     outputs = [
@@ -97,17 +99,23 @@ def summary_of(desk: Desk, job: Job) -> dict[str, Any]:
     }
 
 
-WORTH_A_WARNING = ("content_altered", "no_eos", "double_bos", "boundary_shift", "special_in_text")
+WORTH_A_WARNING = ("content_altered", "no_eos", "double_bos", "boundary_shift", "identical_pair", "special_in_text")
 MARKED_SHARE = 0.01
 
 
-def warn_of_marks(desk: Desk, summary: Mapping[str, Any]) -> None:
-    """What the template did to more than 1 % of the pairs, with a row to look at."""
-    pairs = max(summary["data"]["scored_by_reference"], 1)
-    for mark, found in summary["text"]["marks"].items():
-        if mark in WORTH_A_WARNING and found["pairs"] > MARKED_SHARE * pairs:
-            share = f"{found['pairs']:,} of {pairs:,} pairs"
-            desk.progress.warn(f"{mark}: {MARKS[mark]}: {share}, e.g. row {found['first']}")
+def warn_of_marks(desk: Desk, job: Job, found: Mapping[str, Any], pairs: int) -> None:
+    """What was done to the text of more than 1 % of the pairs, or is odd about it, with one of them to look at."""
+    for mark, seen in found.items():
+        if mark in WORTH_A_WARNING and seen["pairs"] > MARKED_SHARE * pairs:
+            share = f"{seen['pairs']:,} of {pairs:,} pairs"
+            line = f"{mark}: {MARKS[mark]}: {share}, e.g. row {seen['first']}"
+            desk.progress.warn(line, "".join(f": {text}" for text in _shown(job, seen["first"])))
+
+
+def _shown(job: Job, row_id: str) -> Iterator[str]:
+    """A row's pair, read again: another process, or an earlier one, may have made its tokens."""
+    pairs = TextSource(job.config, job.datasets).pairs([row_id]).values()
+    return (example(item) for item in job.renderer.encode(list(pairs)) if isinstance(item, EncodedPair))
 
 
 def _data_summary(store: Store, job: Job) -> dict[str, Any]:
@@ -210,7 +218,9 @@ def _records(store: Store, job: Job, stage: str) -> Iterator[CommitRecord]:
 
 
 def _complete(store: Store, job: Job, stage: str) -> bool:
-    return sum(1 for _ in _records(store, job, stage)) == len(list(job.rows))
+    """Whether every wanted row is committed: a block may hold fewer, from an earlier --limit."""
+    whole = (record for record in _records(store, job, stage) if record.stop >= job.rows.span(record.block)[1])
+    return sum(1 for _ in whole) == len(list(job.rows))
 
 
 def _written(store: Store, name: str, summary: Mapping[str, Any]) -> FileRecord:

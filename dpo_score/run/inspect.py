@@ -50,8 +50,8 @@ def inspect(target: str, row: int, settings: dict[str, Any]) -> None:
     config = load_config(target, settings) if is_pipeline else load_config(None, {**settings, "data": [target]})
     datasets = open_data(config)
     items = _row(datasets, row)
-    reader = make_reader(config)
     screen = console()
+    reader = make_reader(config, datasets, say=lambda line: screen.print(Text(safe(line))))
     for item in items:
         found = item if isinstance(item, Rejected) else reader.encode(item)
         for line in described(found, datasets, reader, plain=screen.color_system is None):

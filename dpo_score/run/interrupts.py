@@ -1,4 +1,5 @@
-"""First SIGINT or SIGTERM: stop between two packs. Second: die at once.
+"""First SIGINT or SIGTERM: stop between two packs, or two blocks that are looked at, or while a file is hashed.
+Second: die at once.
 
 Committed blocks stay committed either way; a block in progress leaves only temporaries, which the next run sweeps.
 """
@@ -8,17 +9,19 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
 from dpo_score.errors import Interrupted
 
+T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Set by a signal handler, looked at by whoever is about to start a pack or a block."""
+    """Set by a signal handler, looked at by whoever is about to begin something that takes a while."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -28,6 +31,12 @@ class StopRequest:
         if self.signal_number is not None:
             raise Interrupted(self.signal_number)
         return False
+
+    def between(self, items: Iterable[T]) -> Iterator[T]:
+        """`items`, with a look before each is handed on."""
+        for item in items:
+            self.check()
+            yield item
 
     def __call__(self) -> bool:
         return self.signal_number is not None

@@ -8,7 +8,7 @@ work. A policy that does not resolve is carried as a failure, so that the others
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,13 @@ class Job:
         return tuple((label, s, n) for label, s, n in named if s is not None and n is not None)
 
 
+def with_numerics(reference: ReferenceJob, numerics: Numerics, run: Identities) -> ReferenceJob:
+    """The reference with other numerics, and the identity that follows from them."""
+    fields = {**reference.fields, "numerics": numerics.to_json()}
+    identity = replace(run, reference=fields).reference_digest
+    return replace(reference, numerics=numerics, fields=fields, identity=identity)
+
+
 def loss_spec(config: RunConfig, policy: PolicySpec) -> LossSpec:
     """The loss of one policy: its own, else the run's. ConfigError for a list of losses."""
     spec = policy.loss or config.loss
@@ -181,8 +188,12 @@ def block_rows(total: int, mean_text_bytes: float, parameters: int, device_kind:
     return max(min(minute, total // 50, MOST_ROWS.get(device_kind, 512)), 64)
 
 
-CONVERSATIONS = ("F3", "F4", "F4b", "F10")
-"""Format codes whose rows hold messages."""
+CONVERSATIONS = ("F3", "F4", "F4b", "F5", "F10")
+"""Format codes whose rows hold messages, or are read as such."""
+TURNS = ("ab-label/one-hot", "ab-label/winner", "ranked/two-rows")
+"""Formats that do, where not all of their code do."""
+IDS = "F0"
+"""The format whose rows hold token ids."""
 LISTS = ("F8", "F9")
 """Format codes whose rows hold several answers: their pairs carry a group_id."""
 BEST_OF_N = "F9"
@@ -219,18 +230,41 @@ def _common_type(name: str, datasets: Sequence[Dataset]) -> pa.DataType:
     return known.get(kinds.pop(), pa.string()) if len(kinds) == 1 else pa.string()
 
 
+def is_conversational(dataset: Dataset) -> bool:
+    """Whether a set's rows are conversations, which a chat template has to render; so are texts with a system text."""
+    format_ = dataset.format
+    return format_.code in CONVERSATIONS or format_.full_name in TURNS or "system" in dataset.reader.columns
+
+
+def only_ids(datasets: Sequence[Dataset]) -> bool:
+    """Whether no set holds text."""
+    return all(dataset.format.code == IDS for dataset in datasets)
+
+
 _UNUSED_TEMPLATE = "the tokenizer has a chat template: --render chat applies it"
+_IDS = "token ids as they stand in the data"
 
 
 def text_notice(job: Job) -> str:
     """How rows become text, in one sentence; names the flag where a chat template goes unused."""
-    if job.tokenizer is None:
-        return "token ids as they stand in the data"
+    texts = [dataset for dataset in job.datasets if dataset.format.code != IDS]
+    if job.tokenizer is None or not texts:
+        return _IDS
+    parts = [_IDS] if len(texts) < len(job.datasets) else []
     if job.config.text.render == "chat":
-        return "everything is rendered with the chat template"
-    kinds = {dataset.format.code in CONVERSATIONS for dataset in job.datasets}
-    parts = ["conversations are rendered with the chat template"] if True in kinds else []
+        return "; ".join(["everything is rendered with the chat template", *parts])
+    kinds = set(map(is_conversational, texts))
     if False in kinds:
-        unused = job.tokenizer.chat_template and job.config.text.render == "auto"
-        parts.append("strings are scored raw" + (f", as TRL does ({_UNUSED_TEMPLATE})" if unused else ""))
+        parts.insert(0, _strings(job))
+    if True in kinds:
+        parts.insert(0, "conversations are rendered with the chat template")
     return "; ".join(parts)
+
+
+def _strings(job: Job) -> str:
+    """What becomes of plain strings."""
+    unused = _UNUSED_TEMPLATE if job.tokenizer.chat_template and job.config.text.render == "auto" else ""
+    if "answer" in job.renderer.bounds:
+        apart = "prompts go to the encoder and answers to the decoder, each as the tokenizer ends a text"
+        return apart + (f" ({unused})" if unused else "")
+    return "strings are scored raw" + (f", as TRL does ({unused})" if unused else "")

@@ -6,7 +6,7 @@ Promises: the numbers and columns are those of a run; models named by path use t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -16,25 +16,23 @@ import pyarrow.parquet as pq
 
 from dpo_score.config import PolicySpec, RunConfig
 from dpo_score.errors import ConfigError, DataError, ModelError
-from dpo_score.logps.limits import context_limit
 from dpo_score.logps.numerics import Numerics, resolve_numerics
 from dpo_score.logps.policies import resolve_policy
 from dpo_score.logps.source import ModelSource, Resolver
 from dpo_score.pairs.dataset import Dataset, PairReader
-from dpo_score.pairs.records import EncodedPair, Pair, Rejected
-from dpo_score.pairs.render import Renderer
-from dpo_score.pairs.tokenizer import load_tokenizer
+from dpo_score.pairs.records import EncodedPair, Pair, Rejected, TokenSequence
 from dpo_score.run.data import open_data
 from dpo_score.run.desk import Desk
 from dpo_score.run.held import HeldModel, HeldValues
-from dpo_score.run.job import Job, PolicyJob, ReferenceJob, Rows, extra_fields
+from dpo_score.run.job import Job, PolicyJob, ReferenceJob, Rows, extra_fields, only_ids
+from dpo_score.run.lengths import refuse_long, refuse_other_kind
 from dpo_score.run.original_rows import fitted
 from dpo_score.run.prepare import parameters
 from dpo_score.run.stages import BlockResult, part, policy_block, reference_block
 from dpo_score.run.tables import STATS, text_table
 from dpo_score.run.texts import BlockText
-from dpo_score.run.tokens import TokenGuard
-from dpo_score.run.values import ModelValues, Values
+from dpo_score.run.tokens import REFERENCE, TokenGuard, choose_tokenizer, renderer_of
+from dpo_score.run.values import BlockValues, FastPathRefusedError, ModelValues, Values, plain
 from dpo_score.run.verdicts import trusted
 from dpo_score.scores.losses import parse_loss
 from dpo_score.store.identity import Identities
@@ -96,7 +94,7 @@ def scored_tables(
     datasets = open_data(config, keep_columns=_kept(config))
     models = _resolved(config, desk, held)
     taking_part = Participants(models, _numerics(config, desk, models))
-    tokenizer = tokenizer if tokenizer is not None else _tokenizer(config, models)
+    tokenizer = tokenizer if tokenizer is not None else _tokenizer(config, desk, datasets, models)
     job = _job(config, datasets, taking_part, tokenizer)
     text = _text(job)
     values = {name: _values(desk, job, taking_part, name, text) for name in models}
@@ -140,17 +138,20 @@ def _numerics(config: RunConfig, desk: Desk, models: Mapping[str, Model]) -> dic
     }
 
 
-def _tokenizer(config: RunConfig, models: Mapping[str, Model]) -> Any:
-    """As named, else the reference's, else the first policy's; a held model says by name where its own is."""
-    model = next(iter(models.values()), None)
-    named = config.text.tokenizer
-    if named is None and isinstance(model, ModelSource):
-        named = str(model.tokenizer_folder)
-    if named is None and isinstance(model, HeldModel):
-        named = getattr(model.model.config, "name_or_path", None) or getattr(model.model, "name_or_path", None)
-    if not named:
+def _tokenizer(config: RunConfig, desk: Desk, datasets: Sequence[Dataset], models: Mapping[str, Model]) -> Any:
+    """As a run chooses it; a held model says by name where its own is."""
+    homes = [(name or REFERENCE, _home(model)) for name, model in models.items()]
+    if not (config.text.tokenizer or homes[0][1] or only_ids(datasets)):
         raise ModelError("the loaded model does not say where its tokenizer is: give tokenizer=…")
-    return load_tokenizer(named, trust_remote_code=config.trust_remote_code)
+    known = homes[:1] + [home for home in homes[1:] if home[1]]
+    return choose_tokenizer(config, config.text, datasets, known, desk.progress.say)
+
+
+def _home(model: Model) -> str:
+    """The folder or hub id of a model's tokenizer; empty where a held one does not say."""
+    if isinstance(model, ModelSource):
+        return str(model.tokenizer_folder)
+    return getattr(model.model.config, "name_or_path", None) or getattr(model.model, "name_or_path", None) or ""
 
 
 def _job(config: RunConfig, datasets: tuple[Dataset, ...], taking_part: Participants, tokenizer: Any) -> Job:
@@ -163,7 +164,7 @@ def _job(config: RunConfig, datasets: tuple[Dataset, ...], taking_part: Particip
         datasets=datasets,
         rows=Rows(rows, max(rows, 1)),
         tokenizer=tokenizer,
-        renderer=Renderer(tokenizer, config.text, context_limit=context_limit(first.config) if first else None),
+        renderer=renderer_of(config, tokenizer, config.text, first.config if first else None),
         extra=extra_fields(datasets, _kept(config)),
         references=(reference,),
         policies=tuple(policies),
@@ -195,10 +196,28 @@ def _text(job: Job) -> BlockText:
 
 def _values(desk: Desk, job: Job, taking_part: Participants, name: str, text: BlockText) -> Values:
     model, numerics, stats = taking_part.models[name], taking_part.numerics[name], [STATS[s] for s in job.stats]
+    refuse_other_kind(job.renderer, taking_part.source(name))
     if isinstance(model, HeldModel):
+        refuse_long(model.source, text.table)
         return HeldValues(model, numerics, stats)
     TokenGuard(job.tokenizer, model).check(text.table)
-    return ModelValues(desk, model, numerics, stats)
+    return TrustedValues(desk, model, numerics, stats)
+
+
+class TrustedValues:
+    """Values of one named model, on the plain path where the fast one is refused at its load, said aloud."""
+
+    def __init__(self, desk: Desk, source: ModelSource, numerics: Numerics, stats: Sequence[str]) -> None:
+        self._desk, self._source, self._numerics, self._stats = desk, source, numerics, stats
+        self._values = ModelValues(desk, source, numerics, stats)
+
+    def block(self, name: str, sequences: Sequence[TokenSequence], sample: int = 0) -> BlockValues:
+        try:
+            return self._values.block(name, sequences, sample)
+        except FastPathRefusedError as refusal:
+            self._desk.progress.warn(f"{self._source.name}: scored on the plain path, which is slower: {refusal}")
+        self._values = ModelValues(self._desk, self._source, plain(self._numerics), self._stats)
+        return self._values.block(name, sequences, sample)
 
 
 def _policy_table(

@@ -25,7 +25,9 @@ from dpo_score.run.finish import Outcome, finish
 from dpo_score.run.inputs import refuse_changed_input
 from dpo_score.run.interrupts import listening
 from dpo_score.run.job import Job, PolicyJob, ReferenceJob, waiting
+from dpo_score.run.lengths import refuse_other_kind, refuse_unfit
 from dpo_score.run.overlap import ahead, behind
+from dpo_score.run.own_references import on_plain_path
 from dpo_score.run.prepare import identified, prepare
 from dpo_score.run.progress import Progress
 from dpo_score.run.publish import publish
@@ -36,7 +38,7 @@ from dpo_score.run.tokens import TokenGuard
 from dpo_score.run.trackers import check_trackers
 from dpo_score.run.values import FastPathRefusedError, ModelValues, plain
 from dpo_score.store.identity import digest
-from dpo_score.store.manifest import Manifest, forget_policy, read_manifest, reopen_manifest, save_manifest
+from dpo_score.store.manifest import Manifest, forget_policy, read_manifest, save_manifest
 from dpo_score.store.records import CommitRecord, commit, read_records, record_name
 from dpo_score.store.storage import open_store
 
@@ -77,12 +79,13 @@ def check(config: RunConfig) -> str:
 
 def run_stages(desk: Desk, job: Job, manifest: Manifest) -> dict[str, str]:
     """Every block of both stages that is due; returns the policies that failed, with the reason."""
-    run_references(desk, job)
+    job = run_references(desk, job)
     return {policy.name: text for policy in job.policies if (text := _try_policy(desk, job, manifest, policy))}
 
 
 def ended(desk: Desk, job: Job, failures: Mapping[str, str]) -> Outcome:
     """The summary, and what people read."""
+    desk.stop.check()
     outcome = finish(desk, job, failures)
     publish(desk, job)
     return outcome
@@ -98,13 +101,27 @@ def at_desk(config: RunConfig, progress: Progress, out: str, share: str | None =
         store.sweep()
         with closing(desk_at(config, progress, store)) as desk:
             desk.stop = stop
+            if share:
+                desk.turn = store.turn
             yield desk
 
 
-def run_references(desk: Desk, job: Job) -> None:
-    """Stage one for the run's reference and for those that policies brought along."""
+def run_references(desk: Desk, job: Job) -> Job:
+    """Stage one for the run's reference and for those that policies brought along; the job with the paths they took."""
     for reference in job.references:
+        job = _try_reference(desk, job, reference)
+    return job
+
+
+def _try_reference(desk: Desk, job: Job, reference: ReferenceJob) -> Job:
+    """The job, on the plain path where a policy's own reference needs it."""
+    refuse_other_kind(job.renderer, reference.source)
+    try:
         run_reference(desk, job, reference)
+    except FastPathRefusedError as refusal:
+        job = on_plain_path(desk, job, reference, refusal)
+        run_reference(desk, job, next(other for other in job.references if other.name == reference.name))
+    return job
 
 
 def run_reference(desk: Desk, job: Job, reference: ReferenceJob) -> None:
@@ -149,6 +166,7 @@ def _try_policy(desk: Desk, job: Job, manifest: Manifest, policy: PolicyJob) -> 
     if policy.failure is not None:
         return _unless_waiting(desk, policy.name, policy.failure)
     try:
+        refuse_unfit(desk, job, policy)
         run_policy(desk, job, policy)
     except FastPathRefusedError as refusal:
         desk.progress.warn(f"{policy.name}: scored on the plain path, which is slower: {refusal}")
@@ -161,7 +179,8 @@ def _try_policy(desk: Desk, job: Job, manifest: Manifest, policy: PolicyJob) -> 
 def _not_scored(desk: Desk, job: Job, policy: PolicyJob, error: ModelError) -> str | None:
     """Why not, or None for a checkpoint that waits. Weights of which nothing is stored may be others next time."""
     if isinstance(error, HalfWrittenError) and not read_records(desk.store, policy.stage):
-        forget_policy(desk.store, policy.name)
+        with desk.turn():
+            forget_policy(desk.store, policy.name)
     if waiting(next(spec for spec in job.config.policies if spec.name == policy.name), error):
         desk.skipped[policy.name] = str(error)
     return _unless_waiting(desk, policy.name, str(error))
@@ -176,17 +195,23 @@ def _unless_waiting(desk: Desk, policy: str, reason: str) -> str | None:
 
 
 def _retry_plain(desk: Desk, job: Job, manifest: Manifest, policy: PolicyJob) -> str | None:
-    """The policy once more with plain numerics, which become part of its identity."""
-    manifest = read_manifest(desk.store) or manifest
-    assert policy.numerics is not None
-    again = identified(replace(policy, numerics=plain(policy.numerics)), manifest.identities)
-    identities = manifest.identities.joined(replace(manifest.identities, policies={policy.name: again.fields}))
-    save_manifest(desk.store, replace(manifest, identities=identities))
+    """The policy once more with plain numerics."""
     try:
-        run_policy(desk, job, again)
+        run_policy(desk, job, _made_plain(desk, manifest, policy))
     except ModelError as error:
         return str(error)
     return None
+
+
+def _made_plain(desk: Desk, manifest: Manifest, policy: PolicyJob) -> PolicyJob:
+    """The policy with plain numerics, which become part of its identity in OUT."""
+    with desk.turn():
+        manifest = read_manifest(desk.store) or manifest
+        assert policy.numerics is not None
+        again = identified(replace(policy, numerics=plain(policy.numerics)), manifest.identities)
+        identities = manifest.identities.joined(replace(manifest.identities, policies={policy.name: again.fields}))
+        save_manifest(desk.store, replace(manifest, identities=identities))
+    return again
 
 
 def run_policy(desk: Desk, job: Job, policy: PolicyJob) -> None:
@@ -227,7 +252,7 @@ def _next_after(job: Job, source: ModelSource) -> ModelSource | None:
 
 def work(desk: Desk, job: Job, stage: Stage, compute: Compute, todo: Sequence[int]) -> None:
     """Read ahead, compute, commit behind; in block order."""
-    reopen_manifest(desk.store)
+    desk.reopen()
     texts = BlockTexts(desk, job, job.references[0].identity)
     with desk.progress.stage(stage.label, job.rows.mine, job.rows.mine - job.rows.count(todo)), behind() as submit:
         for text in ahead(texts.each(todo)):
@@ -271,7 +296,5 @@ def _complete(desk: Desk, job: Job, policy: str, manifest: Manifest) -> bool:
     if policy not in manifest.identities.policies:
         return False
     records = read_records(desk.store, f"scores/{policy}")
-    return all(
-        isinstance(records.get(record_name(f"scores/{policy}", block, job.rows.blocks)), CommitRecord)
-        for block in job.rows
-    )
+    names = (record_name(f"scores/{policy}", block, job.rows.blocks) for block in desk.stop.between(job.rows))
+    return all(isinstance(records.get(name), CommitRecord) for name in names)

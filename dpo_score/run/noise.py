@@ -2,7 +2,8 @@
 
 A few pairs of the first block are scored again when a model is loaded for it; the result stands in that block's
 commit record, so a resumed run reports what an uninterrupted one does. Values that came from the cache carry what
-was measured when they were computed. Margins: the noise of policy and reference together, on the same pairs.
+was measured when they were computed. Margins: the noise of policy and reference together, on the same pairs, which
+are told by the keys of their sequences.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dpo_score.store.cache import CacheEntry
 from dpo_score.store.storage import Store
 
 PAIRS, TOKENS = 8, 2048
+NO_PAIR = "no pair of the sample could be scored on both sides"
 Noise = Mapping[str, Any]
 
 
@@ -34,12 +36,17 @@ def sample_size(text: pa.Table) -> int:
 
 
 def measure(model: Any, numerics: Numerics, sequences: Sequence[TokenSequence], entries: Sequence[Any]) -> Noise:
-    """JSON values of a `NoiseFloor`; its `deltas` are in the order of the sequences."""
+    """JSON values of a `NoiseFloor` over chosen, rejected, chosen, rejected …
+
+    `deltas` and `keys` are those of the pairs that were measured on both sides, in that order.
+    """
     from dpo_score.logps.noise import noise_floor
 
     scored = [SequenceLogps(e.token_logps) if isinstance(e, CacheEntry) else e for e in entries]
     found = asdict(noise_floor(model, numerics, sequences, scored))
-    return {**found, "deltas": list(found["deltas"])}
+    deltas = dict(zip(found.pop("measured"), found["deltas"], strict=True))
+    whole = [i for i in deltas if i ^ 1 in deltas]
+    return {**found, "deltas": [deltas[i] for i in whole], "keys": [sequences[i].key.hex() for i in whole]}
 
 
 def remembered(store: Store, namespace: str) -> Noise:
@@ -70,21 +77,29 @@ def of_policy(policy: Noise | None, reference: Noise | None, margins: NDArray[np
     return {**found, "margin_mean": mean, "margin_max": float(np.max(combined)), "share_below": share}
 
 
-def _margin_noise(policy: Noise | None, reference: Noise | None) -> Any:
-    """|(δπ_c − δπ_r) − (δρ_c − δρ_r)| per sampled pair, or why it cannot be had."""
-    if policy is None or policy.get("reason") or not policy.get("deltas"):
-        return (policy or {}).get("reason") or "not measured"
-    own = np.asarray(policy["deltas"], np.float64)
-    other = np.zeros_like(own)
-    if reference is not None:
-        if reference.get("reason") or len(reference.get("deltas", ())) != len(own):
-            return reference.get("reason") or "reference and policy were sampled on different pairs"
-        other = np.asarray(reference["deltas"], np.float64)
-    if len(own) % 2:
-        return "a sequence of the sample could not be scored"
-    difference = own - other
-    return np.abs(difference[0::2] - difference[1::2])
+def _margin_noise(policy: Noise | None, reference: Noise | None) -> NDArray[np.float64] | str:
+    """|(δπ_c − δπ_r) − (δρ_c − δρ_r)| per pair that was measured with both models, or why there is none."""
+    for found in (policy, reference):
+        if found is not None and found.get("reason"):
+            return str(found["reason"])
+    if policy is None:
+        return "not measured"
+    own, other = _by_pair(policy), None if reference is None else _by_pair(reference)
+    shared = own if other is None else own.keys() & other.keys()
+    if not own or not shared:
+        return "reference and policy were sampled on different pairs" if own else NO_PAIR
+    return np.abs([own[pair] - (other[pair] if other else 0.0) for pair in own if pair in shared])
+
+
+def _by_pair(found: Noise) -> dict[tuple[str, str], float]:
+    """δ_c − δ_r by the keys of the two sequences. What an earlier release measured has places instead, of which an odd
+    number says nothing."""
+    deltas = found.get("deltas") or ()
+    keys = found.get("keys")
+    if keys is None:
+        keys = [f"{place} of {len(deltas)}" for place in range(len(deltas) if len(deltas) % 2 == 0 else 0)]
+    return {(keys[i], keys[i + 1]): deltas[i] - deltas[i + 1] for i in range(0, len(keys), 2)}
 
 
 def _public(found: Noise | None) -> dict[str, Any] | None:
-    return None if found is None else {key: value for key, value in found.items() if key != "deltas"}
+    return None if found is None else {key: value for key, value in found.items() if key not in ("deltas", "keys")}

@@ -8,25 +8,25 @@ tokenizer when tokens are asked for, never a model's weights (a .gguf file is co
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dpo_score.config import RunConfig
-from dpo_score.errors import DamageError, DpoScoreError, UsageError
-from dpo_score.logps.limits import context_limit
+from dpo_score.errors import DamageError, DpoScoreError, ModelError, UsageError
 from dpo_score.logps.locate import locate
 from dpo_score.logps.policies import resolve_policy
-from dpo_score.logps.source import TOKENIZER_FILES, ModelSource, Resolver
+from dpo_score.logps.source import TOKENIZER_FILES, ModelSource, Resolver, silent
 from dpo_score.pairs.dataset import Dataset, read_rows_at
 from dpo_score.pairs.records import EncodedPair, Pair, Rejected, Text
 from dpo_score.pairs.render import Renderer
-from dpo_score.pairs.rewardbench import make_renderer, text_of
-from dpo_score.pairs.tokenizer import load_tokenizer
+from dpo_score.pairs.rewardbench import text_of
 from dpo_score.pipeline import load_config
 from dpo_score.run.data import open_data
 from dpo_score.run.desk import cache_folder
+from dpo_score.run.tokens import REFERENCE, Home, choose_tokenizer, renderer_of
 from dpo_score.store.filedigest import FileDigests
 from dpo_score.store.manifest import Manifest
 from dpo_score.store.storage import Store
@@ -98,48 +98,72 @@ class Reader:
         return self.renderer.encode([pair])[0]
 
 
-def make_reader(config: RunConfig, date: str | None = None) -> Reader:
+def make_reader(
+    config: RunConfig, datasets: Sequence[Dataset], date: str | None = None, say: Callable[[str], None] = silent
+) -> Reader:
     """What turns pairs into ids, as a run makes it. `date`: the one that a run fixed. Raises UsageError."""
     text = text_of(config.rewardbench, config.text) if config.rewardbench else config.text
     text = text if date is None else text.model_copy(update={"date": date})
-    folder, limit = _tokenizer_home(config)
-    name = text.tokenizer or folder
-    tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code) if name else None
-    return Reader(tokenizer, make_renderer(config.rewardbench, tokenizer, text, limit))
+    first = _lender(config)
+    homes = () if first is None else chain([first.home], _homes(config))
+    tokenizer = choose_tokenizer(config, text, datasets, homes, say)
+    return Reader(tokenizer, renderer_of(config, tokenizer, text, first.config if first else None))
 
 
-def _tokenizer_home(config: RunConfig) -> tuple[str | None, int | None]:
-    """The folder of the tokenizer and the longest sequence of the model that lends it."""
+@dataclass(frozen=True, slots=True)
+class _Lender:
+    """The model whose tokenizer is used, and whose configuration says what it takes."""
+
+    home: Home
+    config: Mapping[str, Any]
+
+
+def _lender(config: RunConfig) -> _Lender | None:
+    """The reference, else the first policy that resolves. A folder's weights are looked at where they have to be."""
     spec = config.reference
     if spec is not None and spec.columns is None and spec.adapter is None:
         folder = locate(spec.model, revision=spec.revision, allow_pickle=config.allow_pickle).path
         if folder.is_dir() and any((folder / name).is_file() for name in TOKENIZER_FILES):
-            return str(folder), _limit_of(folder)
-    source = _resolved(config)
-    return (None, None) if source is None else (str(source.tokenizer_folder), context_limit(source.config))
+            return _Lender((REFERENCE, str(folder)), _config_of(folder))
+    return next((_Lender(_home(name, source), source.config) for name, source in _resolved(config)), None)
 
 
-def _limit_of(folder: Path) -> int | None:
+def _config_of(folder: Path) -> Mapping[str, Any]:
     path = folder / "config.json"
-    return context_limit(json.loads(path.read_text("utf-8"))) if path.is_file() else None
+    found: Mapping[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found
 
 
-def _resolved(config: RunConfig) -> ModelSource | None:
-    """The reference, else the first policy, in full: for adapters and .gguf files."""
+def _home(name: str, source: ModelSource) -> Home:
+    return name, str(source.tokenizer_folder)
+
+
+def _homes(config: RunConfig) -> Iterator[Home]:
+    return (_home(name, source) for name, source in _resolved(config))
+
+
+def _resolved(config: RunConfig) -> Iterator[tuple[str, ModelSource]]:
+    """The reference and the policies that resolve, in full, one by one. ModelError where there are only others."""
     cache = cache_folder(config.cache_dir)
     resolver = Resolver(cache, FileDigests(cache).sha256, config.allow_pickle, config.trust_remote_code)
-    spec = config.reference
+    spec, reference = config.reference, None
     if spec is not None and spec.columns is None:
-        return resolver.resolve(spec.model, revision=spec.revision, adapter=spec.adapter)
-    if config.policies:
-        return resolve_policy(config.policies[0], None, config.policy_base, resolver)
-    return None
+        reference = resolver.resolve(spec.model, revision=spec.revision, adapter=spec.adapter)
+        yield REFERENCE, reference
+    failures = []
+    for policy in config.policies:
+        try:
+            yield policy.name, resolve_policy(policy, reference, config.policy_base, resolver)
+        except ModelError as error:
+            failures.append(error)
+    if failures and reference is None and len(failures) == len(config.policies):
+        raise failures[0]
 
 
 def stored_reader(source: TextSource, manifest: Manifest) -> Reader | str:
     """The reader of a run, or in one sentence why there is none now."""
     try:
-        return make_reader(source.config, manifest.notes.get("date"))
+        return make_reader(source.config, source.datasets, manifest.notes.get("date"))
     except DpoScoreError as error:
         return f"the tokenizer cannot be read again: {error}"
 

@@ -11,6 +11,7 @@ Without --out only the cache remains.
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -26,10 +27,10 @@ from dpo_score.run.contract import contract
 from dpo_score.run.dataset_out import DatasetWriter
 from dpo_score.run.dataset_plan import Export
 from dpo_score.run.desk import Desk
-from dpo_score.run.engines import crewed
+from dpo_score.run.engines import chosen, crewed
 from dpo_score.run.environment import now
 from dpo_score.run.exports import consumer_of, renaming
-from dpo_score.run.finish import check_bad_rows, marks, total_counts
+from dpo_score.run.finish import check_bad_rows, marks, total_counts, warn_of_marks
 from dpo_score.run.job import Job
 from dpo_score.run.local import at_desk, run_references
 from dpo_score.run.prepare import prepare
@@ -98,12 +99,17 @@ def precompute(
 
 
 def _fill_cache(config: RunConfig, progress: Progress) -> PrecomputeOutcome:
+    """In a folder that is gone afterwards, which the workers of this machine find and those of others would not."""
+    _refuse_cluster(config)
     brought = tuple(policy for policy in config.policies if policy.reference is not None)
-    config = config.model_copy(update={"policies": brought})
     with tempfile.TemporaryDirectory(prefix="dpo-score-") as folder, at_desk(config, progress, folder) as desk:
-        job, _ = prepare(config, desk)
-        run_references(desk, job)
-        return PrecomputeOutcome(None, _summary(desk.store, job), config.max_bad_rows)
+        config = config.model_copy(update={"policies": brought, "out": folder})
+        with crewed(config, desk) as config:
+            job, _ = prepare(config, desk)
+            run_references(desk, job)
+        summary = _summary(desk.store, job)
+        warn_of_marks(desk, job, summary["marks"], summary["scored"])
+        return PrecomputeOutcome(None, summary, config.max_bad_rows)
 
 
 def _unfinished(store: Store) -> bool:
@@ -121,6 +127,7 @@ def _write(desk: Desk, job: Job, export: Export) -> PrecomputeOutcome:
             desk.stop.check()
             writer.write(shard)
     summary = {**_summary(desk.store, job), "splits": _split_rows(writer)}
+    warn_of_marks(desk, job, summary["marks"], summary["scored"])
     assert job.config.out is not None
     if due or _unfinished(desk.store):
         _finish(desk, job, export, summary)
@@ -207,6 +214,16 @@ def _refuse_no_model(config: RunConfig) -> None:
         raise ConfigError(
             f"reference {config.reference.model!r}: these values stand in the data already; name a MODEL to compute "
             "others"
+        )
+
+
+def _refuse_cluster(config: RunConfig) -> None:
+    """Without --out, workers meet in a folder of this machine."""
+    address = config.compute.ray_address or os.environ.get("RAY_ADDRESS")
+    if address and chosen(config, Progress(quiet=True)) == "ray":
+        raise ConfigError(
+            f"precompute without --out works in a folder of this machine, which a cluster ({address}) does not see: "
+            "add --out DIR, under a path that all its machines see, or say --engine local"
         )
 
 

@@ -13,16 +13,15 @@ from typing import Any
 
 from dpo_score.config import ModelSpec, PolicySpec, RunConfig
 from dpo_score.errors import ConfigError, ModelError
-from dpo_score.logps.limits import context_limit
 from dpo_score.logps.numerics import Numerics, resolve_numerics, with_own_softmax
 from dpo_score.logps.policies import resolve_policy
 from dpo_score.logps.source import ModelSource, Resolver
 from dpo_score.pairs.dataset import Dataset, mean_text_bytes
 from dpo_score.pairs.render import Renderer
-from dpo_score.pairs.rewardbench import make_renderer, text_of
+from dpo_score.pairs.rewardbench import text_of
 from dpo_score.run.data import open_data
 from dpo_score.run.desk import Desk
-from dpo_score.run.environment import host, now, versions
+from dpo_score.run.environment import continued, host, now, versions
 from dpo_score.run.job import (
     Job,
     PolicyJob,
@@ -34,22 +33,26 @@ from dpo_score.run.job import (
     sampled,
     text_notice,
     waiting,
+    with_numerics,
 )
 from dpo_score.run.placement import check_placement
 from dpo_score.run.revisions import commit_lines, commits, names, pinned
+from dpo_score.run.rewardbench import check_pairing
 from dpo_score.run.slices import check_slices
-from dpo_score.run.tokens import choose_tokenizer
-from dpo_score.run.values import overlaid, plain
+from dpo_score.run.tokens import REFERENCE, choose_tokenizer, homes_of, renderer_of
+from dpo_score.run.values import cache_fields, overlaid, placed, plain
 from dpo_score.run.verdicts import trusted
 from dpo_score.scores.losses import parse_loss
 from dpo_score.store.identity import Identities
 from dpo_score.store.manifest import Manifest, ManifestRequest, open_manifest, read_manifest
 
+Turn = Callable[[], AbstractContextManager[None]]
+
 
 class Preparation:
-    """One pass over a configuration; `job()` and `manifest()` are its results."""
+    """One pass over a configuration; `job()` is its result. `computes`: whether this process may load a model."""
 
-    def __init__(self, config: RunConfig, desk: Desk) -> None:
+    def __init__(self, config: RunConfig, desk: Desk, computes: bool = True) -> None:
         self.config, self.desk = config, desk
         self.found: Manifest | None = read_manifest(desk.store)
         self.resolver = Resolver(
@@ -71,9 +74,11 @@ class Preparation:
         self.renderer = self._make_renderer()
         self.numerics = self._decide_numerics()
         self.rows = self._decide_rows()
+        self.versions = self._environment(computes and desk.crew is None)
 
     def _settled(self, config: RunConfig) -> RunConfig:
         """`config` with commits in place of branches, and the text settings that a benchmark asks for."""
+        check_pairing(config.rewardbench, self.datasets)
         data = tuple(dataset.spec for dataset in self.datasets)
         text = text_of(config.rewardbench, config.text) if config.rewardbench else config.text
         return config.model_copy(update={"data": data, "text": text})
@@ -122,9 +127,9 @@ class Preparation:
         text = self.config.text
         if text.date is None and self.found is not None:
             text = text.model_copy(update={"date": self.found.notes.get("date")})
-        self.tokenizer = choose_tokenizer(self.config, first, self.policies, self.desk.progress.say)
-        limit = context_limit(first.config) if first else None
-        return make_renderer(self.config.rewardbench, self.tokenizer, text, limit)
+        homes = homes_of({REFERENCE: self.reference, **self.policies})
+        self.tokenizer = choose_tokenizer(self.config, text, self.datasets, homes, self.desk.progress.say)
+        return renderer_of(self.config, self.tokenizer, text, first.config if first else None)
 
     def _text_model(self) -> ModelSource | None:
         """Whose tokenizer and context limit hold for all: the reference's, else the first policy's that resolves."""
@@ -146,6 +151,12 @@ class Preparation:
         if self.config.rewardbench == "exact":
             numerics = with_own_softmax(numerics)
         return trusted(self.desk, model, numerics)
+
+    def _environment(self, computes: bool) -> dict[str, str]:
+        """Versions and device, held against those that OUT was begun with."""
+        here = versions(placed(self.numerics, self.desk.device) if computes and self.numerics else None)
+        begun = self.found.versions if self.found is not None else here
+        return continued(begun, here, self.config.strict_env, self.desk.progress.warn)
 
     def _decide_rows(self) -> Rows:
         total = sum(dataset.rows for dataset in self.datasets)
@@ -206,7 +217,9 @@ class Preparation:
         columns = spec.columns if spec is not None else None
         fields = self.reference_fields(source, columns)
         identity = replace(run, reference=fields).reference_digest
-        return ReferenceJob(name, source, columns, self.numerics if source else None, fields, identity)
+        job = ReferenceJob(name, source, columns, self.numerics if source else None, fields, identity)
+        stored = self.found.numerics.get(job.stage) if self.found and name and source else None
+        return job if stored is None else with_numerics(job, Numerics.from_json(stored), run)
 
     def _numerics_of(self, policy: str) -> Numerics | None:
         """The run's, but plain for a policy that OUT had to score on the plain path."""
@@ -244,14 +257,12 @@ def identified(job: PolicyJob, run: Identities) -> PolicyJob:
     return replace(job, fields=fields, identity=alone.policy_digest(job.name))
 
 
-def prepare(
-    config: RunConfig, desk: Desk, opening: Callable[[], AbstractContextManager[None]] = nullcontext
-) -> tuple[Job, Manifest]:
+def prepare(config: RunConfig, desk: Desk, opening: Turn = nullcontext, computes: bool = True) -> tuple[Job, Manifest]:
     """Resolve everything and open the manifest, inside `opening()`.
 
-    Raises UsageError (data, model, configuration, identity).
+    Raises UsageError (data, model, configuration, identity, environment under --strict-env).
     """
-    preparation = Preparation(config, desk)
+    preparation = Preparation(config, desk, computes)
     job = preparation.job()
     check_slices(job)
     request = ManifestRequest(
@@ -261,7 +272,7 @@ def prepare(
         total_rows=job.rows.total,
         started=now(),
         host=host(),
-        versions=versions(preparation.numerics),
+        versions=preparation.versions,
         cache_snapshots=snapshots(desk, job),
         notes={"date": preparation.renderer.identity()["date"], "names": names(job), "commits": commits(job)},
         strict_env=config.strict_env,
@@ -276,8 +287,6 @@ def prepare(
 
 def snapshots(desk: Desk, job: Job) -> dict[str, list[str]]:
     """Cache files that exist now, by the weights they belong to: lookups of this OUT see these and no others."""
-    from dpo_score.run.values import cache_fields
-
     return {
         source.key: list(desk.cache.namespace(cache_fields(source, numerics)).snapshot())
         for _, source, numerics in job.models

@@ -36,11 +36,11 @@ class Progress:
         if not self._quiet:
             self._print(line)
 
-    def warn(self, line: str) -> None:
-        """Said once each, also by a quiet run, and kept for the summary."""
+    def warn(self, line: str, example: str = "") -> None:
+        """Said once each, also by a quiet run, and kept for the summary; `example`, a text of the data, is not kept."""
         if line not in self.warnings:
             self.warnings.append(line)
-            self._print(f"warning: {line}")
+            self._print(f"warning: {line}{example}")
 
     @contextmanager
     def stage(self, label: str, rows: int, done: int = 0) -> Iterator[None]:

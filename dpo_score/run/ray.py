@@ -126,7 +126,6 @@ def _device(ray: Any, config: RunConfig, desk: Desk) -> Device:
     found = read_manifest(desk.store)
     if found is not None and found.numerics.get("run"):
         asked = Numerics.from_json(found.numerics["run"]).device_kind
-    gpus, cores, threads = int(there.get("GPU", 0)), int(there.get("CPU", 0)), int(config.compute.threads or 1)
-    if asked == "cuda" or (asked == "auto" and gpus):
-        return Device(ways, ways, config.compute.workers or max(gpus // ways, 1))
-    return Device(threads * ways, 0, config.compute.workers or max(cores // (threads * ways), 1))
+    if asked == "cuda" or (asked == "auto" and int(there.get("GPU", 0))):
+        return Device(ways, ways, config.compute.workers)
+    return Device(int(config.compute.threads or 1) * ways, 0, config.compute.workers)

@@ -8,27 +8,37 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_score.config import RunConfig
+from dpo_score.errors import DpoScoreError
 from dpo_score.run.crew import Hand, LostError
 from dpo_score.run.worker import Assignment, Report, Standing, Worker
 from dpo_score.store.names import alive
 
 KILLED_SECONDS = 10.0
+ROOM_SECONDS = 10.0
+"""How long a count of the cluster's devices is good for: nodes join while a run works."""
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What one worker asks of the cluster, and how many such workers there is room for now."""
+    """What one worker asks of the cluster. `workers`: as many as were asked for, None for as many as fit."""
 
     cpus: int
     gpus: int
-    count: int
+    workers: int | None = None
+
+    def room(self, resources: Mapping[str, float]) -> int:
+        """How many such workers a cluster has place for; one, that waits, where there is none."""
+        if self.workers is not None:
+            return self.workers
+        there = resources.get("GPU", 0) if self.gpus else resources.get("CPU", 0)
+        return max(int(there) // (self.gpus or self.cpus), 1)
 
 
 class RayHand:
@@ -54,13 +64,22 @@ class RayHand:
         self._streaming = True
 
     def answer(self) -> Standing | Report | None:
+        errors = self._ray.exceptions
         try:
             return self._answer()
-        except self._ray.exceptions.RayTaskError as error:
+        except errors.RayTaskError as error:
             raise error.cause from None
-        except self._ray.exceptions.RayActorError as error:
-            self._dead = True
-            raise LostError((str(error).strip().splitlines() or [""])[-1].strip()) from None
+        except errors.RayActorError as error:
+            raise self._lost(error, line=-1) from None
+        except (errors.OutOfMemoryError, errors.NodeDiedError, errors.WorkerCrashedError) as error:
+            raise self._lost(error, line=0) from None
+        except errors.RayError as error:
+            raise _failed(error) from None
+
+    def _lost(self, error: Exception, line: int) -> LostError:
+        """`line`: the one of Ray's that tells the cause."""
+        self._dead = True
+        return LostError((str(error).strip().splitlines() or [""])[line].strip())
 
     def _answer(self) -> Standing | Report | None:
         if self._streaming:
@@ -86,7 +105,7 @@ class RayHand:
 
     def see_dead(self) -> None:
         """On this machine the process is watched; on others Ray's word is taken."""
-        with suppress(self._ray.exceptions.RayActorError, self._ray.exceptions.GetTimeoutError):
+        with suppress(self._ray.exceptions.RayError):
             self._ray.get(self._actor.ready.remote(), timeout=KILLED_SECONDS)
         found, until = self._standing, time.monotonic() + KILLED_SECONDS
         while found is not None and found.host == platform.node() and alive(found.process):
@@ -100,11 +119,16 @@ class RayPlace:
 
     def __init__(self, ray: Any, device: Device) -> None:
         self._ray, self._device = ray, device
+        self._room, self._counted = 0, -ROOM_SECONDS
         self._kind = ray.remote(num_cpus=device.cpus, num_gpus=device.gpus, max_restarts=-1, max_task_retries=0)(Worker)
 
     @property
     def room(self) -> int:
-        return self._device.count
+        """Counted anew after ROOM_SECONDS."""
+        now = time.monotonic()
+        if now - self._counted >= ROOM_SECONDS:
+            self._room, self._counted = self._device.room(self._ray.cluster_resources()), now
+        return self._room
 
     @property
     def needs(self) -> str:
@@ -124,3 +148,12 @@ class RayPlace:
         owed = {hand.awaited: hand for hand in hands if isinstance(hand, RayHand)}
         ready, _ = self._ray.wait(list(owed), num_returns=1, timeout=seconds, fetch_local=False)
         return [owed[each] for each in ready]
+
+
+def _failed(error: Exception) -> DpoScoreError:
+    """What Ray could not do, where no worker's death explains it."""
+    what = " ".join(str(error).split())
+    return DpoScoreError(
+        f"Ray failed to run a worker ({type(error).__name__}: {what}). Committed blocks are kept: once the cluster is "
+        "sound the same command resumes, and --engine local needs no Ray"
+    )

@@ -20,7 +20,7 @@ from dpo_score.pairs.records import MARKS, EncodedPair, Pair
 from dpo_score.run.inspect import side_tokens
 from dpo_score.run.inspect_out import stored_shares
 from dpo_score.run.pair_texts import Reader, TextSource, plain_text, stored_config, stored_reader, text_source
-from dpo_score.run.results import chosen_names, natural, open_out, parts, read_scored
+from dpo_score.run.results import chosen_names, open_out, parts, read_scored
 from dpo_score.run.slices import numbered_groups, read_sliced
 from dpo_score.scores.audit import label_audit
 from dpo_score.scores.lineup import Lineup, line_up
@@ -32,6 +32,7 @@ from dpo_score.scores.report.selection import Selection, select
 from dpo_score.scores.report.tables import FORMATS, write
 from dpo_score.store.manifest import Manifest, read_manifest
 from dpo_score.store.storage import Store
+from dpo_score.sweeps import natural
 
 FILE = "report.html"
 Tokens = dict[tuple[int, str], dict[str, list[tuple[str, float]]]]

@@ -20,6 +20,7 @@ from dpo_score.scores.rows import collect
 from dpo_score.store.manifest import Manifest, read_manifest
 from dpo_score.store.records import CommitRecord, read_records
 from dpo_score.store.storage import Store, open_store
+from dpo_score.sweeps import natural
 
 STEP = re.compile(
     r"""(?: [-_.]? (?:step|checkpoint|ckpt|iter|epoch) [-_.]?
@@ -43,11 +44,6 @@ def open_out(out: str) -> tuple[Store, Manifest]:
 def policy_names(store: Store, manifest: Manifest) -> list[str]:
     """Policies with at least one committed part, in natural order."""
     return sorted((name for name in manifest.identities.policies if parts(store, name)), key=natural)
-
-
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key: runs of digits count as numbers."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def parts(store: Store, policy: str) -> list[str]:

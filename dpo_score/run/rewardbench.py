@@ -14,11 +14,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from dpo_score.errors import ConfigError
+from dpo_score.pairs.dataset import Dataset
 from dpo_score.scores.rewardbench import ALIASES, PRIOR_SETS, Floats, Prompt, best_of_n, pair_summary, ratio, rounded
 from dpo_score.store.manifest import Manifest
 
 RULES = ("avg", "sum", "norm")
 """What a reference-free score is made of; the first is RewardBench's default."""
+WHOLE = ("best-worst", "all")
+"""Pairings that give every right answer of a best-of-n prompt against every wrong one; the first is the default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +54,29 @@ class Setting:
     def of(cls, manifest: Manifest, mode: str, policy: str) -> Setting:
         """As a run of `mode` recorded it; corrected numbers are not rounded."""
         data, fields = manifest.identities.text["data"], manifest.identities.policies[policy]
-        lists = frozenset(name for name, found in data.items() if found["format"]["name"].split("/")[0] == "best-of-n")
+        for name, found in data.items():
+            _refuse_few_pairs(mode, name, found["format"]["name"], found.get("pairing", WHOLE[0]))
+        lists = frozenset(name for name, found in data.items() if _is_list(found["format"]["name"]))
         dtype = (fields.get("numerics") or {}).get("dtype", "float32")
         return cls(mode, lists, str(dtype) if mode == "exact" else None)
+
+
+def check_pairing(mode: str | None, datasets: Sequence[Dataset]) -> None:
+    """ConfigError where a benchmark is asked and the pairing leaves out answers of a best-of-n set."""
+    for dataset in datasets if mode else ():
+        _refuse_few_pairs(mode, dataset.spec.name, dataset.format.full_name, dataset.spec.pairing)
+
+
+def _refuse_few_pairs(mode: str | None, name: str, format_name: str, pairing: str) -> None:
+    if _is_list(format_name) and pairing not in WHOLE:
+        raise ConfigError(
+            f"--rewardbench {mode}: data set {name!r} is best-of-n, where a right answer must beat every wrong one, "
+            f"but --pairing {pairing} keeps one pair a prompt: leave it out, or say {' or '.join(WHOLE)} for this set"
+        )
+
+
+def _is_list(format_name: str) -> bool:
+    return format_name.split("/")[0] == "best-of-n"
 
 
 def summary(setting: Setting, tables: Iterator[pa.Table], rejected_rows: Sequence[str]) -> dict[str, Any]:

@@ -3,8 +3,9 @@
     dpo-score run PIPELINE --blocks 0/3     dpo-score run PIPELINE --blocks 1/3     …     dpo-score finish OUT
 
 Promises: each process works on its own contiguous run of blocks, stage one before stage two, under a lock of its own
-share; the first to come decides the numerics for all while the others wait; what N processes leave behind is what one
-would have left. Processes may be repeated, killed and run in any order. Not here: how blocks are computed (local.py).
+share; the first to come decides the numerics for all while the others wait; each writes down what it was asked for
+before it works, so that the end knows what to wait for; what N processes leave behind is what one would have left.
+Processes may be repeated, killed and run in any order. Not here: how blocks are computed (local.py).
 The folders OUT and, where it is not empty at the start, CACHE must be the same for all of them.
 """
 
@@ -14,20 +15,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from dpo_score.config import RunConfig
+from dpo_score.config import PolicySpec, RunConfig
 from dpo_score.errors import ConfigError, UsageError
 from dpo_score.pipeline import dump_config
 from dpo_score.run.desk import Desk
 from dpo_score.run.finish import Outcome
-from dpo_score.run.job import Job, PolicyJob
+from dpo_score.run.job import Job
 from dpo_score.run.local import at_desk, check, ended, run_stages
 from dpo_score.run.pair_texts import stored_config
 from dpo_score.run.prepare import prepare
 from dpo_score.run.progress import Progress
-from dpo_score.store.manifest import Manifest, read_manifest, save_manifest
-from dpo_score.store.records import CommitRecord, read_records, record_name
+from dpo_score.store.manifest import Manifest, read_manifest, reopen_manifest, save_manifest
+from dpo_score.store.records import CommitRecord, StoredRecord, read_records, record_name
 from dpo_score.store.storage import Store, open_store
 
+PIPELINE = "pipeline.yaml"
 SHOWN_STAGES = 8
 
 
@@ -49,17 +51,40 @@ def run_share(config: RunConfig, progress: Progress, restart: bool = False) -> O
 
 
 def _begun(config: RunConfig, desk: Desk) -> tuple[Job, Manifest]:
-    """The job; OUT/manifest.json and pipeline.yaml are there afterwards. The manifest is written by one at a time."""
+    """The job; OUT/manifest.json and pipeline.yaml are there afterwards, and tell of it. Both are written by one at a
+    time."""
     store = desk.store
     if read_manifest(store) is None:
         desk.progress.say("the first share to come decides the numerics for all: the others wait for it")
         with store.turn():
             if read_manifest(store) is None:
                 job, manifest = prepare(config, desk)
-                whole = job.config.model_copy(update={"blocks": None})
-                store.write_bytes("pipeline.yaml", dump_config(whole).encode())
+                _write_down(store, job.config)
                 return job, manifest
-    return prepare(config, desk, opening=store.turn)
+    job, manifest = prepare(config, desk, opening=store.turn)
+    with store.turn():
+        _write_down(store, job.config)
+    return job, manifest
+
+
+def _write_down(store: Store, config: RunConfig) -> None:
+    """Into OUT/pipeline.yaml what this share was asked for, beside the policies that others were."""
+    policies = {policy.name: policy for policy in (*_others(store, config), *config.policies)}
+    whole = config.model_copy(update={"blocks": None, "policies": tuple(policies.values())})
+    content = dump_config(whole).encode()
+    if not store.exists(PIPELINE) or store.read_bytes(PIPELINE) != content:
+        reopen_manifest(store)
+        store.write_bytes(PIPELINE, content)
+
+
+def _others(store: Store, config: RunConfig) -> list[PolicySpec]:
+    """The policies in OUT/pipeline.yaml, with what they take from that file where `config` says otherwise."""
+    if not store.exists(PIPELINE):
+        return []
+    before = stored_config(store)
+    loss = None if before.loss == config.loss else before.loss
+    base = None if before.policy_base == config.policy_base else before.policy_base
+    return [p.model_copy(update={"loss": p.loss or loss, "base": p.base or base}) for p in before.policies]
 
 
 def _keep_warnings(desk: Desk) -> None:
@@ -73,47 +98,81 @@ def _keep_warnings(desk: Desk) -> None:
 
 
 def finish(out: str, progress: Progress, without: Sequence[str] = ()) -> Outcome:
-    """The summary, the card and the report of what the shares left, and state `complete`.
+    """The summary, the card and the report of what the shares left, and state `complete`. Computes nothing.
 
-    `without`: policies to leave out. UsageError naming the blocks that are missing.
+    `without`: policies to leave out. UsageError naming the blocks that are missing, or too many.
     """
-    if read_manifest(open_store(out)) is None:
-        raise UsageError(f"{out} holds no run: it has no manifest.json")
-    config = stored_config(open_store(out)).model_copy(update={"out": out})
-    with at_desk(_left(config, without), progress, out) as desk:
-        job, _ = prepare(_left(config, without), desk)
+    config = _begun_at(out)
+    with at_desk(config, progress, out) as desk:
+        found = read_manifest(desk.store)
+        assert found is not None
+        config = _left(config, found, without)
+        job, _ = prepare(config, desk, computes=False)
         unscored = [policy for policy in job.policies if policy.failure and _missing(desk.store, job, policy.stage)]
-        _refuse_missing(desk.store, job, unscored, out)
+        unnamed = sorted({*found.identities.policies} - {*without} - {policy.name for policy in job.policies})
+        stages = [*(r.stage for r in job.references), *(p.stage for p in job.policies if p not in unscored)]
+        _refuse_missing(desk.store, job, [*stages, *(f"scores/{name}" for name in unnamed)], out)
+        _refuse_more(desk.store, job, out)
         failed = [policy for policy in unscored if policy.name not in desk.skipped]
         return ended(desk, job, {policy.name: str(policy.failure) for policy in failed})
 
 
-def _left(config: RunConfig, without: Sequence[str]) -> RunConfig:
-    names = [policy.name for policy in config.policies]
+def _begun_at(out: str) -> RunConfig:
+    """What OUT was asked for. Raises UsageError where nothing was."""
+    store = open_store(out)
+    if read_manifest(store) is None:
+        raise UsageError(f"{out} holds no run: it has no manifest.json")
+    if not store.exists(PIPELINE):
+        raise UsageError(
+            f"{out} has no {PIPELINE}: the run that was begun there has not ended, and no share (--blocks I/N) was "
+            "started. Start the same command again, or its shares"
+        )
+    return stored_config(store).model_copy(update={"out": out})
+
+
+def _left(config: RunConfig, found: Manifest, without: Sequence[str]) -> RunConfig:
+    names = list(dict.fromkeys((*(policy.name for policy in config.policies), *found.identities.policies)))
     if unknown := sorted(set(without) - set(names)):
         raise ConfigError(f"--without {unknown[0]}: the run has no such policy; it has {', '.join(names)}")
     return config.model_copy(update={"policies": tuple(p for p in config.policies if p.name not in without)})
 
 
-def _refuse_missing(store: Store, job: Job, unscored: Sequence[PolicyJob], out: str) -> None:
-    policies = [policy for policy in job.policies if policy not in unscored]
-    stages = [*(r.stage for r in job.references), *(policy.stage for policy in policies)]
+def _refuse_missing(store: Store, job: Job, stages: Sequence[str], out: str) -> None:
     missing = {stage: blocks for stage in stages if (blocks := _missing(store, job, stage))}
     if not missing:
         return
     shown = [f"  {stage}: {_ranges(blocks)} of {len(list(job.rows))} blocks" for stage, blocks in missing.items()]
     more = f"\n  … and {len(shown) - SHOWN_STAGES} more stages" if len(shown) > SHOWN_STAGES else ""
+    whole = "the same command without --blocks" if "://" in out else f"dpo-score run {out}/{PIPELINE} --out {out}"
     raise UsageError(
         f"{out} is not finished; what is missing, counted from 0:\n" + "\n".join(shown[:SHOWN_STAGES]) + more + "\n"
-        "Run the shares that did not end well once more with the same command, or all of it at once without --blocks "
-        "(what is committed is not computed again). A policy that no share could score: --without NAME"
+        f"Run the shares that did not end well once more with the same command, or all of it at once: {whole} (what is "
+        "committed is not computed again). A policy that a run was given and no share: give it to them, too; one that "
+        "none could score: --without NAME"
     )
 
 
 def _missing(store: Store, job: Job, stage: str) -> list[int]:
+    """Blocks that are not committed, or with fewer rows than are wanted now (an earlier --limit)."""
     records = read_records(store, stage)
     names = {block: record_name(stage, block, job.rows.blocks) for block in job.rows}
-    return [block for block, name in names.items() if not isinstance(records.get(name), CommitRecord)]
+    return [block for block, name in names.items() if not _reaches(records.get(name), job.rows.span(block)[1])]
+
+
+def _reaches(record: StoredRecord | None, stop: int) -> bool:
+    return isinstance(record, CommitRecord) and record.stop >= stop
+
+
+def _refuse_more(store: Store, job: Job, out: str) -> None:
+    """Rows beyond --limit were not scored for nothing: the shares were not all started with one command."""
+    stops = [record.stop for record in read_records(store, "reference").values() if isinstance(record, CommitRecord)]
+    scored = max(stops, default=0)
+    if scored > job.rows.wanted:
+        raise UsageError(
+            f"{out}/{PIPELINE} asks for the first {job.rows.wanted:,} rows, but {scored:,} are scored: the shares were "
+            "started with different --limit. Start one of them again without it (what is committed is not computed "
+            "again), then finish"
+        )
 
 
 def _ranges(blocks: Iterable[int]) -> str:

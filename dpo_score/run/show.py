@@ -163,6 +163,9 @@ def rescored(found: Mapping[str, Any], as_json: bool = False) -> None:
         for r in found["rows"]
     ]
     console().print(table(heads, rows, left=2))
+    for name, pairs in found["left_out"].items():
+        lost = f"{name}: {pairs:,} pairs left out, which {found['reference_policy']} did not score"
+        console().print(Text(safe(lost)), soft_wrap=True)
     console().print(Text(f"per pair: {safe(found['folder'])}"))
 
 

@@ -16,7 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpo_score.errors import DataError
 from dpo_score.logps.results import Unscored
+from dpo_score.pairs.cells import seen
 from dpo_score.run import noise, tables
 from dpo_score.run.desk import Desk
 from dpo_score.run.job import SCHEMA_VERSION, Job, PolicyJob, ReferenceJob
@@ -149,13 +151,36 @@ def _from_columns(bare: pa.Table, reference: ReferenceJob) -> tuple[pa.Table, Re
         columns[f"ref_{side}_logps_shared"] = pa.nulls(bare.num_rows, pa.float64())
         if reference.columns is not None:
             name = reference.columns[index]
-            values = bare[name].cast(pa.float64()).combine_chunks()
+            values = _numbers(bare, name)
             finite = pc.fill_null(pc.is_finite(values), False).to_pylist()
             for row in (row for row, ok in enumerate(finite) if not ok):
                 reasons.setdefault(row, ("no_reference_value", f"column {name!r} holds no finite number"))
             columns[f"ref_{side}_logps"] = values
     table = tables.with_columns(bare, columns)
     return table.append_column("compute_dtype", pa.nulls(bare.num_rows, pa.string())), reasons
+
+
+def _numbers(bare: pa.Table, name: str) -> pa.Array:
+    """A column as float64, null where a text is no number. DataError where none is one: another column was meant."""
+    column = bare[name].combine_chunks()
+    if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
+        return column.cast(pa.float64())
+    values = pa.array([_number(value) for value in column.to_pylist()], pa.float64())
+    if values.null_count == len(values) > column.null_count:
+        row = column.is_valid().to_pylist().index(True)
+        raise DataError(
+            f"row {bare['row_id'][row]} of {bare['source_file'][row]}: column {name!r} holds "
+            f"{seen(column[row].as_py(), 40)!r}, which is no number: --reference columns:CHOSEN,REJECTED names two "
+            "columns of log-probs"
+        )
+    return values
+
+
+def _number(value: object) -> float | None:
+    try:
+        return float(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
 
 
 def _taken_over(reference_part: pa.Table) -> pa.Table:

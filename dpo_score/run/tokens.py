@@ -5,41 +5,91 @@ A padded embedding is no difference; an id beyond the embedding, or one that sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from dpo_score.config import RunConfig
-from dpo_score.errors import ModelError
-from dpo_score.logps.limits import embedding_rows
-from dpo_score.logps.source import ModelSource
+from dpo_score.config import RunConfig, TextSpec
+from dpo_score.errors import ConfigError, ModelError
+from dpo_score.logps.limits import context_limit, embedding_rows, side_limits
+from dpo_score.logps.source import TOKENIZER_FILES, ModelSource
+from dpo_score.pairs.dataset import Dataset
+from dpo_score.pairs.encoder_decoder import EncoderDecoderRenderer
+from dpo_score.pairs.render import Renderer
+from dpo_score.pairs.rewardbench import make_renderer
 from dpo_score.pairs.tokenizer import load_tokenizer, same_ids
+from dpo_score.run.job import is_conversational, only_ids
+from dpo_score.run.lengths import refuse_long
+
+Home = tuple[str, str]
+"""What a model is called, and the folder or hub id of its tokenizer."""
+
+
+REFERENCE = "the reference"
+
+
+def homes_of(models: Mapping[str, ModelSource | str | None]) -> Iterator[Home]:
+    """Where the tokenizers of those models are that resolve."""
+    return ((name, str(model.tokenizer_folder)) for name, model in models.items() if isinstance(model, ModelSource))
 
 
 def choose_tokenizer(
-    config: RunConfig, first: ModelSource | None, policies: Mapping[str, ModelSource | str], say: Callable[[str], None]
+    config: RunConfig, text: TextSpec, datasets: Sequence[Dataset], homes: Iterable[Home], say: Callable[[str], None]
 ) -> Any:
-    """--tokenizer, else that of `first`; None where there is neither.
+    """--tokenizer, else that of the first model of `homes`; None where nothing needs one and there is none.
 
-    Where a chat template is asked for and that one has none, as base models have not, the first policy's that has.
+    Where a chat template is called for and that one has none, as base models have not, the first of the others' that
+    has. `homes` is read no further than needed.
     """
-    name = config.text.tokenizer or (str(first.tokenizer_folder) if first else None)
-    found = load_tokenizer(name, trust_remote_code=config.trust_remote_code) if name else None
-    if found is None or found.chat_template or config.text.tokenizer or config.text.chat_template:
+    homes = iter(homes)
+    named = [("--tokenizer", text.tokenizer)] if text.tokenizer else homes
+    label, name = next(iter(named), ("", ""))
+    if not name or (only_ids(datasets) and not text.tokenizer and not _may_have_one(name)):
+        return None
+    found = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
+    if found.chat_template or text.tokenizer or text.chat_template or not _asks_for_template(text, datasets):
         return found
-    sources = {name: source for name, source in policies.items() if isinstance(source, ModelSource)}
-    for name, source in sources.items() if config.text.render == "chat" else ():
-        other = load_tokenizer(str(source.tokenizer_folder), trust_remote_code=config.trust_remote_code)
+    others = (home for home in homes if home[1] != name and _may_have_one(home[1]))
+    return _with_template(others, label, config.trust_remote_code, say) or found
+
+
+def _asks_for_template(text: TextSpec, datasets: Sequence[Dataset]) -> bool:
+    return text.render == "chat" or (text.render == "auto" and any(map(is_conversational, datasets)))
+
+
+def _with_template(homes: Iterator[Home], label: str, trust: bool, say: Callable[[str], None]) -> Any:
+    """The first tokenizer that has a chat template, said aloud; None where none has."""
+    for name, folder in homes:
+        try:
+            other = load_tokenizer(folder, trust_remote_code=trust)
+        except ModelError:
+            continue  # a policy's own trouble, which is told when that policy is scored
         if other.chat_template:
-            say(f"the reference's tokenizer has no chat template: that of {name} is used")
+            say(f"the tokenizer of {label} has no chat template: that of {name} is used")
             return other
-    return found
+    return None
+
+
+def _may_have_one(name: str) -> bool:
+    """Whether there is a tokenizer: a folder shows it, a hub id is asked."""
+    folder = Path(name)
+    return not folder.is_dir() or any((folder / file).is_file() for file in (*TOKENIZER_FILES, "tokenizer_config.json"))
+
+
+def renderer_of(config: RunConfig, tokenizer: Any, text: TextSpec, model: Mapping[str, Any] | None) -> Renderer:
+    """What makes ids for a model with this configuration, within its limits. None: values that stand in the data."""
+    if model is None or not model.get("is_encoder_decoder"):
+        return make_renderer(config.rewardbench, tokenizer, text, context_limit(model) if model else None)
+    if config.rewardbench == "exact":
+        raise ConfigError("--rewardbench exact scores causal models, and this one is an encoder-decoder: say corrected")
+    return EncoderDecoderRenderer(tokenizer, text, side_limits(model))
 
 
 class TokenGuard:
-    """Checks the ids of each block against one model, each id once."""
+    """Checks each block against one model: the length of its rows, and their ids, each id once."""
 
     def __init__(self, tokenizer: Any, source: ModelSource | None) -> None:
         self._tokenizer, self._source = tokenizer, source
@@ -48,9 +98,10 @@ class TokenGuard:
         self._own: Any = None
 
     def check(self, table: pa.Table) -> None:
-        """ModelError naming the first three ids that do not fit."""
+        """ModelError naming the first three ids that do not fit, or the row that is too long."""
         if self._source is None:
             return
+        refuse_long(self._source, table)
         new = used_ids(table) - self._seen
         beyond = sorted(i for i in new if i >= self._rows)[:3]
         if beyond:

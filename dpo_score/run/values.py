@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dpo_score.config import ComputeSpec
+from dpo_score.errors import ConfigError
 from dpo_score.logps.numerics import Numerics
 from dpo_score.logps.results import SequenceLogps, Unscored
 from dpo_score.logps.source import ModelSource
@@ -53,7 +55,8 @@ def plain(numerics: Numerics) -> Numerics:
 
 
 def overlaid(stored: Numerics, asked: ComputeSpec) -> Numerics:
-    """What OUT decided, with what is now asked for by name: a difference shows up as another identity."""
+    """What OUT decided, with what is now asked for by name: a difference shows up as another identity. Which of several
+    GPUs computes is none (`placed`)."""
     explicit: dict[str, Any] = {
         name: getattr(asked, name) for name in ("dtype", "batch_tokens", "path") if getattr(asked, name) != "auto"
     }
@@ -65,6 +68,12 @@ def overlaid(stored: Numerics, asked: ComputeSpec) -> Numerics:
         explicit["threads"] = asked.threads
     explicit["tensor_parallel"] = asked.tensor_parallel
     return replace(stored, **explicit)
+
+
+def placed(numerics: Numerics, device: str) -> Numerics:
+    """The same numbers on the GPU that is asked for by its index."""
+    kind, _, index = device.partition(":")
+    return replace(numerics, device=device) if index and kind == numerics.device_kind == "cuda" else numerics
 
 
 class Values(Protocol):
@@ -85,7 +94,7 @@ class ModelValues:
         snapshot: Sequence[str] | None = None,
         upcoming: ModelSource | None = None,
     ) -> None:
-        self._desk, self._source, self._numerics, self._stats = desk, source, numerics, tuple(stats)
+        self._desk, self._source, self._begun, self._stats = desk, source, numerics, tuple(stats)
         self._space: CacheSpace = desk.cache.namespace(cache_fields(source, numerics))
         self.snapshot = tuple(self._space.snapshot() if snapshot is None else snapshot)
         self._view = self._space.view(self.snapshot)
@@ -111,12 +120,25 @@ class ModelValues:
             notes["noise"] = self._noise(sequences[:sample], entries[:sample])
         return BlockValues(entries, redone, notes)
 
+    @cached_property
+    def _numerics(self) -> Numerics:
+        """Those that the run began with, on the device asked for, with the kernel that runs here."""
+        from dpo_score.logps.settings import in_effect
+
+        return in_effect(placed(self._begun, self._desk.device))
+
+    @cached_property
+    def _own_space(self) -> CacheSpace:
+        """Where new values go: that of the run's numerics, but for another kernel its own."""
+        same = self._numerics.kernel == self._begun.kernel
+        return self._space if same else self._desk.cache.namespace(cache_fields(self._source, self._numerics))
+
     def _noise(self, sequences: Sequence[TokenSequence], entries: Sequence[Entry]) -> noise.Noise:
-        store, namespace = self._desk.cache.store, self._space.folder.rpartition("/")[2]
+        store = self._desk.cache.store
         if self._scorer is None:
-            return noise.remembered(store, namespace)
+            return noise.remembered(store, _namespace(self._space))
         found = noise.measure(self._model, self._numerics, sequences, entries)
-        noise.remember(store, namespace, found)
+        noise.remember(store, _namespace(self._own_space), found)
         return found
 
     def _known(self, keys: Sequence[bytes]) -> dict[bytes, CacheEntry]:
@@ -139,7 +161,7 @@ class ModelValues:
             if isinstance(result, SequenceLogps) and result.redone_dtype is None
         }
         if entries:
-            self._space.add(name, entries)
+            self._own_space.add(name, entries)
 
     def _notes(self, computed: int) -> dict[str, Any]:
         """What a commit record says of how its values came about."""
@@ -155,6 +177,7 @@ class ModelValues:
         from dpo_score.logps.scorer import PairScorer
 
         desk = self._desk
+        _refuse_absent(self._source, self._numerics)
         desk.progress.say(f"loading {self._source.name} ({self._numerics.dtype} on {self._numerics.device})")
         loaded = desk.shelf.load(self._source, self._numerics)
         self._verify(loaded.model)
@@ -173,6 +196,22 @@ class ModelValues:
         verdict = verify_fast_path(model, self._numerics)
         if not verdict.ok:
             raise FastPathRefusedError(verdict.reason)
+
+
+def _refuse_absent(source: ModelSource, numerics: Numerics) -> None:
+    """ConfigError for a device that a run was begun on and this machine lacks."""
+    from dpo_score.logps.settings import present
+
+    if present(numerics.device):
+        return
+    raise ConfigError(
+        f"{source.name} is to be computed on {numerics.device}, and torch sees no such device here. Go on where there "
+        "is one (another GPU: --device cuda:0), or choose another --out, whose numbers will be of another kind"
+    )
+
+
+def _namespace(space: CacheSpace) -> str:
+    return space.folder.rpartition("/")[2]
 
 
 def _entry(result: SequenceLogps | Unscored) -> Entry:

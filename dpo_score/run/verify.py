@@ -2,74 +2,42 @@
 
 Checks every commit record (its own checksum), every file it names (size, sha256, rows, schema), that ids are
 unique and in order, that scored + rejected covers every row, that no number is NaN or infinite, and that the
-derived columns follow bit for bit from the stored log-probs. Loads no model.
+derived columns follow bit for bit from the stored log-probs (verify_blocks.py); of a finished run, that no block and
+no record is missing and that grids of `rescore` are as they were written (verify_whole.py). Loads no model, changes
+nothing, and runs no code that OUT names: a loss of the user's own only from a file of `loss_files`. Not covered:
+report.html and audit.parquet, which are made from the rest.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from dpo_score.config import LossSpec
 from dpo_score.errors import DamageError, StorageError, UsageError
-from dpo_score.scores.derive import DERIVED, derive_table
-from dpo_score.scores.losses import ResolvedLoss, parse_loss
+from dpo_score.run.findings import Findings
+from dpo_score.run.stored_loss import Allowed, allowed_losses
+from dpo_score.run.verify_blocks import Block, check
+from dpo_score.run.verify_whole import DATA, StageFound, check_grids, check_whole
 from dpo_score.store.identity import digest
 from dpo_score.store.manifest import MANIFEST, TWIN, Manifest, peek_manifest
-from dpo_score.store.records import CommitRecord, DamagedRecord, read_records
+from dpo_score.store.records import COMMITS, CommitRecord, DamagedRecord, read_record, read_records, record_name
 from dpo_score.store.resume import FileState, file_states
 from dpo_score.store.storage import Store, open_store
 
 
-class Comparison(Protocol):
-    """Stored values held against those of another program."""
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What one look at OUT works with. `stages`: those that were looked at."""
 
-    def to_json(self) -> dict[str, Any]: ...
-    def lines(self) -> Iterator[str]: ...
-    def raise_difference(self) -> None: ...
-
-
-@dataclass(slots=True)
-class Findings:
-    """`damage`: (file, what is wrong with it). `checked`: files read. `against`: what --against found."""
-
-    out: str
-    checked: int = 0
-    rows: int = 0
-    damage: list[tuple[str, str]] = field(default_factory=list)
-    against: Comparison | None = None
-
-    def add(self, name: str, what: str) -> None:
-        self.damage.append((name, what))
-
-    def to_json(self) -> dict[str, Any]:
-        damage = [{"file": name, "what": what} for name, what in self.damage]
-        found = {"out": self.out, "files": self.checked, "rows": self.rows, "damage": damage}
-        return found if self.against is None else {**found, "against": self.against.to_json()}
-
-    def lines(self) -> Iterator[str]:
-        yield from (f"damaged: {name}: {what}" for name, what in self.damage)
-        verdict = "nothing damaged" if not self.damage else f"{len(self.damage)} findings"
-        yield f"{self.out}: {self.checked:,} files, {self.rows:,} scored rows checked: {verdict}"
-        if self.against is not None:
-            yield from self.against.lines()
-
-    def raise_damage(self) -> None:
-        """DamageError (exit 4) when anything was found, or differs from another program."""
-        if self.damage:
-            names = ", ".join(dict.fromkeys(name for name, _ in self.damage))
-            raise DamageError(f"{self.out}: damaged: {names}. The same run command computes these blocks again")
-        if self.against is not None:
-            self.against.raise_difference()
+    store: Store
+    manifest: Manifest
+    findings: Findings
+    allowed: Allowed
+    stages: dict[str, StageFound] = field(default_factory=dict)
 
 
-def verify(out: str) -> Findings:
-    """Everything that is wrong with OUT, by file."""
+def verify(out: str, loss_files: Sequence[str] = ()) -> Findings:
+    """Everything that is wrong with OUT, by file. Of `loss_files` one is run where its sha256 is the stored one."""
     store, findings = open_store(out), Findings(out)
     try:
         manifest = peek_manifest(store)
@@ -79,10 +47,12 @@ def verify(out: str) -> Findings:
     if manifest is None:
         raise UsageError(f"{out} holds no run: it has no manifest.json")
     _both_manifests(store, findings)
-    for stage in _stages(manifest):
-        _stage(store, manifest, stage, findings)
-    _outputs(store, manifest, findings)
-    _counted(store, manifest, findings)
+    proof = Proof(store, manifest, findings, allowed_losses(loss_files, manifest))
+    for stage in (*_stages(manifest), *_data_stages(store)):
+        proof.stages[stage] = _stage(proof, stage)
+    _outputs(proof)
+    check_whole(store, manifest, proof.stages, findings)
+    check_grids(store, findings)
     return findings
 
 
@@ -91,6 +61,11 @@ def _stages(manifest: Manifest) -> list[str]:
     policies = manifest.identities.policies
     brought = [f"reference/{name}" for name in sorted(policies) if "reference" in policies[name]]
     return ["reference", *brought, *(f"scores/{name}" for name in sorted(policies))]
+
+
+def _data_stages(store: Store) -> list[str]:
+    """The splits of the data set that `precompute` wrote."""
+    return list(dict.fromkeys(DATA + name.split("/")[2] for name in store.list(f"{COMMITS}/data")))
 
 
 def _both_manifests(store: Store, findings: Findings) -> None:
@@ -103,27 +78,37 @@ def _both_manifests(store: Store, findings: Findings) -> None:
             findings.add(name, str(error))
 
 
-def _stage(store: Store, manifest: Manifest, stage: str, findings: Findings) -> None:
-    expected = _identity(manifest, stage)
-    for name, record in read_records(store, stage).items():
+def _stage(proof: Proof, stage: str) -> StageFound:
+    records, findings = read_records(proof.store, stage), proof.findings
+    found = StageFound(frozenset(records))
+    for name, record in records.items():
         findings.checked += 1
         if isinstance(record, DamagedRecord):
             findings.add(name, record.reason)
+            found.damaged.append(name)
             continue
-        if record.identity != expected:
+        if record.identity != _identity(proof.manifest, record):
             findings.add(name, "belongs to another request than the manifest")
-        sound = _files(store, record, findings)
-        if sound:
-            _contents(store, manifest, record, findings)
+        found.add(record)
+        if _files(proof.store, record, findings):
+            _contents(proof, record)
+    return found
 
 
-def _identity(manifest: Manifest, stage: str) -> str:
-    own = stage.removeprefix("reference/")
-    if stage == "reference":
-        return manifest.identities.reference_digest
-    if own != stage:
-        return replace(manifest.identities, reference=manifest.identities.policies[own]["reference"]).reference_digest
-    return manifest.identities.policy_digest(stage.removeprefix("scores/"))
+def _identity(manifest: Manifest, record: CommitRecord) -> str:
+    identities = manifest.identities
+    kind, _, own = record.stage.partition("/")
+    if kind == "scores":
+        return identities.policy_digest(own)
+    if kind == "data":
+        return digest({"reference": identities.reference_digest, "export": record.notes.get("export")})
+    return replace(identities, reference=_reference(manifest, own)).reference_digest
+
+
+def _reference(manifest: Manifest, policy: str) -> Mapping[str, object]:
+    """The fields of the reference that a policy brought along, else of the run's."""
+    own: Mapping[str, object] | None = manifest.identities.policies.get(policy, {}).get("reference")
+    return own or manifest.identities.reference
 
 
 def _files(store: Store, record: CommitRecord, findings: Findings) -> bool:
@@ -135,90 +120,39 @@ def _files(store: Store, record: CommitRecord, findings: Findings) -> bool:
     return all(state is FileState.SOUND for state in states)
 
 
-def _contents(store: Store, manifest: Manifest, record: CommitRecord, findings: Findings) -> None:
+def _contents(proof: Proof, record: CommitRecord) -> None:
+    store, manifest, findings = proof.store, proof.manifest, proof.findings
+    if record.stage.startswith(DATA):
+        return  # its rows are those of the input; what was added to them stands in the parts of stage one
     tables = {file.name: store.read_table(file.name) for file in record.files}
     main = next((name for name in tables if not name.startswith("rejects/")), None)
     if main is None:
         findings.add(record.name, "names no part")
         return
-    table = tables[main]
-    findings.rows += table.num_rows
-    _counts(record, tables, main, findings)
-    _finite(main, table, findings)
-    if record.stage.startswith("scores/"):
-        _derived(main, table, manifest, record.stage.removeprefix("scores/"), findings)
+    findings.rows += tables[main].num_rows
+    check(Block(manifest, record, tables, main, _before(proof, record)), proof.allowed, findings)
 
 
-def _counts(record: CommitRecord, tables: dict[str, pa.Table], main: str, findings: Findings) -> None:
-    if record.counts.get("scored") != tables[main].num_rows:
-        findings.add(main, f"holds {tables[main].num_rows} rows, its record counts {record.counts.get('scored')}")
-    rejected = sum(table.num_rows for name, table in tables.items() if name != main)
-    elsewhere = "rejected/data" if record.stage.startswith("reference/") else " "
-    codes = [name for name in record.counts if name.startswith("rejected/") and not name.startswith(elsewhere)]
-    counted = sum(record.counts[name] for name in codes)
-    if rejected != counted:
-        findings.add(record.name, f"counts {counted} rejected rows, the files hold {rejected}")
-    own = [t for name, t in tables.items() if not name.startswith("rejects/data/")]
-    ids = [row_id for table in own for row_id in table["row_id"].to_pylist()]
-    if len(set(ids)) != len(ids):
-        findings.add(main, "a row_id occurs twice")
-    if digest(sorted(ids, key=_place)) != record.row_ids_digest:
-        findings.add(main, "its rows are not those that the record covers")
+def _before(proof: Proof, record: CommitRecord) -> CommitRecord | None:
+    """The record of the same block that this one goes on from. None for the run's reference, or where it is no more."""
+    kind, _, own = record.stage.partition("/")
+    brought = kind == "scores" and "reference" in proof.manifest.identities.policies[own]
+    stage = f"reference/{own}" if brought else "reference"
+    name = record_name(stage, record.block, record.blocks)
+    if not own or name not in proof.stages[stage].records:
+        return None
+    found = read_record(proof.store, name)
+    return found if isinstance(found, CommitRecord) else None
 
 
-def _place(row_id: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in row_id.split(":"))
-
-
-def _finite(name: str, table: pa.Table, findings: Findings) -> None:
-    for column in table.column_names:
-        values = table[column]
-        if pa.types.is_floating(values.type) and not pc.all(pc.is_finite(values.drop_null()), min_count=0).as_py():
-            findings.add(name, f"column {column} holds a number that is not finite")
-
-
-def _derived(name: str, table: pa.Table, manifest: Manifest, policy: str, findings: Findings) -> None:
-    fields = manifest.identities.policies[policy]
-    loss = _loss(table)
-    if loss is None:
-        findings.add(name, "says nothing of its loss")
-        return
-    if json.loads(json.dumps(loss.identity())) != fields.get("loss"):
-        findings.add(name, "its loss is not the one the manifest names")
-    reference = fields.get("reference") or manifest.identities.reference
-    has_reference = reference.get("weights") is not None or reference.get("columns") is not None
-    again = derive_table(table, loss, has_reference=has_reference)
-    for column in DERIVED:
-        if not again[column].equals(table[column]):
-            findings.add(name, f"column {column} does not follow from the stored log-probs")
-
-
-def _loss(table: pa.Table) -> ResolvedLoss | None:
-    stored = (table.schema.metadata or {}).get(b"dpo_score.loss_spec")
-    return parse_loss(LossSpec.model_validate_json(stored)) if stored else None
-
-
-def _outputs(store: Store, manifest: Manifest, findings: Findings) -> None:
-    """The files written at the end, against the manifest."""
-    for file in manifest.outputs:
+def _outputs(proof: Proof) -> None:
+    """The files written at the end, against the manifest, but for those that were looked at with their records."""
+    store, findings = proof.store, proof.findings
+    known = {file for found in proof.stages.values() for file in found.exported}
+    for file in proof.manifest.outputs:
+        if file in known:
+            continue
         findings.checked += 1
         stat = store.stat(file.name)
         if stat is None or stat.size != file.size or store.sha256(file.name) != file.sha256:
             findings.add(file.name, "missing or altered since the run wrote it")
-
-
-def _counted(store: Store, manifest: Manifest, findings: Findings) -> None:
-    """No block is missing whose rows the summary counts."""
-    if manifest.state != "complete" or not store.exists("summary.json"):
-        return
-    try:
-        policies = store.read_json("summary.json")["policies"]
-        counted = {name: int(policy["overall"]["scored"]) for name, policy in policies.items()}
-    except (DamageError, LookupError, TypeError, ValueError):
-        return  # altered: found by its checksum
-    for name, scored in counted.items():
-        records = list(read_records(store, f"scores/{name}").values())
-        whole = [record for record in records if isinstance(record, CommitRecord)]
-        held = sum(record.counts.get("scored", 0) for record in whole)
-        if held < scored and len(whole) == len(records):
-            findings.add(f"scores/{name}", f"holds {held:,} rows, summary.json counts {scored:,}: a block is missing")

@@ -79,7 +79,7 @@ class Relay(Progress):
     def say(self, line: str) -> None:
         self._told.append(line)
 
-    def warn(self, line: str) -> None:
+    def warn(self, line: str, example: str = "") -> None:
         if line not in self.warnings:
             self.warnings.append(line)
             self._warned_of.append(line)
@@ -146,17 +146,25 @@ class Worker:
         return self._now[1:]
 
     def _task(self, assignment: Assignment) -> ReferenceJob | PolicyJob:
+        task = self._found(assignment)
+        if task.identity != assignment.identity:
+            del self._job  # a reference may have gone to the plain path since: the manifest is read again
+            task = self._found(assignment)
+        if task.identity != assignment.identity:
+            raise IdentityError(
+                f"{platform.node()} finds other data, models or settings for {assignment.stage} than the process that "
+                "sends it work: all machines must see the same files under the same paths"
+            )
+        return task
+
+    def _found(self, assignment: Assignment) -> ReferenceJob | PolicyJob:
+        """The task as it is resolved here, on the path that it was assigned with."""
         tasks: list[ReferenceJob | PolicyJob] = [*self._job.references, *self._job.policies]
         task = next(task for task in tasks if task.stage == assignment.stage)
         if isinstance(task, PolicyJob) and task.failure is not None:
             raise ModelError(f"on {platform.node()}: {task.failure}")
         if isinstance(task, PolicyJob) and task.numerics != assignment.numerics:
             task = identified(replace(task, numerics=assignment.numerics), self._job.identities)
-        if task.identity != assignment.identity:
-            raise IdentityError(
-                f"{platform.node()} finds other data, models or settings for {assignment.stage} than the process that "
-                "sends it work: all machines must see the same files under the same paths"
-            )
         return task
 
     @cached_property

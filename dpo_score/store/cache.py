@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from dpo_score.errors import DamageError
+from dpo_score.store.contents import content_digest_of
 from dpo_score.store.entries import CacheEntry, from_table
 from dpo_score.store.identity import digest
 from dpo_score.store.protocol import Store, WarningsTo, log
-from dpo_score.store.space import DESCRIPTION, CacheSpace, CacheView, content_digest_of
+from dpo_score.store.space import DESCRIPTION, CacheSpace, CacheView
 from dpo_score.store.storage import open_store
 
 __all__ = ["CacheEntry", "CacheSpace", "CacheView", "LogpCache", "Removed", "open_cache"]

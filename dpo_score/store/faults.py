@@ -55,6 +55,12 @@ def explain(error: OSError, path: str | Path) -> StorageError:
     return StorageError(f"{path}: {meaning}{code}. {way_out}.")
 
 
+def unless_gone(error: OSError) -> None:
+    """For a walk: a folder that is not there holds nothing; one that cannot be read might hold anything."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise explain(error, str(error.filename)) from error
+
+
 @contextmanager
 def translated(path: str | Path) -> Iterator[None]:
     """Turn an OSError raised inside into the StorageError that names `path`."""

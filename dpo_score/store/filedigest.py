@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,17 @@ from dpo_score.store.storage import open_store
 FOLDER = "file-digests"
 SETTLED_NS = 2_000_000_000
 ATTEMPTS = 2
+CHUNK_BYTES = 1 << 20
 
 
 class FileDigests:
-    """Digests of files, kept under the cache folder of this machine."""
+    """Digests of files, kept under the cache folder of this machine.
 
-    def __init__(self, cache_root: str | Path) -> None:
-        self._store = open_store(cache_root)
+    `check` is called between chunks of a file that has to be read; what it raises ends that.
+    """
+
+    def __init__(self, cache_root: str | Path, check: Callable[[], object] = lambda: None) -> None:
+        self._store, self._check = open_store(cache_root), check
 
     def sha256(self, path: str | Path) -> str:
         """The sha256 of a file or URL in hexadecimal. StorageError when it cannot be read or changes while it is."""
@@ -40,7 +45,7 @@ class FileDigests:
             known = self._known(real, before)
             if known is not None:
                 return known
-            found = _hashed(real)
+            found = _hashed(real, self._check)
             if _state(real) == before:
                 self._remember(real, before, found)
                 return found
@@ -100,9 +105,13 @@ def _opened(url: str) -> tuple[Any, str]:
     return fs, str(root)
 
 
-def _hashed(path: str) -> str:
+def _hashed(path: str, check: Callable[[], object]) -> str:
+    found = hashlib.sha256()
     with translated_remote(path), _open(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(CHUNK_BYTES):
+            check()
+            found.update(chunk)
+    return found.hexdigest()
 
 
 def _open(path: str) -> Any:

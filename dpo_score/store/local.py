@@ -14,7 +14,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from dpo_score.errors import DamageError, StorageError, UsageError
 from dpo_score.store import locks, names, storage, tables
-from dpo_score.store.faults import translated
+from dpo_score.store.faults import translated, unless_gone
 from dpo_score.store.protocol import FileStat, WarningsTo, json_bytes, log, parse_json
 from dpo_score.store.storage import Sink
 from dpo_score.store.tables import FileRecord
@@ -57,11 +57,8 @@ class LocalStore:
 
     def write_bytes(self, name: str, data: bytes, if_absent: bool = False) -> bool:
         """Atomic. With `if_absent`, False and no change when `name` exists (one winner among processes)."""
-        if not if_absent:
-            self._publish(name, lambda sink: sink.write(data))
-            return True
-        with translated(self.root / name), self._mutex():
-            if self.exists(name):
+        with translated(self.root / name), self._mutex() if if_absent else nullcontext():
+            if if_absent and self.exists(name):
                 return False
             self._publish(name, lambda sink: sink.write(data))
             return True
@@ -187,7 +184,8 @@ class LocalStore:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def exists(self, name: str) -> bool:
-        return self.path(name).is_file()
+        with translated(self.root / name):
+            return self.path(name).is_file()
 
     def stat(self, name: str) -> FileStat | None:
         """None when there is no such file."""
@@ -203,10 +201,10 @@ class LocalStore:
         """All files below a folder, sorted; `.work` only when asked for."""
         top = self.path(prefix) if prefix else self.root
         found = []
-        for folder, folders, files in os.walk(top):
+        for folder, folders, files in os.walk(top, onerror=unless_gone):
             if not prefix:
                 folders[:] = [f for f in folders if f != names.WORK]
-            found += [(Path(folder) / file).relative_to(self.root).as_posix() for file in files]
+            found += [f"{folder}/{file}".removeprefix(f"{self.root}/") for file in files]
         return tuple(sorted(found))
 
     # removing
@@ -232,7 +230,9 @@ class LocalStore:
 
     def sweep(self) -> tuple[str, ...]:
         """Remove unfinished files of dead processes of this host, and day-old ones of others; returns their names."""
-        stale = [name for name in self.list(names.WORK) if self._is_stale(name)]
+        stale: list[str] = []
+        with suppress(StorageError):  # the workshop of a shared cache may be closed to this user
+            stale += [name for name in self.list(names.WORK) if self._is_stale(name)]
         for name in stale:
             self.remove(name)
         return tuple(stale)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import shutil
 import tempfile
 import weakref
@@ -21,6 +22,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
+from dpo_score.errors import ConfigError
 from dpo_score.store import lease, names, storage, tables
 from dpo_score.store.faults import translated_remote
 from dpo_score.store.local import LocalStore
@@ -35,7 +37,7 @@ class RemoteStore:
 
     def __init__(self, url: str, warnings_to: WarningsTo = log.warning) -> None:
         self._protocol = url.split("://", 1)[0]
-        self._fs, self._root = fsspec.core.url_to_fs(url.rstrip("/"), use_listings_cache=False)
+        self._fs, self._root = _opened(url)
         self._warn = warnings_to
         spool = tempfile.mkdtemp(prefix="dpo-score-")
         weakref.finalize(self, shutil.rmtree, spool, ignore_errors=True)
@@ -202,3 +204,19 @@ class RemoteStore:
             yield
         finally:
             self._guard = lambda: None
+
+
+def _opened(url: str) -> tuple[Any, str]:
+    """The file system behind a URL, and the place in it. ConfigError when there is none for its scheme."""
+    scheme = url.split("://", 1)[0]
+    if scheme not in (known := fsspec.available_protocols()):
+        raise ConfigError(f"{url}: no file system is known for {scheme}://; known: {', '.join(sorted(known))}")
+    with translated_remote(url):
+        try:
+            fs, root = fsspec.core.url_to_fs(re.sub(r"(?<![:/])/+$", "", url), use_listings_cache=False)
+        except ImportError as error:
+            extra = " (pip install 'dpo-score[s3]')" if scheme in ("s3", "s3a") else ""
+            raise ConfigError(f"{url}: a package that {scheme}:// needs is not installed: {error}{extra}") from None
+        except (ValueError, TypeError, AttributeError) as error:  # schemes that lie over another one, or take a login
+            raise ConfigError(f"{url} cannot be written to: {error}. Choose a folder, s3:// or gs://") from None
+    return fs, str(root)

@@ -1,9 +1,9 @@
 """One namespace of the cache: adding blocks of entries, finding them again.
 
-Promises: a view sees exactly the files of its snapshot; adding is safe beside other processes; damage is
-quarantined with one warning and becomes misses; memory stays flat however many entries there are. Value files
-keep row order when the index is compacted: a run over the same data reads them in sequence, and a snapshot names
-them for as long as they exist.
+Promises: a view sees exactly the files of its snapshot; adding is safe beside other processes and costs no listing;
+damage is quarantined with one warning and becomes misses; memory stays flat however many entries there are. Value
+files keep row order when the index is compacted: a run over the same data reads them in sequence, and a snapshot
+names them for as long as they exist.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dpo_score.errors import DamageError, StorageError
 from dpo_score.store import keyindex
+from dpo_score.store.contents import Contents, file_name
 from dpo_score.store.entries import KEY_BYTES, CacheEntry, EntryBlock, is_finite, keys_of, pack, to_table
 from dpo_score.store.identity import digest
 from dpo_score.store.keyindex import KeyIndex
@@ -38,6 +39,7 @@ class CacheSpace:
         self.store, self.warn = store, warnings_to
         self.folder, self.fields = folder, fields
         self._described = False
+        self._contents: Contents | None = None
         self._whole: set[str] = set()
 
     def snapshot(self) -> tuple[str, ...]:
@@ -48,22 +50,30 @@ class CacheSpace:
     def add(self, name_hint: str, entries: Mapping[bytes, CacheEntry]) -> str | None:
         """Store a block of entries in their order; its file name, None when there was nothing to store.
 
-        Entries that hold a value that is not finite are left out. Equal blocks, from whatever process, are one file.
+        Entries that hold a value that is not finite are left out. Equal blocks under one name, from whatever process,
+        are one file; under several names they are, unless another process added one after this one had listed.
         """
         kept = {key: entry for key, entry in entries.items() if is_finite(entry)}
         return self.add_block(name_hint, pack(kept)) if kept else None
 
     def add_block(self, name_hint: str, block: EntryBlock) -> str:
         """`add`, from arrays."""
-        content = block.content_digest
-        for name in self.snapshot():
-            if content_digest_of(name) == content:
-                return name
-        name = f"{_UNSAFE.sub('-', name_hint)[:80] or 'block'}-{content}.parquet"
+        content, contents = block.content_digest, self._listed()
+        found = contents.find(content)
+        if found is not None and self.store.exists(f"{self.folder}/{found}"):
+            return found
+        name = file_name(_UNSAFE.sub("-", name_hint)[:80] or "block", content)
         self._describe()
         table = to_table(block)
         self.store.write_tables(f"{self.folder}/{name}", table.schema, [table], {"dpo_score": "cache 1"}, GROUP_ROWS)
+        contents.add(content, name)
         return name
+
+    def _listed(self) -> Contents:
+        """Listed once: by the view that a run begins with, else before the first block."""
+        if self._contents is None:
+            self._contents = Contents(self.snapshot())
+        return self._contents
 
     def _describe(self) -> None:
         """Say in words what the folder is for, once."""
@@ -73,7 +83,8 @@ class CacheSpace:
 
     def view(self, snapshot: Sequence[str]) -> CacheView:
         """The entries of the files named, whatever has been added since. Files that are gone are said once."""
-        present = set(self.snapshot())
+        listed = self.snapshot()
+        present, self._contents = set(listed), Contents(listed)
         gone = sorted(set(snapshot) - present)
         if gone:
             self.warn(
@@ -211,11 +222,6 @@ class CacheView:
 
     def _unindexed(self, indexes: Sequence[KeyIndex]) -> list[str]:
         return sorted(self._files.difference(*(index.files for index in indexes)))
-
-
-def content_digest_of(name: str) -> str:
-    """The digest in the name of a value file."""
-    return name.removesuffix(".parquet").rpartition("-")[2]
 
 
 def _outweighs(ordered: Sequence[tuple[str, KeyIndex]]) -> bool:

@@ -3,9 +3,11 @@
     python -m tests.benchmarks.bench_blocks                          20,000 blocks of one pair in this process
     python -m tests.benchmarks.bench_blocks --engine ray --workers 2
     python -m tests.benchmarks.bench_blocks --blocks 5000 --out /mnt/shared/bench
+    python -m tests.benchmarks.bench_blocks --blocks 0 --cached 40000
 
 No model: stage one takes its values from columns of the data, so all that is left is reading, rendering, writing,
-syncing and committing. Prints seconds, milliseconds a block and resident memory as it goes; asserts nothing.
+syncing and committing. Prints seconds, milliseconds a block and resident memory as it goes; asserts nothing. Such
+values are not cached: what the cache adds to a block is measured by itself, beside `--cached` files of the model.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from dpo_score.run.desk import Desk
 from dpo_score.run.job import Job
 from dpo_score.run.local import at_desk, run_references
 from dpo_score.run.progress import Progress
+from dpo_score.store.cache import CacheEntry, open_cache
 from tests.tiny import byte_tokenizer
 
 
@@ -111,6 +114,25 @@ def count_files(out: Path) -> str:
     return f"{len(found):,} files, {len(parts):,} parts, {len(records):,} records of {mean:,.0f} bytes"
 
 
+def cache_cost(folder: Path, files: int, blocks: int = 200) -> float:
+    """Seconds of processor time to add a block of 64 short pairs to a cache that holds `files` files, beyond the first,
+    for which they are listed. Nobody reads them, so they are empty."""
+    space = open_cache(folder / "cache").namespace({"weights": "synthetic"})
+    at = folder / "cache" / space.folder
+    at.mkdir(parents=True)
+    for number in range(files):
+        (at / f"ref-{number:032x}.parquet").touch()
+    entries = [
+        {(128 * n + i).to_bytes(16, "big"): CacheEntry(np.full(50, -1.0 - n, np.float32)) for i in range(128)}
+        for n in range(blocks)
+    ]
+    space.add("ref", entries[0])
+    began = time.process_time()
+    for block in entries[1:]:
+        space.add("ref", block)
+    return (time.process_time() - began) / (blocks - 1)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=20_000)
@@ -119,19 +141,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, help="a folder on the file system to be measured (default: a temporary one)"
     )
+    parser.add_argument("--cached", type=int, default=40_000, help="files in the cache that blocks are added to")
     asked = parser.parse_args(arguments)
     preparing.block_rows = lambda *_: 1
     folder = Path(tempfile.mkdtemp(prefix="bench-blocks-"))
     out = asked.out or folder / "out"
     try:
-        meter, config = Meter(max(asked.blocks // 10, 1)), configuration(folder, out, asked.blocks)
-        if asked.engine == "ray":
-            run_on_ray(config, meter, asked.workers)
-        else:
-            run_here(config, meter)
-        print(count_files(out))
+        seconds = cache_cost(folder / "filled", asked.cached)
+        print(f"a block into a cache of {asked.cached:,} files: {1000 * seconds:.1f} ms of processor time")
+        if asked.blocks:
+            run_blocks(asked, folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_blocks(asked: argparse.Namespace, folder: Path, out: Path) -> None:
+    meter, config = Meter(max(asked.blocks // 10, 1)), configuration(folder, out, asked.blocks)
+    if asked.engine == "ray":
+        run_on_ray(config, meter, asked.workers)
+    else:
+        run_here(config, meter)
+    print(count_files(out))
 
 
 if __name__ == "__main__":

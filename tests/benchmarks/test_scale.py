@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import bench_requests, scale
+from tests.benchmarks import bench_blocks, bench_requests, scale
 from tests.benchmarks.scale import MODEL, SIZES, Run
 
 README = Path(__file__).parents[2] / "README.md"
@@ -35,9 +35,19 @@ def test_hours_are_work_by_speed(pairs: int, tokens: int) -> None:
     assert (run.blocks - 1) * run.rows_a_block < pairs <= run.blocks * run.rows_a_block
 
 
+def test_a_block_goes_into_a_full_cache_as_into_an_empty_one(tmp_path: Path) -> None:
+    """By the clock of the processor: listing the larger one for each block would cost hundreds of times as much."""
+    costs = [bench_blocks.cache_cost(tmp_path / str(files), files, blocks=20) for files in (10, 20_000)]
+    assert costs[1] < 5 * costs[0]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_requests_of_a_block_are_those_of_the_page() -> None:
-    """On a busy machine a request is now and then sent twice, so a run that does as the page says is looked for."""
-    found = ({phase: sum(costs.values()) for phase, costs in bench_requests.a_block().items()} for _ in range(3))
+    """With a cache that holds nothing of the policy, and more files of the reference than a page of a listing does.
+
+    On a busy machine a request is now and then sent twice, so a run that does as the page says is looked for.
+    """
+    tries = (bench_requests.a_block(bench_requests.MANY) for _ in range(3))
+    found = ({phase: sum(costs.values()) for phase, costs in each.items()} for each in tries)
     assert any(costs == pytest.approx(scale.REQUESTS) for costs in found)

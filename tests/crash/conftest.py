@@ -14,7 +14,8 @@ import pytest
 from tests.crash.world import Ended, World
 
 SPREAD = 12
-CONSECUTIVE = 18
+CONSECUTIVE = 28
+"""A whole block commit, with what the next block writes beside it."""
 
 
 @dataclass(frozen=True)

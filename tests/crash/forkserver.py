@@ -1,11 +1,12 @@
 """A warmed process that forks one child per command line, so that a child costs no imports.
 
-    stdin   {"argv": [...], "watch": [folder, ...],
+    stdin   {"argv": [...], "watch": [folder, ...], "record": file or null,
              "fault": {"kind": "kill" | errno name | signal, "call": i, "after": bool, "times": n}}
     stdout  {"status": exit code, or -signal; "calls": [primitive, ...]; "errors": stderr text; "strays": [...]}
 
 In the child the storage primitives are numbered; the fault strikes before or after call number `call`. `watch`
 reports files that anything but the primitives (or a lock) opened for writing under the folders of the command.
+`record`: where each call goes with its arguments and result, pickled, in the order in which they took effect.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -86,6 +89,25 @@ class Numbered:
             raise OSError(number, os.strerror(number))
 
 
+def record(path: Path) -> None:
+    """Write every primitive call down. Threads call one at a time, so that the order is a true one."""
+    file, one_at_a_time = path.open("wb"), threading.Lock()
+
+    def recorded(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            with one_at_a_time:
+                result = real(*args)
+                plain = [bytes(arg) if isinstance(arg, memoryview) else arg for arg in args]
+                pickle.dump((name, plain, result), file)
+                file.flush()
+                return result
+
+        return call
+
+    for name in PRIMITIVES:
+        setattr(storage, name, recorded(name, getattr(storage, name)))
+
+
 def watch(folders: list[str], strays: Path) -> None:
     """Report every opening for writing below `folders` that did not come through storage or a lock."""
     report = os.open(strays, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -120,6 +142,8 @@ def child(job: dict[str, Any], folder: Path) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if job.get("watch"):
             watch(job["watch"], folder / "strays")
+        if job.get("record"):
+            record(Path(job["record"]))
         Numbered(job.get("fault") or {}, folder / "calls")
         status = _main(job["argv"])
     finally:

@@ -23,6 +23,8 @@ from dpo_score.store.resume import FileState, file_states
 ROOT = Path(__file__).parents[2]
 ROWS = 120
 RESULTS = ("scores", "reference", "rejects", "summary.json", "README.md", "pipeline.yaml")
+UNCOMMITTED = 2
+"""Blocks of which values may be computed and not committed: the one being written, and the one after it."""
 BAD = {7: {"chosen": None}, 55: {"prompt": None}, 119: {"rejected": None}}
 
 
@@ -78,8 +80,9 @@ class World:
         shutil.rmtree(self.out, ignore_errors=True)
         shutil.rmtree(self.cache, ignore_errors=True)
 
-    def run(self, *more: str, watch: bool = False, **fault: Any) -> Ended:
-        job = {"argv": self.argv(*more), "fault": fault, "watch": [str(self.out), str(self.cache)] if watch else []}
+    def run(self, *more: str, watch: bool = False, record: Path | None = None, **fault: Any) -> Ended:
+        watched = [str(self.out), str(self.cache)] if watch else []
+        job = {"argv": self.argv(*more), "fault": fault, "watch": watched, "record": record and str(record)}
         server = self._started()
         assert server.stdin is not None
         assert server.stdout is not None
@@ -116,7 +119,7 @@ class World:
         return {name: record for name, record in found.items() if isinstance(record, CommitRecord)}
 
     def check_invariants(self) -> None:
-        """What holds at every moment: final names are whole, and records tell the truth."""
+        """What holds at every moment: final names are whole, records tell the truth, and few blocks lack theirs."""
         for name in self.store.list():
             if name.endswith(".parquet"):
                 self.store.read_table(name)
@@ -126,8 +129,11 @@ class World:
             manifest = read_manifest(self.store)
             assert manifest is not None
             assert manifest.warnings == ()
-        for name, record in self.committed().items():
+        committed = self.committed()
+        for name, record in committed.items():
             assert set(file_states(self.store, record)) <= {FileState.SOUND}, name
+        computed = list(self.cache.glob("logps/*/*/*.parquet"))
+        assert len(computed) <= len(committed) + UNCOMMITTED, "a kill has cost more blocks"
 
     def identity_of_files(self) -> dict[str, tuple[int, int]]:
         """(inode, time of change) of every committed file: a file computed again would have others."""

@@ -11,7 +11,7 @@ import torch
 from dpo_score.logps import attention, attention_gpu, attention_sdpa
 from dpo_score.logps.attention_cpu import bmm_attention
 from dpo_score.logps.attention_sdpa import CpuPack
-from dpo_score.logps.plan import lay_out
+from dpo_score.logps.plan import BUCKETS, lay_out
 from tests.families import family
 from tests.logps.sequences import awkward, visible
 
@@ -113,6 +113,12 @@ def test_block_table_touches_every_visible_block_and_no_later_one():
         listed = set(order[q, : counts[q]])
         needed = {k for k in range(len(counts)) if seen[q * size : (q + 1) * size, k * size : (k + 1) * size].any()}
         assert needed <= listed <= set(range(q + 1))
+
+
+def test_flex_is_compiled_for_every_size_of_a_pack(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "compile", lambda _, dynamic: lambda: torch._dynamo.config.recompile_limit)
+    assert attention_gpu.flex.__wrapped__()() >= 4 * BUCKETS
 
 
 def test_variable_length_items_are_the_segments():

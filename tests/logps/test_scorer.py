@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_score.errors import ConfigError, Interrupted
+from dpo_score.errors import ConfigError, Interrupted, ModelError
 from dpo_score.logps.results import SequenceLogps, Unscored
 from dpo_score.logps.scorer import PairScorer, token_costs
 from dpo_score.pairs.records import TokenSequence
@@ -101,6 +101,15 @@ def test_a_row_too_large_alone_is_refused_alone(llama, path):
     refused = [r for r in results if isinstance(r, Unscored)]
     assert [r.code for r in refused] == ["too_large"]
     assert "80 tokens" in refused[0].reason
+
+
+def test_no_room_to_look_at_the_model_is_an_error_with_ways_out(llama, monkeypatch):
+    def full(*_args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("dpo_score.logps.scorer.dissect", full)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM in float32 does not fit on cpu .*--device-map"):
+        PairScorer(llama, numerics_for(llama, "fast"))
 
 
 def test_other_errors_are_not_taken_for_memory(llama):

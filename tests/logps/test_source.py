@@ -13,9 +13,10 @@ import pytest
 
 from dpo_score.config import PolicySpec
 from dpo_score.errors import ModelError
-from dpo_score.logps.limits import context_limit, embedding_rows
+from dpo_score.logps.limits import context_limit, embedding_rows, side_limits
 from dpo_score.logps.policies import resolve_policy
 from dpo_score.logps.source import ModelSource, Resolver, resolve
+from dpo_score.pairs.boundary import SideLimits
 from tests.logps.model_folders import edit, sha256, source
 from tests.tiny import VOCAB, tiny_model
 
@@ -64,6 +65,19 @@ def test_resolving_needs_neither_torch_nor_transformers(folder: Path) -> None:
 )
 def test_the_context_limit_is_that_of_the_text_positions(config: dict[str, Any], limit: int | None) -> None:
     assert context_limit(config) == limit
+
+
+@pytest.mark.parametrize(
+    ("config", "limits"),
+    [
+        ({"model_type": "t5", "n_positions": 512}, SideLimits()),
+        ({"max_position_embeddings": 64}, SideLimits(64, 64)),
+        ({"max_encoder_position_embeddings": 16384, "max_decoder_position_embeddings": 1024}, SideLimits(16384, 1024)),
+        ({"encoder": {"max_position_embeddings": 9}, "decoder": {"text_config": {"n_ctx": 8}}}, SideLimits(9, 8)),
+    ],
+)
+def test_an_encoder_and_its_decoder_have_limits_of_their_own(config: dict[str, Any], limits: SideLimits) -> None:
+    assert side_limits(config) == limits
 
 
 def test_padded_embeddings_count_by_their_rows_not_by_the_vocabulary(tmp_path: Path) -> None:

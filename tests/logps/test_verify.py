@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dpo_score.errors import ModelError
 from dpo_score.logps import attention, fast, verify
 from dpo_score.logps.anatomy import Anatomy, dissect
 from dpo_score.logps.plan import Segment, lay_out
@@ -141,3 +142,15 @@ def test_an_error_inside_a_model_is_a_verdict(monkeypatch):
     verdict = verdict_of("llama")
     assert not verdict.ok
     assert "cannot be multiplied" in verdict.reason
+
+
+@pytest.mark.parametrize("where", ["fast", "twin"])
+def test_no_room_for_the_check_is_an_error_and_no_verdict(monkeypatch, where):
+    """A verdict would be remembered, and the memory may be free the next time."""
+
+    def full(*_args, **_given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(*((fast.FastPath, "compute") if where == "fast" else (verify, "_ordinary")), full)
+    with pytest.raises(ModelError, match=r"fast path in float32 does not fit on cpu .*--quantization"):
+        verdict_of("llama")

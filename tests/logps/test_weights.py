@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from dpo_score.errors import ModelError
+from dpo_score.errors import HalfWrittenError, ModelError
 from tests.logps.model_folders import edit, source, write_canary
 
 
@@ -124,6 +125,22 @@ def test_allowed_pickles_are_part_of_the_source(folder: Path) -> None:
 def test_a_pickle_of_an_unknown_name_is_refused_even_when_allowed(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "weights.pt")
     refused(folder, r"weights\.pt is not a name that transformers reads", allow_pickle=True)
+
+
+@pytest.mark.parametrize(("left", "reason"), [(-30, "truncated"), (0, "empty")])
+def test_a_cut_archive_is_half_written(folder: Path, adapter: Path, left: int, reason: str) -> None:
+    """torch.save writes a zip archive, whose directory comes last."""
+    for place, name in ((adapter, "adapter_model"), (folder, "model")):
+        pickled = place / ("adapter_model.bin" if place is adapter else "pytorch_model.bin")
+        torch.save({"a": torch.ones(100)}, pickled)
+        (place / f"{name}.safetensors").unlink()
+        whole = source(folder, adapter, allow_pickle=True)
+        assert whole.pickle
+        content = pickled.read_bytes()
+        pickled.write_bytes(content[:left])
+        with pytest.raises(HalfWrittenError, match=f"{pickled.name} is {reason}"):
+            source(folder, adapter, allow_pickle=True)
+        pickled.write_bytes(content)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_score.pairs.boundary import Cut, boundary, cut, scored_count, shared_ids
+from dpo_score.pairs.boundary import Cut, SideLimits, boundary, cut, cut_apart, scored_count, shared_ids
 from dpo_score.pairs.cells import Problem
 from dpo_score.pairs.records import EncodedPair, Pair, Source, TokenIds
 
@@ -109,3 +109,25 @@ def test_scored_tokens_are_counted_without_the_very_first(
 ) -> None:
     masks = [None if m is None else np.array(m) for m in (prompt_mask, mask)]
     assert scored_count(ids(range(prompt)), masks[0], ids(range(side)), masks[1]) == count
+
+
+@given(
+    sizes=st.tuples(*3 * [st.integers(0, 8)]),
+    most=st.tuples(*2 * [st.none() | st.integers(1, 9)]),
+    end=st.booleans(),
+)
+def test_an_encoder_and_its_decoder_are_cut_apart(sizes: Any, most: Any, end: bool) -> None:
+    """The twin: slice each list and its mask by its own limit."""
+    whole = tokens(*sizes, prompt_mask=np.arange(sizes[0]) % 2 == 0, chosen_mask=np.arange(sizes[1]) % 3 == 0)
+    found = cut_apart(whole, SideLimits(*most), "keep_end" if end else "keep_start")
+    assert isinstance(found, Cut)
+
+    def part(values: Any, limit: int | None) -> list[Any]:
+        return list(values) if limit is None else list(values)[-limit:] if end else list(values)[:limit]
+
+    for name, limit in (("prompt", most[0]), ("chosen", most[1]), ("rejected", most[1])):
+        assert list(getattr(found.tokens, name)) == part(getattr(whole, name), limit)
+        mask = getattr(whole, f"{name}_mask")
+        assert mask is None or list(getattr(found.tokens, f"{name}_mask")) == part(mask, limit)
+    over = [limit is not None and size > limit for size, limit in zip(sizes, (most[0], *2 * [most[1]]), strict=True)]
+    assert (found.chosen_truncated, found.rejected_truncated) == (over[0] or over[1], over[0] or over[2])

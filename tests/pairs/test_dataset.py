@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 
 from dpo_score.config import DataSpec
 from dpo_score.errors import DataError
+from dpo_score.pairs import row_files
 from dpo_score.pairs.dataset import PairReader, mean_text_bytes, open_datasets, read_pairs, read_rows_at
 from dpo_score.pairs.records import Pair
+from dpo_score.pairs.row_files import JsonRows
 from tests.pairs.golden import GOLDEN
 
 
@@ -100,6 +102,62 @@ def test_consecutive_blocks_open_a_file_once(tmp_path: Path, monkeypatch: pytest
 
 def test_single_rows_by_number(two_sets: list[DataSpec]) -> None:
     assert prompts(read_rows_at(open_datasets(two_sets), [0, 3, 4, 10])) == ["p0", "p3", "p4", "p10"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "json"])
+@given(wanted=st.sets(st.integers(0, 39)))
+@settings(max_examples=20, deadline=None)
+def test_rows_by_number_are_those_of_one_pass(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, wanted: set[int]
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / f"picked-{kind}"
+    if not folder.exists():
+        folder.mkdir()
+        for name, first, count in (("a", 0, 23), ("b", 23, 17)):
+            save(folder / f"{name}.{kind}", rows(count, first))
+    datasets = open_datasets([spec(folder)])
+    whole = prompts(read_pairs(datasets, 0, 40))
+    assert prompts(read_rows_at(datasets, sorted(wanted))) == [whole[row] for row in sorted(wanted)]
+
+
+def save(path: Path, table: pa.Table) -> None:
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=5)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    else:
+        path.write_text(json.dumps(table.to_pylist()))
+
+
+def test_scattered_rows_of_json_lines_take_one_pass_and_parse_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "a.jsonl", rows(5000))
+    datasets = open_datasets([spec(tmp_path)])
+    opened: list[str] = []
+    parsed: list[object] = []
+    open_, parse = row_files.open_binary, JsonRows._parsed
+    monkeypatch.setattr(row_files, "open_binary", lambda path: (opened.append(path), open_(path))[1])
+    monkeypatch.setattr(JsonRows, "_parsed", lambda self, row: (parsed.append(row), parse(self, row))[1])
+    assert prompts(read_rows_at(datasets, range(0, 5000, 500))) == [f"p{i}" for i in range(0, 5000, 500)]
+    assert (len(opened), len(parsed)) == (1, 10)
+
+
+def test_units_of_two_rows_by_number(tmp_path: Path) -> None:
+    golden = next(g for g in GOLDEN if g.format == "ranked/two-rows")
+    table = pa.concat_tables([golden.table()] * 3)
+    pq.write_table(table.slice(0, table.num_rows - 1), tmp_path / "a.parquet")
+    datasets = open_datasets([spec(tmp_path)])
+    whole = list(read_pairs(datasets, 0, datasets[0].rows))
+    assert read_rows_at(datasets, [1, datasets[0].rows - 1]) == [whole[1], whole[-1]]
+
+
+def test_a_file_that_is_shorter_than_it_was_is_said(tmp_path: Path) -> None:
+    save(tmp_path / "a.jsonl", rows(30))
+    datasets = open_datasets([spec(tmp_path)])
+    save(tmp_path / "a.jsonl", rows(3))
+    with pytest.raises(DataError, match="ended before row 20"):
+        read_rows_at(datasets, [1, 20])
 
 
 def test_two_row_formats_count_pairs_of_rows(tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dpo_score.config import TextSpec
-from dpo_score.pairs.marks import Notes
-from dpo_score.pairs.records import MARKS, EncodedPair, Pair, Source
+from dpo_score.pairs.marks import example
+from dpo_score.pairs.records import MARKS, EncodedPair, Pair, Source, TokenIds
 from dpo_score.pairs.render import Renderer
 from tests.pairs.golden_rows import bot, user
 from tests.tiny import CHATML, byte_tokenizer
@@ -108,15 +109,33 @@ def test_empty_answer_still_scores_its_end() -> None:
     assert marks_of(calling) == set()
 
 
-def test_notes_count_and_keep_the_first_example() -> None:
-    renderer = Renderer(byte_tokenizer(), TextSpec())
-    renderer.encode([pair("q?", "yes"), pair("q?", "one\x1b", "one\x1b"), pair("q?", "two", "two"), pair("q?", "no!")])
-    notes: Notes = renderer.notes
-    assert notes.rows == 4
-    assert notes.share("identical_pair") == 0.5
-    assert notes.share("no_eos") == 0.0
-    assert notes.marks["identical_pair"].first_row == "0:7"
-    assert notes.marks["identical_pair"].example == "one\\x1b"
+@pytest.mark.parametrize("answer", ["yes", "yes, it is", " "])
+def test_no_eos_is_not_hidden_by_a_token_that_opens_the_turn(answer: str) -> None:
+    opened = "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    asked = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}" + opened
+    assert "no_eos" in marks_of(pair(ASKED, answer), byte_tokenizer(asked)), "opened in the prompt"
+    told = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+    assert "no_eos" in marks_of(pair(ASKED, answer), byte_tokenizer(told)), "opened with the answer"
+
+
+@pytest.mark.parametrize("behind", ["", "\n", " \n\n"])
+def test_an_end_may_be_followed_by_line_breaks(behind: str) -> None:
+    ended = "{% for m in messages %}{{ m.content }}<|im_end|>" + behind.replace("\n", "{{ '\\n' }}") + "{% endfor %}"
+    assert "no_eos" not in marks_of(pair(ASKED, "yes"), byte_tokenizer(ended))
+    assert "no_eos" in marks_of(pair(ASKED, "yes"), byte_tokenizer(ended.replace("<|im_end|>", "<|im_end|>.")))
+
+
+def test_an_example_shows_both_sides_escaped_and_cut() -> None:
+    [found] = Renderer(byte_tokenizer(), TextSpec()).encode([pair((user("q\x1b?"),), "long " * 50)])
+    assert isinstance(found, EncodedPair)
+    assert example(found) == f"'q\\x1b?' → '{'long ' * 16}…'"
+
+
+def test_an_example_of_token_ids_shows_ids() -> None:
+    ids = [np.array(part, np.int32) for part in ([1, 2], [3, 4, 5], [6])]
+    [found] = Renderer(None, TextSpec()).encode([Pair(HERE, "", "", "", TokenIds(*ids))])
+    assert isinstance(found, EncodedPair)
+    assert example(found) == "'1 2' → '3 4 5'"
 
 
 TRL_TEMPLATES = [

@@ -70,6 +70,12 @@ def test_a_row_cannot_set_how_the_template_is_called(name: str) -> None:
     assert failed(CHATML, **{name: True}).code == "template_error"
 
 
+@pytest.mark.parametrize("name", ["tokenize", "tools", "messages"])
+def test_a_run_that_would_set_it_is_refused_whole(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--chat-template-kwargs sets '{name}'"):
+        template(chat_template_kwargs={"style": "run", name: []})
+
+
 DATED = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}|{{ strftime_now(\"%Y\") }}{% endif %}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,38 @@ def test_a_column_of_the_wrong_type(said: Said, tmp_path: Path) -> None:
         (("--max-length", "1"), "text.max_length"),
         (("--render", "cht"), "text.render"),
         (("--keep-columns", "subst"), "did you mean 'subset'"),
+        (("--stats", "entrpy"), "did you mean 'entropy'"),
+        (("--threads", "-1"), "compute.threads"),
+        (("--batch-tokens", "0"), "compute.batch_tokens"),
+        (("--reference", "columns:subset"), "name two columns"),
+        (("--map", "prompt"), "'prompt' is no assignment"),
+        (("--render", "chat", "--chat-template-kwargs", '{"tools": []}'), "sets 'tools'"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_an_option_that_cannot_be(said: Said, good: Path, options: tuple[str, ...], expected: str) -> None:
     code, error = said(good, *options)
     assert (code, expected in error) == (2, True), error
+
+
+def test_reference_columns_of_words(said: Said, good: Path) -> None:
+    code, error = said(good, "--reference", "columns:subset,subset")
+    assert (code, "column 'subset'" in error, "no number" in error) == (2, True, True), error
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("vocab_size", "x"), ("num_attention_heads", 0), ("hidden_size", None), ("rope_parameters", 3)]
+)
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_a_configuration_that_cannot_be(
+    said: Said, runner: Runner, good: Path, tmp_path: Path, key: str, value: Any, tokenizer: bool
+) -> None:
+    folder = Path(shutil.copytree(runner.models["reference"], tmp_path / "odd"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    other = () if tokenizer else ("--tokenizer", str(runner.models["better"]))
+    code, error = said(good, *other, reference=folder)
+    assert (code, f"{folder}" in error) == (2, True), error
 
 
 def test_an_unknown_flag(said: Said, good: Path) -> None:

@@ -9,10 +9,11 @@ import pytest
 from dpo_score.cli import main
 from dpo_score.errors import ConfigError, FailIfError, UsageError
 from dpo_score.run.compare import compare, raise_failed
-from dpo_score.run.results import natural, step_of
+from dpo_score.run.results import step_of
 from dpo_score.run.show_compare import compared, sparkline, verdict_lines
 from dpo_score.scores.lineup import line_up
 from dpo_score.scores.matchup import matchup
+from dpo_score.sweeps import natural
 from tests.run.small_run import small_run
 from tests.scores.scored import scored
 

@@ -1,7 +1,7 @@
 """Which change of a request refuses to go on in OUT, and which does not: one real run, asked again in many ways.
 
-`BASE` is run once. Each row of `REFUSED` changes one thing that numbers depend on; each of `RESUMED` one that they
-do not depend on, and then nothing is computed and no committed file is touched.
+`Done` is run once. Each row of `REFUSED` changes one thing that numbers depend on; each of `RESUMED` one that they
+do not depend on, and then nothing is computed and no committed file is touched. `ELSEWHERE` names every other option.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from dpo_score.errors import IdentityError
+from dpo_score.options import OPTIONS
 from dpo_score.pipeline import load_config
 from dpo_score.run import prepare as preparing
 from dpo_score.run.local import run
@@ -140,6 +141,7 @@ REFUSED = {
     "split": ("split", option("train"), 'text.data.pairs.split[0]: (absent) → "train"'),
     "pairing": ("pairing", option("all"), 'pairing: "best-worst" → "all"'),
     "ties": ("keep_ties", option(True), "keep_ties: false → true"),
+    "which label": ("preference", option("safer"), 'pairs.preference: null → "safer"'),
     "sample": ("sample", option(20), "text.sample: null → 20"),
     "carried columns": ("keep_columns", option("subset"), 'keep_columns[0]: (absent) → "subset"'),
     "render": ("render", option("raw"), 'text.text.render: "auto" → "raw"'),
@@ -150,6 +152,8 @@ REFUSED = {
     "system mode": ("system_mode", option("drop"), 'text.text.system_mode: "fill" → "drop"'),
     "truncation": ("truncation", option("keep_end"), 'truncation: "keep_start" → "keep_end"'),
     "length": ("max_length", option(100), "text.text.max_length: 200 → 100"),
+    "keys that are null": ("keep_nulls", option(True), "pairs.keep_nulls: false → true"),
+    "benchmark": ("rewardbench", option("corrected"), 'text.text.render: "auto" → "chat"'),
     "date": ("date", option("2024-07-27"), 'text.text.date: "2024-07-26" → "2024-07-27"'),
     "tokenizer": ("tokenizer", other_tokenizer, "text.text.tokenizer_sha256"),
     "scored tokens": ("score", option("last"), 'text.text.score: "completion" → "last"'),
@@ -157,6 +161,12 @@ REFUSED = {
     "quantization": ("quantization", option("int8"), "reference.weights"),
     "policy": ("policy", one_policy("better", "{better}"), "policies.better.weights"),
     "adapter": ("policy", one_policy("tuned", "{here}/reference+{adapter}"), "policies.tuned.weights"),
+    "kind of device": ("device", option("cuda"), 'numerics.device_kind: "cpu" → "cuda"'),
+    "devices that a model is dealt out to": (
+        "tensor_parallel",
+        option(2),
+        "reference.numerics.tensor_parallel: (absent) → 2",
+    ),
     "dtype": ("dtype", option("bfloat16"), 'reference.numerics.dtype: "float32" → "bfloat16"'),
     "path": ("path", option("fast"), 'numerics.path: "plain" → "fast"'),
     "compilation": ("compile", option("on"), "numerics.compile: false → true"),
@@ -216,7 +226,30 @@ RESUMED: dict[str, tuple[str, Callable[[Done], Any]]] = {
     "the format by name": ("format", option("pair-text")),
     "the date left out": ("date", option(None)),
     "numerics left out": ("path", option(None)),
+    "the device by name": ("device", option("cpu")),
+    "layers on several devices": ("device_map", option("auto")),
+    "the engine by name": ("engine", option("local")),
+    "a cluster": ("ray_address", option("auto")),
+    "workers": ("workers", option(3)),
+    "the base of adapters by name": ("policy_base", option("reference")),
+    "another slice": ("slice", option(["length"])),
+    "ids beside the values": ("emit_ids", option(True)),
+    "code of models allowed": ("trust_remote_code", option(True)),
 }
+
+ELSEWHERE = {
+    "out": "the folder itself",
+    "blocks": "a share computes what is due: tests/run/test_shares.py",
+    "data_revision": "the commit that it names is part of the data, on the hub alone: tests/pairs/test_hub.py",
+    "reference_revision": "a commit of the hub gives other weights or the same: tests/run/test_revisions.py",
+    "log_to": "writes to trackers, after the run: tests/run/test_trackers.py",
+}
+
+
+def test_every_option_is_in_a_table_or_tested_elsewhere() -> None:
+    tables = {name for name, *_ in REFUSED.values()} | {name for name, *_ in RESUMED.values()}
+    assert tables | ELSEWHERE.keys() == {option.name for option in OPTIONS}
+    assert not tables & ELSEWHERE.keys()
 
 
 @pytest.mark.parametrize("what", RESUMED)
@@ -234,21 +267,6 @@ def test_the_block_size_is_decided_once(done: Done, monkeypatch: pytest.MonkeyPa
     before = done.files()
     done.again()
     assert done.files() == before
-
-
-def test_another_environment_is_said_and_refused_only_when_strict(
-    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = str(tmp_path / "out")
-    done.again(out=out)
-    true = preparing.versions
-    monkeypatch.setattr(preparing, "versions", lambda n: {**true(n), "torch": "9.9", "device": "NVIDIA H200"})
-    done.again(out=out)
-    warnings = status(out)["warnings"]
-    assert [w for w in warnings if "torch:" in w and '→ "9.9"' in w]
-    assert [w for w in warnings if 'device: (absent) → "NVIDIA H200"' in w]
-    with pytest.raises(IdentityError, match=r"(?s)--strict-env.*torch: .*9\.9"):
-        done.again(out=out, strict_env=True)
 
 
 def test_a_run_begun_on_a_large_device_goes_on_alike_on_a_small_one(

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_score.run.overlap import ahead, at_once, behind
+from dpo_score.run.progress import Progress
 from tests.run.conftest import preference_rows, write_rows
 
 
@@ -72,6 +73,31 @@ def test_behind_runs_tasks_in_order_and_raises_the_first_failure() -> None:
     assert done == list(range(20))
     with pytest.raises(ZeroDivisionError), behind() as submit:
         submit(lambda: 1 // 0)  # type: ignore[arg-type]
+
+
+def test_a_kill_costs_the_block_being_written_and_the_one_being_computed(
+    runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpo_score.run import local, prepare
+
+    begun, committed, uncommitted = [0], [0], []
+    commit = local.commit
+
+    class Begun(Progress):
+        def block(self, rows: int, tokens: int) -> None:
+            begun[0] += 1
+            uncommitted.append(begun[0] - committed[0])
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.05)
+        commit(*args)
+        committed[0] += 1
+
+    monkeypatch.setattr(prepare, "block_rows", lambda *_: 4)
+    monkeypatch.setattr(local, "commit", slowly)
+    data = write_rows(tmp_path / "pairs.parquet", preference_rows(40))
+    local.run(runner.config(data, tmp_path / "out"), Begun(quiet=True))
+    assert max(uncommitted) <= 2
 
 
 def test_blocks_in_memory_stay_few_behind_a_slow_writer(

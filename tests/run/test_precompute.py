@@ -395,3 +395,13 @@ def test_the_digest_of_a_tokenizer_is_the_one_that_the_trainer_finds() -> None:
     for without in ([], [tokenizer.pad_token], [None, "<|endoftext|>"]):
         assert tokenizer_digest(tokenizer, without) == load_ref_logps.tokenizer_digest(tokenizer, without)
     assert tokenizer_digest(tokenizer) != tokenizer_digest(byte_tokenizer(bos=True))
+
+
+def test_the_contract_knows_texts_that_are_read_as_conversations(model: Path, tmp_path: Path) -> None:
+    """A trainer must render them with the template that they were scored with."""
+    rows = [{"prompt": "q", "chosen": "yes", "rejected": "no"}] * 3
+    told = [{**row, "system": "Be brief."} for row in rows]
+    for name, given in (("plain", rows), ("told", told)):
+        export(write_rows(tmp_path / f"{name}.parquet", given), model, tmp_path / name)
+    found = {name: json.loads((tmp_path / name / "dpo_score.json").read_text())["text"] for name in ("plain", "told")}
+    assert [found[name]["chat"] for name in ("plain", "told")] == [False, True]

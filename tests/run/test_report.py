@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from dpo_score.errors import UsageError
 from dpo_score.run.report import report, tables, write_report
 from dpo_score.run.results import open_out
-from tests.run.small_run import small_run
+from tests.run.small_run import WORDS, small_run
+
+SPOKEN = sorted(set(WORDS) - {"the", "over", "a", "while", "box"})
+"""Words of the data that a report does not use itself."""
 
 
 def page(**options: object) -> str:
@@ -32,6 +37,21 @@ def test_no_text_leaves_every_text_out() -> None:
     assert "lazy" not in html
     assert "<details><summary>What" in html
     assert "--no-text" in html
+
+
+@pytest.mark.parametrize("how", ["report", "tables"])
+def test_no_text_shows_no_text_as_the_name_of_a_group(how: str) -> None:
+    columns = ["prompt", "subset", "length", "chosen_tokens"]
+    found = page(no_text=True, slices=columns) if how == "report" else written(no_text=True, slices=columns)
+    assert not [word for word in SPOKEN if re.search(rf"\b{word}\b", found)]
+    assert "group 30" in found
+    assert "numbered" in found
+    assert "up to 32" in found
+    assert "lazy" in (page(slices=columns) if how == "report" else written(slices=columns))
+
+
+def written(**options: Any) -> str:
+    return "".join(tables(str(small_run().out), form, **options) for form in ("md", "csv", "tex"))
 
 
 def test_changed_data_is_said_and_its_text_not_shown() -> None:

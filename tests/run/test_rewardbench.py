@@ -11,9 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dpo_score.errors import ConfigError
 from dpo_score.pipeline import load_config
 from dpo_score.run.local import run
 from dpo_score.run.progress import Progress
+from dpo_score.run.rewardbench import Setting
+from dpo_score.store.manifest import read_manifest
+from dpo_score.store.storage import open_store
 from tests.rewardbench_oracle import twin_ids, twin_logps, twin_sections, twin_ties
 from tests.run.conftest import Runner, sentence, write_rows
 from tests.tiny import byte_tokenizer, save_tiny
@@ -207,6 +211,41 @@ def test_a_prompt_that_lost_an_answer_is_left_out(tmp_path: Path, runner: Runner
     found = outcome.summary["policies"]["better"]["rewardbench"]["best_of_n"]
     assert found["incomplete"] == 1
     assert {name: cell["prompts"] for name, cell in found["subsets"].items()} == {"Math": 2}
+
+
+@pytest.mark.parametrize("pairing", ["random", "adjacent"])
+@pytest.mark.parametrize("mode", ["exact", "corrected"])
+def test_a_pairing_that_leaves_answers_out_is_refused(tmp_path: Path, runner: Runner, pairing: str, mode: str) -> None:
+    data = write_rows(tmp_path / "b.parquet", lists())
+    with pytest.raises(ConfigError, match=f"--rewardbench {mode}: data set 'b' .* --pairing {pairing} .* best-worst"):
+        runner(data, tmp_path / "out", rewardbench=mode, pairing=pairing)
+    assert not list(tmp_path.glob("out/scores/*"))
+
+
+def test_every_other_pairing_gives_the_same_table(tmp_path: Path, runner: Runner) -> None:
+    data = write_rows(tmp_path / "b.parquet", lists())
+    tables = [
+        runner(data, tmp_path / pairing, rewardbench="corrected", pairing=pairing).summary["policies"]["better"]
+        for pairing in ("best-worst", "all")
+    ]
+    assert tables[0]["rewardbench"] == tables[1]["rewardbench"]
+
+
+def test_pairs_of_ranked_lists_may_be_drawn(tmp_path: Path, runner: Runner) -> None:
+    rows = [{"prompt": f"q {i}", "responses": ["a b", "c", "d"], "scores": [3.0, 2.0, 1.0]} for i in range(4)]
+    data = write_rows(tmp_path / "b.parquet", rows)
+    found = runner(data, tmp_path / "out", rewardbench="corrected", pairing="random")
+    assert found.summary["policies"]["better"]["rewardbench"]["subsets"]["b"]["n"] == 4
+
+
+def test_one_pair_a_prompt_scored_earlier_is_no_benchmark(tmp_path: Path, runner: Runner) -> None:
+    """A folder may hold such scores from a run that asked for no benchmark."""
+    data = write_rows(tmp_path / "b.parquet", lists())
+    runner(data, tmp_path / "out", pairing="random")
+    manifest = read_manifest(open_store(tmp_path / "out"))
+    assert manifest is not None
+    with pytest.raises(ConfigError, match="--pairing random keeps one pair a prompt"):
+        Setting.of(manifest, "corrected", "better")
 
 
 def test_the_table_is_shown(tmp_path: Path, runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:

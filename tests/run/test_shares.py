@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_score.config import RunConfig
-from dpo_score.errors import ConfigError, UsageError
+from dpo_score.errors import ConfigError, Interrupted, UsageError
 from dpo_score.pipeline import load_config
-from dpo_score.run import engines, shares
+from dpo_score.run import engines, local, shares
 from dpo_score.run.job import Rows
 from dpo_score.run.progress import Progress
 from dpo_score.run.verify import verify
-from dpo_score.store.manifest import read_manifest
+from dpo_score.store.local import LocalStore
+from dpo_score.store.manifest import read_manifest, save_manifest
+from dpo_score.store.records import CommitRecord, commit, read_records, record_name
 from dpo_score.store.storage import open_store
 from tests.run.conftest import preference_rows, write_rows
 
@@ -104,6 +110,165 @@ def test_what_does_not_go_with_shares_is_refused(runner: Any, data: Path, tmp_pa
         engines.run(runner.config(data, tmp_path / "out", blocks="0/2", engine="ray"), QUIET)
     with pytest.raises(ConfigError, match="leave it out here"):
         runner(data, tmp_path / "out", blocks="0/2")
+
+
+# --- the end knows what the shares were asked for ---------------------------------------------------------------
+
+
+def finished(out: Path) -> dict[str, int]:
+    """Pairs that the summary counts, by policy."""
+    policies = shares.finish(str(out), QUIET).summary["policies"]
+    return {name: policy["overall"]["n"] for name, policy in policies.items()}
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    """Three blocks."""
+    return write_rows(tmp_path / "few.parquet", preference_rows(130))
+
+
+@pytest.fixture
+def share(runner: Any, few: Path, tmp_path: Path) -> Callable[..., Any]:
+    """`share("0/2", **options)` runs one share of tmp_path/out."""
+    return lambda blocks, **options: engines.run(runner.config(few, tmp_path / "out", blocks=blocks, **options), QUIET)
+
+
+def test_shares_of_everything_after_a_run_of_a_few_rows(
+    runner: Any, few: Path, tmp_path: Path, share: Callable[..., Any]
+) -> None:
+    runner(few, tmp_path / "out", limit=64)
+    share("0/2")
+    assert read_manifest(open_store(tmp_path / "out")).state == "running"  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match=r"(?s)scores/better: 1-2 of 3.*run .*/out/pipeline.yaml --out .*/out \("):
+        finished(tmp_path / "out")
+    share("1/2")
+    assert finished(tmp_path / "out") == {"better": 130}
+    share("1/2")
+    assert read_manifest(open_store(tmp_path / "out")).state == "complete"  # type: ignore[union-attr]
+    verify(str(tmp_path / "out")).raise_damage()
+
+
+def test_shares_with_different_limits_have_no_end(tmp_path: Path, share: Callable[..., Any]) -> None:
+    share("0/1")
+    share("0/1", limit=70)
+    with pytest.raises(UsageError, match="asks for the first 70 rows, but 130 are scored"):
+        finished(tmp_path / "out")
+    share("0/1")
+    assert finished(tmp_path / "out") == {"better": 130}
+
+
+def test_a_block_of_fewer_rows_than_are_wanted_now_is_missing(
+    runner: Any, few: Path, tmp_path: Path, share: Callable[..., Any]
+) -> None:
+    runner(few, tmp_path / "out", limit=129)
+    share("0/3")
+    with pytest.raises(UsageError, match="scores/better: 2 of 3 blocks"):
+        finished(tmp_path / "out")
+
+
+def test_shares_after_a_run_that_was_stopped(
+    runner: Any, few: Path, tmp_path: Path, share: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = local.reference_block
+
+    def stopped(job: Any, reference: Any, text: Any, values: Any) -> Any:
+        if text.block == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return true(job, reference, text, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "reference_block", stopped)
+        with pytest.raises(Interrupted):
+            runner(few, tmp_path / "out")
+    with pytest.raises(UsageError, match=r"no pipeline.yaml: the run .* has not ended, and no share .* was started"):
+        finished(tmp_path / "out")
+    share("0/1")
+    assert finished(tmp_path / "out") == {"better": 130}
+
+
+def test_a_share_that_dies_before_it_has_written_anything_but_the_manifest(
+    tmp_path: Path, share: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = LocalStore.write_bytes
+
+    def dies(self: LocalStore, name: str, *rest: Any, **how: Any) -> bool:
+        if name == "pipeline.yaml":
+            raise KeyboardInterrupt
+        return true(self, name, *rest, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "write_bytes", dies)
+        with pytest.raises(KeyboardInterrupt):
+            share("0/2")
+    assert read_manifest(open_store(tmp_path / "out")) is not None
+    share("0/2")
+    share("1/2")
+    assert finished(tmp_path / "out") == {"better": 130}
+
+
+def test_a_policy_that_one_share_never_scored_is_missed(
+    runner: Any, few: Path, tmp_path: Path, share: Callable[..., Any]
+) -> None:
+    out, worse = tmp_path / "out", [f"worse={runner.models['worse']}"]
+    runner(few, out)
+    share("0/2", policy=worse, loss="ipo")
+    with pytest.raises(UsageError, match=r"scores/worse: 1-2 of 3 blocks"):
+        finished(out)
+    share("1/2", policy=worse, loss="ipo")
+    assert finished(out) == {"better": 130, "worse": 130}
+
+
+def test_a_policy_that_a_run_was_given_and_no_share_is_missed(
+    runner: Any, few: Path, tmp_path: Path, share: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "policy_block", dies)
+        with pytest.raises(KeyboardInterrupt):
+            runner(few, tmp_path / "out", policy=[f"worse={runner.models['worse']}"])
+    share("0/1")
+    with pytest.raises(UsageError, match=r"(?s)scores/worse: 0-2 of 3 blocks.*give it to them, too.*--without"):
+        finished(tmp_path / "out")
+    outcome = shares.finish(str(tmp_path / "out"), QUIET, without=["worse"])
+    assert list(outcome.summary["policies"]) == ["better"]
+
+
+def on_gpu(out: Path) -> None:
+    """OUT as a run on a GPU leaves it: the same numbers, other numerics."""
+    store = open_store(out)
+    found = read_manifest(store)
+    assert found is not None
+
+    def moved(fields: Any) -> Any:
+        return {**fields, "numerics": {**fields["numerics"], "device": "cuda:99", "device_kind": "cuda"}}
+
+    names = found.identities
+    names = replace(names, reference=moved(names.reference), policies={k: moved(v) for k, v in names.policies.items()})
+    hardware = {"device": "NVIDIA H200", "kernel": "varlen"}
+    numerics = {"run": moved({"numerics": found.numerics["run"]})["numerics"]}
+    save_manifest(store, replace(found, identities=names, numerics=numerics, versions={**found.versions, **hardware}))
+    for stage, identity in (("reference", names.reference_digest), ("scores/better", names.policy_digest("better"))):
+        for record in read_records(store, stage).values():
+            assert isinstance(record, CommitRecord)
+            store.remove(record.name)
+            commit(store, replace(record, identity=identity))
+
+
+def test_what_was_computed_on_gpus_is_finished_where_there_are_none(
+    runner: Any, few: Path, tmp_path: Path, share: Callable[..., Any]
+) -> None:
+    out = tmp_path / "out"
+    share("0/1")
+    on_gpu(out)
+    assert finished(out) == {"better": 130}
+    runner(few, out, strict_env=True)
+    store = open_store(out)
+    assert read_manifest(store).warnings == ()  # type: ignore[union-attr]
+    store.remove(record_name("scores/better", 2, 3))
+    with pytest.raises(ConfigError, match="is to be computed on cuda:99, and torch sees no such device here"):
+        runner(few, out, cache_dir=str(tmp_path / "other"))
 
 
 def quietly(config: RunConfig) -> None:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from dpo_score.cli import main
 from dpo_score.errors import PolicyFailedError
@@ -17,7 +18,7 @@ from dpo_score.run.progress import Progress
 from dpo_score.run.shares import finish
 from tests.run.conftest import Runner, preference_rows, write_rows
 from tests.run.test_policies import save_adapter
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_model
 
 
 @pytest.fixture
@@ -199,9 +200,10 @@ def test_weights_that_change_while_the_run_works_wait(
 ) -> None:
     real = local.run_references
 
-    def meanwhile(desk: object, job: object) -> None:
-        real(desk, job)  # type: ignore[arg-type]
+    def meanwhile(desk: object, job: object) -> object:
+        found = real(desk, job)  # type: ignore[arg-type]
         save_tiny(training / "checkpoint-20", seed=13)
+        return found
 
     with monkeypatch.context() as patch:
         patch.setattr(local, "run_references", meanwhile)
@@ -223,3 +225,69 @@ def test_shares_of_a_job_array_skip_it_and_finish_says_so(
     found = finish(str(tmp_path / "out"), Progress(quiet=True))
     found.raise_failures()
     assert list(found.summary["skipped"]) == ["dpo-20"]
+
+
+# --- the reference implementation's folders: step-N/policy.pt beside the optimizer's own pickles --------------------
+
+
+@pytest.fixture
+def steps(tmp_path: Path) -> Path:
+    """step-9 and step-10, each with policy.pt, optimizer.pt and scheduler.pt."""
+    folder = tmp_path / "reference-run"
+    for step in (9, 10):
+        (folder / f"step-{step}").mkdir(parents=True)
+        content = {"step_idx": step, "state": tiny_model(seed=step).state_dict(), "metrics": {}}
+        torch.save(content, folder / f"step-{step}/policy.pt")
+        torch.save({"lr": 0.1}, folder / f"step-{step}/optimizer.pt")
+        torch.save({"lr": 0.1}, folder / f"step-{step}/scheduler.pt")
+    return folder
+
+
+@pytest.mark.parametrize("pattern", ["step-*", "step-*/policy.pt", "step-*/*.pt", "*"])
+def test_state_files_are_swept_by_folder_and_by_file(
+    runner: Runner, data: Path, steps: Path, tmp_path: Path, pattern: str
+) -> None:
+    sweep = {"policy": [f"dpo={steps}/{pattern}"], "policy_base": "reference", "allow_pickle": True}
+    found = runner(data, tmp_path / "out", **sweep)
+    found.raise_failures()
+    assert found.summary["skipped"] == {}
+    assert list(found.summary["policies"]) == ["dpo-9", "dpo-10"]
+    margins = [policy["overall"]["margins"]["mean"] for policy in found.summary["policies"].values()]
+    assert len({*margins, 0.0}) == 3, "each has its own weights, and neither the base's"
+
+
+@pytest.mark.parametrize("pattern", ["step-*", "step-*/policy.pt"])
+@pytest.mark.parametrize(("left", "reason"), [(-100, "policy.pt is truncated"), (0, "policy.pt is empty")])
+def test_a_half_written_state_file_waits(
+    runner: Runner, data: Path, steps: Path, tmp_path: Path, pattern: str, left: int, reason: str
+) -> None:
+    path = steps / "step-10/policy.pt"
+    path.write_bytes(path.read_bytes()[:left])
+    sweep = {"policy": [f"dpo={steps}/{pattern}"], "policy_base": "reference", "allow_pickle": True}
+    found = runner(data, tmp_path / "out", **sweep)
+    found.raise_failures()
+    assert list(found.summary["policies"]) == ["dpo-9"]
+    assert reason in found.summary["skipped"]["dpo-10"]
+
+
+@pytest.mark.parametrize("pattern", ["step-*", "step-*/policy.pt"])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"policy_base": "reference"}, "--allow-pickle"), ({}, "--policy-base reference")]
+)
+def test_what_waiting_would_not_mend_is_a_failure(
+    runner: Runner, data: Path, steps: Path, tmp_path: Path, pattern: str, options: dict[str, str], message: str
+) -> None:
+    found = runner(data, tmp_path / "out", policy=[f"dpo={steps}/{pattern}"], **options)
+    assert found.summary["skipped"] == {}
+    with pytest.raises(PolicyFailedError, match=message) as error:
+        found.raise_failures()
+    assert "dpo-9" in str(error.value)
+
+
+def test_a_folder_of_several_state_files_names_them(runner: Runner, data: Path, steps: Path, tmp_path: Path) -> None:
+    (steps / "step-10/policy.pt").rename(steps / "step-10/a.pt")
+    torch.save({}, steps / "step-10/b.pt")
+    sweep = {"policy": [f"dpo={steps}/step-*"], "policy_base": "reference", "allow_pickle": True}
+    found = runner(data, tmp_path / "out", **sweep)
+    assert list(found.summary["policies"]) == ["dpo-9"]
+    assert "to read one of a.pt, b.pt over a base, name that file" in found.summary["skipped"]["dpo-10"]

@@ -7,7 +7,7 @@ a folder (create, rename, unlink, mkdir) that was not followed by fsync_dir of i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,10 +118,14 @@ class Disk:
     def wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             result = real(*args)
-            getattr(self, f"_{name}")(*args, result)
+            self.note(name, args, result)
             return result
 
         return call
+
+    def note(self, name: str, args: Sequence[Any], result: Any) -> None:
+        """A call that has taken place."""
+        getattr(self, f"_{name}")(*args, result)
 
     def _create(self, path: Path, fd: int) -> None:
         node = self.live[path] = self.handles[fd] = Node()
@@ -164,9 +168,9 @@ class Disk:
             names.pop(path, None)
 
     def states(self) -> Iterator[dict[str, bytes]]:
-        """The file systems a power cut now may leave, as name → bytes; unfinished files in `.work` are left out."""
-        relevant = [[step for step in change if ".work" not in step[1].parts] for change in self.unsynced]
-        finished = {path: node for path, node in self.names.items() if ".work" not in path.parts}
+        """The file systems a power cut now may leave, as name → bytes; files without their final name are left out."""
+        relevant = [[step for step in change if ".tmp-" not in step[1].name] for change in self.unsynced]
+        finished = {path: node for path, node in self.names.items() if ".tmp-" not in path.name}
         for chosen in _subsets([change for change in relevant if change]):
             names, folders = dict(finished), set(self.folders)
             for step in itertools.chain.from_iterable(chosen):
@@ -194,7 +198,7 @@ def _subsets(changes: list[list[Change]]) -> Iterator[tuple[list[Change], ...]]:
 
 def lay_out(state: dict[str, bytes], root: Path) -> None:
     """Write a state as real files."""
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
     for name, data in state.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)

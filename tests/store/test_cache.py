@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,70 @@ def test_equal_blocks_are_one_file_whatever_they_are_called(space: CacheSpace) -
     assert space.store.stat(f"{space.folder}/{first}") == before
     assert first is not None
     assert first.startswith("reference-00001-")
+
+
+class Listings:
+    """Counts how often a store is asked what there is."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, real = 0, LocalStore.list
+
+        def counted(store: LocalStore, prefix: str = "") -> tuple[str, ...]:
+            self.count += 1
+            return real(store, prefix)
+
+        monkeypatch.setattr(LocalStore, "list", counted)
+
+    def of(self, work: Callable[[], Any]) -> int:
+        before = self.count
+        work()
+        return self.count - before
+
+
+@pytest.mark.parametrize("there", [0, 40])
+def test_adding_a_block_lists_nothing_however_many_there_are(
+    cache: LogpCache, space: CacheSpace, monkeypatch: pytest.MonkeyPatch, there: int
+) -> None:
+    for n in range(there):
+        space.add(f"b{n}", block(10 * n, 10 * n + 10))
+    listings = Listings(monkeypatch)
+    fresh = cache.namespace(FIELDS)
+    assert listings.of(lambda: fresh.add("ref", block(1000, 1010))) == 1
+    for n in range(20):
+        new = block(2000 + n, 2001 + n)
+        assert [listings.of(lambda new=new: fresh.add("ref", new)) for _ in range(2)] == [0, 0]  # type: ignore[misc]
+    begun = cache.namespace(FIELDS)
+    begun.view(begun.snapshot())
+    assert listings.of(lambda: begun.add("policy", block(1000, 1010))) == 0, "the view of a run has listed already"
+    assert len(space.snapshot()) == there + 21
+
+
+def test_a_block_is_found_under_any_name_that_was_there_before(cache: LogpCache, space: CacheSpace) -> None:
+    """As caches of earlier releases hold them, and other runs: `ref`, `policy`."""
+    names = {space.add(f"role-{n}/x", block(10 * n, 10 * n + 10)) for n in range(5)}
+    fresh = cache.namespace(FIELDS)
+    assert {fresh.add("other", block(10 * n, 10 * n + 10)) for n in range(5)} == names
+    assert set(space.snapshot()) == names
+
+
+def test_a_block_that_has_gone_since_is_stored_again(cache: LogpCache, space: CacheSpace) -> None:
+    name = space.add("ref", block(0, 9))
+    cache.gc(namespaces=[""])
+    assert space.add("ref", block(0, 9)) == name
+    assert agree(lookup(space, [key(n) for n in range(9)]), block(0, 9))
+
+
+def test_runs_that_add_in_turn_see_no_more_than_their_snapshots(cache: LogpCache) -> None:
+    """Each has listed before the other adds: one file for a block of one name, and both are read whatever happens."""
+    first, second = cache.namespace(FIELDS), cache.namespace(FIELDS)
+    views = [space.view(space.snapshot()) for space in (first, second)]
+    assert first.add("ref", block(0, 9)) == second.add("ref", block(0, 9))
+    assert first.add("ref", block(20, 29)) != second.add("policy", block(20, 29))
+    assert len(first.snapshot()) == 3
+    keys = [key(n) for n in range(29)]
+    assert [view.lookup(keys) for view in views] == [{}, {}]
+    assert agree(lookup(second, keys), block(0, 9) | block(20, 29))
+    assert cache.verify() == ()
 
 
 # snapshots

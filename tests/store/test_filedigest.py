@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from dpo_score.errors import StorageError
+from dpo_score.errors import Interrupted, StorageError
 from dpo_score.store import filedigest
 from dpo_score.store.filedigest import FileDigests
 from dpo_score.store.local import LocalStore
@@ -31,7 +32,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Paths whose bytes were read."""
     seen: list[str] = []
     real = filedigest._hashed
-    monkeypatch.setattr(filedigest, "_hashed", lambda path: seen.append(path) or real(path))
+    monkeypatch.setattr(filedigest, "_hashed", lambda path, check: seen.append(path) or real(path, check))
     return seen
 
 
@@ -91,8 +92,8 @@ def test_a_damaged_memory_is_not_believed(tmp_path: Path, weights: Path) -> None
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = filedigest._hashed
 
-    def slow(path: str) -> str:
-        found = real(path)
+    def slow(path: str, check: Callable[[], object]) -> str:
+        found = real(path, check)
         with Path(path).open("ab") as file:
             file.write(b"more")
         return found
@@ -100,6 +101,26 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, weights: Path, mon
     monkeypatch.setattr(filedigest, "_hashed", slow)
     with pytest.raises(StorageError, match="keeps changing"):
         FileDigests(tmp_path / "cache").sha256(weights)
+
+
+def test_reading_ends_between_two_chunks_when_it_is_to_stop(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+
+    def check() -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(filedigest, "CHUNK_BYTES", 2)
+    digests = FileDigests(tmp_path / "cache", check)
+    with pytest.raises(Interrupted):
+        digests.sha256(weights)
+    assert digests.sha256(weights) == sha(b"weights"), "nothing of the first half was kept"
+    assert len(looks) == 3 + 4
+    assert digests.sha256(weights) == sha(b"weights")
+    assert len(looks) == 3 + 4, "a remembered digest takes no time"
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -8,11 +8,14 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from dpo_score.cli import main
 from dpo_score.errors import DamageError, StorageError, UsageError
 from dpo_score.store import names, storage
 from dpo_score.store.local import LocalStore
@@ -154,6 +157,49 @@ def test_a_missing_file(store: LocalStore) -> None:
     for read in (store.read_bytes, store.read_json, store.read_table, store.sha256, store.open_table):
         with pytest.raises(StorageError, match=r"a: it is not there \(ENOENT\)"):
             read("a")
+
+
+@contextmanager
+def closed(folder: Path) -> Iterator[None]:
+    """Nobody may look into `folder`; this process is nobody in particular."""
+    user = os.geteuid()
+    folder.chmod(0)
+    try:
+        if user == 0:
+            os.seteuid(65_534)
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+
+
+def test_a_folder_that_may_not_be_read_is_not_an_empty_one(store: LocalStore) -> None:
+    store.write_bytes("scores/p/part.parquet", b"")
+    with closed(store.root):
+        for look in (store.exists, store.stat, store.read_bytes, store.sha256, store.list):
+            with pytest.raises(StorageError, match=r"permission denied \(EACCES\)"):
+                look("scores/p")
+    with closed(store.root / "scores"), pytest.raises(StorageError, match=r"permission denied \(EACCES\)"):
+        store.list()
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "rescore", "report"])
+def test_a_command_says_which_folder_may_not_be_read(
+    store: LocalStore, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):  # whatever it imports, before the user that may import it is no more
+        main([command, str(store.root)])
+    store.write_bytes("manifest.json", b"{}")
+    with closed(store.root), pytest.raises(SystemExit) as stop:
+        main([command, str(store.root)])
+    said = capsys.readouterr().err
+    assert (stop.value.code, "manifest.json: permission denied" in said) == (1, True), said
+
+
+def test_a_workshop_that_belongs_to_another_user_is_not_swept(store: LocalStore) -> None:
+    store.write_bytes(".work/x", b"")
+    with closed(store.root / ".work"):
+        assert store.sweep() == ()
 
 
 def test_quarantine_keeps_the_bytes_and_frees_the_name(store: LocalStore) -> None:

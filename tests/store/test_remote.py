@@ -14,7 +14,8 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from dpo_score.errors import DamageError, StorageError, UsageError
+from dpo_score.cli import main
+from dpo_score.errors import ConfigError, DamageError, StorageError, UsageError
 from dpo_score.store import lease, storage
 from dpo_score.store.cache import open_cache
 from dpo_score.store.lease import Lease
@@ -68,6 +69,26 @@ def test_names_that_leave_the_store_are_refused(store: RemoteStore, name: str) -
     for use in (store.read_bytes, store.remove, store.exists, store.stat, store.sha256):
         with pytest.raises(UsageError, match="not a name inside"):
             use(name)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("foo://bucket/x", r"no file system is known for foo://; known: .*\bgs, .*\bs3\b"),
+        ("absent://bucket/x", r"a package that absent:// needs is not installed: Install no-such-package"),
+        ("simplecache://bucket/x", "cannot be written to"),
+    ],
+)
+def test_a_scheme_that_nothing_here_knows_is_refused_with_what_is_missing(
+    url: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fsspec.register_implementation("absent", "no_such_package.Fs", clobber=True, errtxt="Install no-such-package")
+    with pytest.raises(ConfigError, match=said):
+        open_store(url)
+    for command in (["status", url], ["verify", url], ["cache", "ls", f"--cache-dir={url}"]):
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert (stop.value.code, url in capsys.readouterr().err) == (2, True)
 
 
 def test_missing_and_damaged_objects(store: RemoteStore) -> None:
