@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +22,9 @@ from dpo_score.scores.losses import ResolvedLoss
 from dpo_score.store.identity import digest
 from dpo_score.store.manifest import Manifest
 from dpo_score.store.records import CommitRecord
+
+Damage: TypeAlias = Iterator[tuple[str, str]]
+"""(file, what is wrong with it)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +45,10 @@ class Block:
 
 def check(block: Block, allowed: Allowed, findings: Findings) -> None:
     """Adds what is wrong with a block; `allowed` losses of the user's own are computed again."""
-    for finding in (*_place(block), *_counts(block), *_equation(block), *_ids(block), *_finite(block)):
+    for finding in (*_span(block), *_counts(block), *_equation(block), *_ids(block), *_finite(block)):
         findings.add(*finding)
     if block.record.stage.startswith("scores/"):
         _derived(block, allowed, findings)
-
-
-Damage = Iterator[tuple[str, str]]
 
 
 def blocks_of(manifest: Manifest) -> int:
@@ -59,7 +60,7 @@ def _rows(manifest: Manifest) -> int:
     return min(int(manifest.identities.text.get("sample") or manifest.total_rows), manifest.total_rows)
 
 
-def _place(block: Block) -> Damage:
+def _span(block: Block) -> Damage:
     """The rows that it covers are those of its number."""
     record, size = block.record, block.manifest.block_rows
     first, end = record.block * size, min((record.block + 1) * size, _rows(block.manifest))
@@ -76,8 +77,8 @@ def _counts(block: Block) -> Damage:
     if scored != block.values.num_rows:
         yield block.main, f"holds {block.values.num_rows} rows, its record counts {scored}"
     lost = sum(table.num_rows for name, table in block.tables.items() if name != block.main)
-    elsewhere = "rejected/data/" if record.stage.startswith("reference/") else " "
-    counted = _rejected(record) - _rejected(record, elsewhere)
+    elsewhere = _rejected(record, "rejected/data/") if record.stage.startswith("reference/") else 0
+    counted = _rejected(record) - elsewhere
     if lost != counted:
         yield record.name, f"counts {counted} rejected rows, the files hold {lost}"
 

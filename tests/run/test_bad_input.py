@@ -24,10 +24,12 @@ Said = Callable[..., tuple[int, str]]
 def said(runner: Runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Said:
     """`said(data, *options)` → exit code and what was printed on standard error."""
 
-    def run(data: Path | str, *options: str, reference: Path | None = None) -> tuple[int, str]:
+    def run(
+        data: Path | str, *options: str, reference: Path | None = None, policy: Path | None = None
+    ) -> tuple[int, str]:
         arguments = ["run", "--data", str(data), "--out", str(tmp_path / "out"), "--cache-dir", str(runner.cache)]
         models = ["--reference", str(reference or runner.models["reference"])]
-        models += ["--policy", f"better={runner.models['better']}"]
+        models += ["--policy", f"better={policy or runner.models['better']}"]
         with pytest.raises(SystemExit) as stop:
             main([*arguments, *models, "--threads", "1", *options])
         error = capsys.readouterr().err
@@ -128,8 +130,11 @@ def test_a_conversation_without_a_chat_template(said: Said, tmp_path: Path) -> N
     turn = [{"role": "user", "content": "hi"}]
     answer = [{"role": "assistant", "content": "yes"}]
     rows = [{"prompt": turn, "chosen": answer, "rejected": [{"role": "assistant", "content": "no"}]}]
-    code, error = said(write_rows(tmp_path / "chat.parquet", rows), reference=plain)
+    data = write_rows(tmp_path / "chat.parquet", rows)
+    code, error = said(data, reference=plain, policy=plain)
     assert (code, "--chat-template" in error) == (2, True)
+    code, said_so = said(data, reference=plain)  # the policy's template is taken, and that is said
+    assert (code, "template" in said_so) == (0, True)
 
 
 def test_rows_that_cannot_be_scored_get_codes(said: Said, tmp_path: Path) -> None:
