@@ -133,8 +133,6 @@ def test_a_conversation_without_a_chat_template(said: Said, tmp_path: Path) -> N
     data = write_rows(tmp_path / "chat.parquet", rows)
     code, error = said(data, reference=plain, policy=plain)
     assert (code, "--chat-template" in error) == (2, True)
-    code, said_so = said(data, reference=plain)  # the policy's template is taken, and that is said
-    assert (code, "template" in said_so) == (0, True)
 
 
 def test_rows_that_cannot_be_scored_get_codes(said: Said, tmp_path: Path) -> None:
