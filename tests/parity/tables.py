@@ -1,6 +1,6 @@
 """How far our numbers are from those of other tools: a real model, every row of real data.
 
-    python -m tests.parity.tables [trl] [rewardbench] [lm-eval] [--rows N]
+    python -m tests.parity.tables [trl] [rewardbench] [lm-eval] [--set NAME] [--rows N]
 
 A line for each tool and data set: rows, sums compared, the largest |Δ| of a sum in nats, and how much of its bound that
 is. TRL computes its reference pass itself; RewardBench's arithmetic is written out in tests/rewardbench_oracle.py, one
@@ -68,10 +68,11 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Where models and runs are; how many rows of each set are taken (None: all)."""
+    """Where models and runs are; which sets, and how many rows of each are taken (None: all)."""
 
     work: Path
     rows: int | None
+    sets: Sequence[str]
 
     @property
     def model(self) -> Path:
@@ -82,7 +83,8 @@ class Bench:
 
 
 def against_trl(bench: Bench) -> Iterator[Line]:
-    for name, (file, chat) in SETS.items():
+    for name in bench.sets:
+        file, chat = SETS[name]
         rows = bench.some(sorted(rows_of(file, chat), key=lambda row: len(str(row))))  # TRL pads each batch
         work = bench.work / "trl" / name.replace(" ", "-")
         work.mkdir(parents=True)
@@ -158,10 +160,11 @@ TOOLS: Mapping[str, Callable[[Bench], Iterator[Line]]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tools", nargs="*", choices=[[], *TOOLS], help="all, where none is named")
+    parser.add_argument("--set", action="append", choices=SETS, help="for trl: all, where none is named")
     parser.add_argument("--rows", type=int)
     asked = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="parity-") as work:
-        bench = Bench(Path(work), asked.rows)
+        bench = Bench(Path(work), asked.rows, asked.set or list(SETS))
         return max(shown(line) for name in asked.tools or TOOLS for line in TOOLS[name](bench))
 
 
