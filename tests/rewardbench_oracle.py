@@ -49,11 +49,11 @@ def twin_ids(tokenizer: Any, question: str | Sequence[str], chosen: str, rejecte
     return Twin(cut[0][0] + cut[0][1], cut[1][0] + cut[1][1], len(cut[0][0]), len(cut[1][0]))
 
 
-def twin_logps(model: Any, ids: list[int], start: int) -> list[float]:
-    """log p of each answer token, with a log-softmax in the model's own dtype, one sequence at a time."""
+def twin_logps(model: Any, ids: list[int], start: int, dtype: torch.dtype | None = None) -> list[float]:
+    """log p of each answer token, with a log-softmax in the model's own dtype (or `dtype`), one sequence at a time."""
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0]
-    table = torch.log_softmax(logits, dim=-1)
+    table = torch.log_softmax(logits, dim=-1, dtype=dtype)
     return [float(table[place - 1, ids[place]]) for place in range(start, len(ids))]
 
 
