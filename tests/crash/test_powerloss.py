@@ -21,7 +21,7 @@ from tests.store import shim
 from tests.store.test_powerloss import State
 
 pytestmark = pytest.mark.slow
-SPREAD = 10
+SPREAD = 5
 STATES = 64
 Call: TypeAlias = tuple[str, Sequence[Any], Any]
 
