@@ -22,14 +22,20 @@ def add_commands(app: typer.Typer) -> None:
 def finish(
     out: Out,
     without: Annotated[list[str] | None, typer.Option(metavar="NAME", help="leave a policy out; repeatable")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="as for run")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="as for run")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="only warnings and errors")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """After `run --blocks 0/N … N-1/N`: check that every block is there; summary, card and report."""
+    """After `run --blocks 0/N … N-1/N`: check that every block is there; summary, card and report.
+
+    What the shares were allowed is not taken from OUT: say --allow-pickle or --trust-remote-code again."""
     from dpo_score.run import shares, show
     from dpo_score.run.progress import Progress
 
-    outcome = shares.finish(out, Progress(quiet), without or [])
+    given = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    allowed = [name for name, said in given.items() if said]
+    outcome = shares.finish(out, Progress(quiet), without or [], allowed)
     show.outcome(outcome, as_json=as_json)
     outcome.raise_failures()
 

@@ -8,7 +8,7 @@ tokenizer when tokens are asked for, never a model's weights (a .gguf file is co
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -30,6 +30,8 @@ from dpo_score.run.tokens import REFERENCE, Home, choose_tokenizer, renderer_of
 from dpo_score.store.filedigest import FileDigests
 from dpo_score.store.manifest import Manifest
 from dpo_score.store.storage import Store
+
+CONSENT = ("allow_pickle", "trust_remote_code")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,11 +68,15 @@ class TextSource:
         return before + row // per_unit
 
 
-def stored_config(store: Store) -> RunConfig:
-    """The configuration that a run resolved, from OUT/pipeline.yaml. Raises UsageError where there is none."""
+def stored_config(store: Store, allowed: Collection[str] = ()) -> RunConfig:
+    """The configuration that a run resolved, from OUT/pipeline.yaml. Raises UsageError where there is none.
+
+    OUT may come from somebody else: what its run was allowed (CONSENT) is not allowed here, but for `allowed`.
+    """
     if not store.exists("pipeline.yaml"):
         raise UsageError(f"{store.url('pipeline.yaml')} does not exist: the run has not finished yet")
-    return load_config(str(store.local_copy("pipeline.yaml")), {}, environment={})
+    found = load_config(str(store.local_copy("pipeline.yaml")), {}, environment={})
+    return found.model_copy(update={name: name in allowed for name in CONSENT})
 
 
 def text_source(store: Store, manifest: Manifest) -> TextSource | str:

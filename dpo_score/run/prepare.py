@@ -50,7 +50,7 @@ Turn = Callable[[], AbstractContextManager[None]]
 
 
 class Preparation:
-    """One pass over a configuration; `job()` is its result. `computes`: whether this process may load a model."""
+    """One pass over a configuration; `job()` is its result. `computes`: may load models and run custom losses."""
 
     def __init__(self, config: RunConfig, desk: Desk, computes: bool = True) -> None:
         self.config, self.desk = config, desk
@@ -63,7 +63,7 @@ class Preparation:
             say=desk.progress.say,
             quantization=config.compute.quantization,
         )
-        self.losses = {policy.name: parse_loss(loss_spec(config, policy)) for policy in config.policies}
+        self.losses = {policy.name: parse_loss(loss_spec(config, policy), computes) for policy in config.policies}
         self.datasets = self._open_data()
         self.config = self._settled(config)
         self.reference = self._resolve_reference()

@@ -11,7 +11,7 @@ The folders OUT and, where it is not empty at the start, CACHE must be the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -97,12 +97,13 @@ def _keep_warnings(desk: Desk) -> None:
             save_manifest(desk.store, replace(found, warnings=warnings))
 
 
-def finish(out: str, progress: Progress, without: Sequence[str] = ()) -> Outcome:
+def finish(out: str, progress: Progress, without: Sequence[str] = (), allowed: Collection[str] = ()) -> Outcome:
     """The summary, the card and the report of what the shares left, and state `complete`. Computes nothing.
 
-    `without`: policies to leave out. UsageError naming the blocks that are missing, or too many.
+    `without`: policies to leave out. `allowed`: what the user consents to (pair_texts.CONSENT).
+    UsageError naming the blocks that are missing, or too many.
     """
-    config = _begun_at(out)
+    config = _begun_at(out, allowed)
     with at_desk(config, progress, out) as desk:
         found = read_manifest(desk.store)
         assert found is not None
@@ -117,7 +118,7 @@ def finish(out: str, progress: Progress, without: Sequence[str] = ()) -> Outcome
         return ended(desk, job, {policy.name: str(policy.failure) for policy in failed})
 
 
-def _begun_at(out: str) -> RunConfig:
+def _begun_at(out: str, allowed: Collection[str]) -> RunConfig:
     """What OUT was asked for. Raises UsageError where nothing was."""
     store = open_store(out)
     if read_manifest(store) is None:
@@ -127,7 +128,7 @@ def _begun_at(out: str) -> RunConfig:
             f"{out} has no {PIPELINE}: the run that was begun there has not ended, and no share (--blocks I/N) was "
             "started. Start the same command again, or its shares"
         )
-    return stored_config(store).model_copy(update={"out": out})
+    return stored_config(store, allowed).model_copy(update={"out": out})
 
 
 def _left(config: RunConfig, found: Manifest, without: Sequence[str]) -> RunConfig:

@@ -10,14 +10,10 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from dpo_score.config import LossSpec
 from dpo_score.errors import ConfigError
-from dpo_score.scores.custom import CustomLoss, is_custom, load_custom
+from dpo_score.scores.custom import CustomLoss, is_custom, load_custom, not_run
 from dpo_score.scores.losses import ResolvedLoss, parse_loss
 from dpo_score.scores.params import parse_modifiers
 from dpo_score.store.faults import translated
@@ -62,15 +58,10 @@ def stored_loss(metadata: Mapping[bytes, bytes], allowed: Allowed) -> ResolvedLo
         return parse_loss(spec)
     known = json.loads(metadata[b"dpo_score.loss"])
     function, sha256 = str(known["custom"]["function"]), str(known["custom"]["sha256"])
-    custom = allowed.get((sha256, function), CustomLoss("", function, sha256, _unknown))
+    custom = allowed.get((sha256, function), CustomLoss("", function, sha256, not_run))
     return ResolvedLoss(spec.name, float(known["beta"]), None, (), parse_modifiers(spec.params), custom)
 
 
 def is_unknown(loss: ResolvedLoss) -> bool:
     """Whether a loss is code that the user has not named."""
-    return loss.custom is not None and loss.custom.call is _unknown
-
-
-def _unknown(columns: Mapping[str, NDArray[np.float64]], _beta: float) -> Any:
-    """Stands in for a function that is not run."""
-    return np.full(len(next(iter(columns.values()))), np.nan)
+    return loss.custom is not None and loss.custom.call is not_run

@@ -112,10 +112,13 @@ class ResolvedLoss:
         return known
 
 
-def parse_loss(spec: LossSpec) -> ResolvedLoss:
-    """Resolve a loss: ConfigError on an unknown name or parameter, or a value outside its range."""
+def parse_loss(spec: LossSpec, runs: bool = True) -> ResolvedLoss:
+    """Resolve a loss: ConfigError on an unknown name or parameter, or a value outside its range.
+
+    `runs`: whether the file of a custom loss is imported (see custom.py).
+    """
     if is_custom(spec.name):
-        return _custom(spec)
+        return _custom(spec, runs)
     weighted = _parse_terms(spec.name)
     losses = [loss for _, loss in weighted]
     check_keys(spec.params, losses, spec.name)
@@ -128,7 +131,7 @@ def parse_loss(spec: LossSpec) -> ResolvedLoss:
     return ResolvedLoss(spec.name.replace(" ", ""), beta, label_smoothing, terms, modifiers)
 
 
-def _custom(spec: LossSpec) -> ResolvedLoss:
+def _custom(spec: LossSpec, runs: bool) -> ResolvedLoss:
     check_keys({k: v for k, v in spec.params.items() if k != "reference_free"}, [], spec.name)
     if spec.label_smoothing is not None:
         raise ConfigError(f"label_smoothing is not read by {spec.name!r}: a custom loss has its own parameters")
@@ -136,7 +139,7 @@ def _custom(spec: LossSpec) -> ResolvedLoss:
     modifiers = parse_modifiers(spec.params)
     if modifiers.wpo or modifiers.ld_alpha is not None:
         raise ConfigError(f"wpo and ld_alpha are not laid over {spec.name!r}: a custom loss reads the columns itself")
-    return ResolvedLoss(spec.name, beta, None, (), modifiers, load_custom(spec.name))
+    return ResolvedLoss(spec.name, beta, None, (), modifiers, load_custom(spec.name, runs))
 
 
 def _parse_terms(name: str) -> list[tuple[float, Loss]]:
