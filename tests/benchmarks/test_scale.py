@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import bench_blocks, bench_requests, scale
+from tests.benchmarks import bench_requests, scale
 from tests.benchmarks.scale import MODEL, SIZES, Run
 
 README = Path(__file__).parents[2] / "README.md"
@@ -33,12 +33,6 @@ def test_hours_are_work_by_speed(pairs: int, tokens: int) -> None:
     assert run.hours(1) == pytest.approx(flops / (0.6 * 989e12) / 3600, rel=1e-3)
     assert run.hours(64) == pytest.approx(run.hours(1) / 64)
     assert (run.blocks - 1) * run.rows_a_block < pairs <= run.blocks * run.rows_a_block
-
-
-def test_a_block_goes_into_a_full_cache_as_into_an_empty_one(tmp_path: Path) -> None:
-    """By the clock of the processor: listing the larger one for each block would cost hundreds of times as much."""
-    costs = [bench_blocks.cache_cost(tmp_path / str(files), files, blocks=20) for files in (10, 20_000)]
-    assert costs[1] < 5 * costs[0]
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """A warmed process that forks one child per command line, so that a child costs no imports.
 
     stdin   {"argv": [...], "watch": [folder, ...], "record": file or null,
-             "fault": {"kind": "kill" | errno name | signal, "call": i, "after": bool, "times": n}}
+             "fault": {"kind": "kill" | errno name | signal, "call": i, "after": bool, "times": n},
+             "kill_after": seconds from the first storage call to a SIGKILL from outside, or null}
     stdout  {"status": exit code, or -signal; "calls": [primitive, ...]; "errors": stderr text; "strays": [...]}
 
 In the child the storage primitives are numbered; the fault strikes before or after call number `call`. `watch`
@@ -164,6 +165,20 @@ def _main(argv: list[str]) -> int:
     return 0
 
 
+def kill_after(pid: int, seconds: float, log: Path) -> None:
+    """At whatever the child is doing then; a child that has ended is left alone."""
+    while not _has_ended(pid) and not (log.exists() and log.stat().st_size):
+        time.sleep(0.001)
+    until = time.monotonic() + seconds
+    while not _has_ended(pid) and time.monotonic() < until:
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)  # of one that has ended and is not yet waited for, this changes nothing
+
+
+def _has_ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def serve() -> None:
     warm_up()
     print("ready", flush=True)
@@ -174,6 +189,8 @@ def serve() -> None:
             pid = os.fork()
             if not pid:
                 child(job, folder)
+            if job.get("kill_after") is not None:
+                kill_after(pid, job["kill_after"], folder / "calls")
             _, status = os.waitpid(pid, 0)
             text = {n: (folder / n).read_text() if (folder / n).exists() else "" for n in ("calls", "stderr", "strays")}
         answer = {

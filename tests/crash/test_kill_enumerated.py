@@ -16,7 +16,7 @@ def test_an_undisturbed_second_run_gives_the_same_bytes(world: World, golden: Go
     world.clean()
     assert world.run().status == 0
     assert world.hashes() == golden.hashes
-    assert len([name for name in golden.hashes if name.startswith("scores/better/")]) == 6
+    assert len([name for name in golden.hashes if name.startswith("scores/better/")]) == 4
 
 
 def test_a_finished_run_computes_nothing_again(world: World, golden: Golden) -> None:

@@ -1,4 +1,4 @@
-"""One small job, run again and again in the same place: two policies over 120 rows in six blocks."""
+"""One small job, run again and again in the same place: two policies over 80 rows in four blocks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from dpo_score.store.records import CommitRecord, read_record, record_stage
 from dpo_score.store.resume import FileState, file_states
 
 ROOT = Path(__file__).parents[2]
-ROWS = 120
+ROWS = 80
 RESULTS = ("scores", "reference", "rejects", "summary.json", "README.md", "pipeline.yaml")
 UNCOMMITTED = 2
 """Blocks of which values may be computed and not committed: the one being written, and the one after it."""
-BAD = {7: {"chosen": None}, 55: {"prompt": None}, 119: {"rejected": None}}
+BAD = {7: {"chosen": None}, 55: {"prompt": None}, 79: {"rejected": None}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,14 @@ class World:
         shutil.rmtree(self.out, ignore_errors=True)
         shutil.rmtree(self.cache, ignore_errors=True)
 
-    def run(self, *more: str, watch: bool = False, record: Path | None = None, **fault: Any) -> Ended:
+    def run(
+        self, *more: str, watch: bool = False, record: Path | None = None, kill_after: float | None = None, **fault: Any
+    ) -> Ended:
         watched = [str(self.out), str(self.cache)] if watch else []
-        job = {"argv": self.argv(*more), "fault": fault, "watch": watched, "record": record and str(record)}
+        job = {
+            "argv": self.argv(*more), "fault": fault, "watch": watched, "record": record and str(record),
+            "kill_after": kill_after,
+        }  # fmt: skip
         server = self._started()
         assert server.stdin is not None
         assert server.stdout is not None

@@ -138,7 +138,7 @@ TEMPLATES = {
     "include": "{% include '/etc/passwd' %}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "range": "{% for i in range(10**9) %}x{% endfor %}",
-    "output": "{{ 'x' * 10**9 }}",
+    "output": "{{ 'x' * 10**8 }}",
     "memory": "{{ 'x' * 10**15 }}",
     "change": "{{ messages.clear() }}",
 }
