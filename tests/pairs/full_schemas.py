@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from tests.pairs.golden import GOLDEN
 from tests.pairs.golden_rows import (
     ARENA,
     ARGILLA,
@@ -34,10 +35,13 @@ from tests.pairs.golden_rows import (
     TURN,
     ULTRAFEEDBACK,
     WEBGPT,
+    WINNERS,
     F,
     N,
     S,
     full,
+    relabelled,
+    swapped,
     texts,
 )
 
@@ -63,8 +67,9 @@ class Full:
     expected: Sequence[tuple[str, str] | str]
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def table(self) -> pa.Table:
-        return pa.Table.from_pylist([dict(row) for row in self.rows], schema=pa.schema(dict(self.columns)))
+    def table(self, flipped: bool = False) -> pa.Table:
+        rows = flipped_rows(self) if flipped else self.rows
+        return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(dict(self.columns)))
 
 
 CHOSEN = "chosen is better than rejected"
@@ -94,7 +99,24 @@ def typed(conversation: list[dict[str, str]]) -> list[dict[str, Any]]:
     return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in conversation]
 
 
-ARENA_140K = [{**row, **{f"conversation_{s}": typed(row[f"conversation_{s}"]) for s in "ab"}} for row in ARENA]
+def with_typed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**row, **{f"conversation_{s}": typed(row[f"conversation_{s}"]) for s in "ab"}} for row in rows]
+
+
+ARENA_140K = with_typed(ARENA)
+TRUTHY = texts(system="Be brief.")
+FLIPPED = {
+    "lmarena-ai/arena-human-preference-140k": with_typed(relabelled(ARENA, winner=WINNERS)),
+    "jondurbin/truthy-dpo-v0.1": swapped(TRUTHY),
+    "PKU-Alignment/PKU-SafeRLHF": relabelled(PKU, better_response_id={0: 1, 1: 0}),
+}
+
+
+def flipped_rows(of: Full) -> Sequence[Mapping[str, Any]]:
+    """With their label turned round by hand: here, or where golden.py has the same rows."""
+    same = (golden.flipped for golden in GOLDEN if (golden.rows, golden.expected) == (of.rows, of.expected))
+    return FLIPPED.get(of.dataset) or next(same)
+
 
 FULL = [
     Full("HuggingFaceH4/orca_dpo_pairs", "messages-full", CHOSEN, {**MESSAGES, "prompt": S}, full(), THREE),
@@ -178,7 +200,7 @@ FULL = [
         **each(N, "rating_chosen", "rating_rejected"), **each(S, "chosen_model", "rejected_model"),
     }, full(), THREE),
     Full("jondurbin/truthy-dpo-v0.1", "pair-text", CHOSEN,
-         each(S, "id", "source", "system", "prompt", "chosen", "rejected"), texts(system="Be brief."), THREE),
+         each(S, "id", "source", "system", "prompt", "chosen", "rejected"), TRUTHY, THREE),
     Full("snorkelai/Snorkel-Mistral-PairRM-DPO-Dataset", "messages-full", CHOSEN,
          {"prompt_id": S, "prompt": S, **MESSAGES, "all_generated_responses": TEXTS, "all_rm_scores": L(F)},
          full(), THREE),
