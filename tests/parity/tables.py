@@ -36,7 +36,7 @@ from dpo_score.run.finish import Outcome
 from dpo_score.store.filedigest import FileDigests
 from tests.exported import export
 from tests.parity.test_lm_eval import SIDES, harness_sums, stable_rows
-from tests.parity.test_trl_logps import DATA, RELATIVE, SMOL, TOLERANCE, agreement, rows_of, trl_pass
+from tests.parity.trl_reference import DATA, RELATIVE, SMOL, TOLERANCE, agreement, rows_of, trl_pass
 from tests.rewardbench_oracle import twin_ids, twin_logps
 
 ADAPTER = Path(__file__).parents[2] / "data/quickstart-adapters/step-76"
