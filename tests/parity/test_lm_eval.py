@@ -43,10 +43,11 @@ def stable_rows(renderer: Renderer, longest: int | None = LONGEST, most: int | N
     return stable[:most]
 
 
-def harness_sums(model: Any, tokenizer: Any, rows: list[EncodedPair]) -> list[float]:
+def harness_sums(model: Any, tokenizer: Any, rows: list[EncodedPair], softmax: str | None = None) -> list[float]:
+    """`softmax`: the dtype of its log-softmax, where not the model's own."""
     instance = pytest.importorskip("lm_eval.api.instance")
     harness = pytest.importorskip("lm_eval.models.huggingface").HFLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=1
+        pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype=softmax
     )
     asked = [
         (str(row.pair.prompt), str(getattr(row.pair, side)) + tokenizer.eos_token) for row in rows for side in SIDES
