@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from dpo_score.run import engines, local
 from dpo_score.run.progress import Progress
+from dpo_score.run.ray_crew import RayHand
 from dpo_score.run.verify import verify
+from dpo_score.run.worker import Report
 from tests.run.conftest import preference_rows, write_rows
 from tests.run.test_ray import AtRow, on_ray
 from tests.run.test_shares import results
@@ -33,15 +36,38 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     found.shutdown()
 
 
-def test_a_node_lost_in_the_middle(cluster: Any, runner: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def reporters(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Processes of the workers that have reported, in that order."""
+    found: list[int] = []
+    answer = RayHand.answer
+
+    def noted(hand: RayHand) -> Any:
+        said = answer(hand)
+        if isinstance(said, Report) and hand._standing is not None:
+            found.append(hand._standing.process)
+        return said
+
+    monkeypatch.setattr(RayHand, "answer", noted)
+    return found
+
+
+def node_of(cluster: Any, process: int) -> Any:
+    """The node whose raylet started it."""
+    above = {parent.pid for parent in psutil.Process(process).parents()}
+    return next(node for node in cluster.worker_nodes if node.all_processes["raylet"][0].process.pid in above)
+
+
+def test_a_node_lost_in_the_middle(cluster: Any, runner: Any, reporters: list[int], tmp_path: Path) -> None:
+    """The one whose worker has just reported: another may not have begun, and would be missed by nobody."""
     data, out, whole = (
         write_rows(tmp_path / "pairs.parquet", preference_rows(500)),
         tmp_path / "out",
         tmp_path / "whole",
     )
-    node = cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
-    progress = AtRow(5, lambda: cluster.remove_node(node, allow_graceful=False))
+    progress = AtRow(5, lambda: cluster.remove_node(node_of(cluster, reporters[-1]), allow_graceful=False))
     engines.run(on_ray(runner.config(data, out)), progress)
     assert any("a worker was lost" in line for line in progress.warnings)
     verify(str(out)).raise_damage()
