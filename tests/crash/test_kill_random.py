@@ -38,6 +38,7 @@ def killed(world: World, moment: float) -> bool:
 
 def test_killed_at_random_moments(world: World, golden: Golden) -> None:
     whole, struck = seconds(world), 0
+    assert world.hashes() == golden.hashes
     for case in range(-(-KILLS // IN_A_ROW)):
         draw = random.Random(case)
         world.clean()
