@@ -42,10 +42,13 @@ class Outcome:
     max_bad_rows: float | None = None
 
     def raise_failures(self) -> None:
-        """PolicyFailedError, else BadRowsError when more rows were rejected than --max-bad-rows allows."""
+        """PolicyFailedError, also where every policy waits, else BadRowsError for more rejects than --max-bad-rows."""
         if self.failures:
             lines = "\n".join(f"  {name}: {reason}" for name, reason in self.failures.items())
             raise PolicyFailedError(f"the run finished, but these policies were not scored:\n{lines}")
+        if self.summary.get("skipped") and not self.summary["policies"]:
+            names = ", ".join(self.summary["skipped"])
+            raise PolicyFailedError(f"the run finished and no policy was scored: none is whole yet of {names}")
         for name, summary in self.summary["policies"].items():
             counts = summary["overall"]
             check_bad_rows(f"policy {name!r}", counts["n"], counts["n"] - counts["scored"], self.max_bad_rows, self.out)

@@ -20,7 +20,7 @@ PLAIN_SECONDS = 30.0
 
 
 class Progress:
-    """The voice of one run. `rows` and `tokens` are added to the stage that is open."""
+    """The voice of one run. `rows` and `tokens` are added to the stage that is open; without one nothing is shown."""
 
     def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -75,7 +75,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(f"{self._rate():,.0f} tok/s", refresh=False)
             self._bar.update(round(self._rows + self._within) - self._bar.n)
-        elif time.monotonic() - self._said > PLAIN_SECONDS:
+        elif self._label and time.monotonic() - self._said > PLAIN_SECONDS:
             self._plain_line()
 
     def _rate(self) -> float:
@@ -94,6 +94,7 @@ class Progress:
             self._bar = None
         elif self._tokens:
             self.say(f"{safe(self._label)}: {self._rows:,.0f} rows, {self._rate():,.0f} tok/s")
+        self._label = ""
 
     def _print(self, line: str) -> None:
         text = safe(line, keep_newlines=True)

