@@ -1,8 +1,9 @@
 """Which sequences share a pack, and where every token stands in it. Pure: numpy in, numpy out.
 
 A pack is one row of tokens `[prompt | response | response …][prompt | response …]…`. Each prompt stands once for
-all its responses, each distinct response once; positions start again at the prompt's length for every response. An
-empty prompt is not shared. The plan depends on the sequences and the budget alone, never on a device or the clock.
+all its responses, each distinct response once; positions start again at the prompt's length for every response. The
+last token of a response is no input: it is predicted, and predicts nothing. An empty prompt is not shared. The plan
+depends on the sequences and the budget alone, never on a device or the clock.
 """
 
 from __future__ import annotations
@@ -70,8 +71,13 @@ def prompt_groups(sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
 
 
 def group_size(group: Sequence[TokenSequence]) -> int:
-    """Tokens of one group in a pack: the prompt, and each distinct response, once."""
-    return len(group[0].prompt) + sum({_bytes(s): len(s.response) for s in group}.values())
+    """Tokens of one group in a pack: the prompt, and each distinct response without its last token, once."""
+    return len(group[0].prompt) + sum({_bytes(s): len(response_inputs(s)) for s in group}.values())
+
+
+def response_inputs(sequence: TokenSequence) -> NDArray[np.int32]:
+    """The tokens of the response that something is predicted from."""
+    return sequence.response[:-1]
 
 
 def pack_size(sequences: Sequence[TokenSequence]) -> int:
@@ -169,7 +175,7 @@ class _Tokens:
             response = _bytes(sequence)
             if response not in starts:
                 first = not starts
-                starts[response] = self._write(prompt, sequence.response, begin, first)
+                starts[response] = self._write(prompt, response_inputs(sequence), begin, first)
             where[index] = begin, starts[response]
 
     def _write(self, prompt: NDArray[Any], response: NDArray[Any], begin: int, first: bool) -> int:
@@ -205,4 +211,4 @@ def _targets(sequence: TokenSequence) -> NDArray[Any]:
 
 
 def _bytes(sequence: TokenSequence) -> bytes:
-    return sequence.response.astype(np.int32, copy=False).tobytes()
+    return response_inputs(sequence).astype(np.int32, copy=False).tobytes()
