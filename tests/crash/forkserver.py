@@ -13,6 +13,7 @@ reports files that anything but the primitives (or a lock) opened for writing un
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import pickle
@@ -181,6 +182,7 @@ def _has_ended(pid: int) -> bool:
 
 def serve() -> None:
     warm_up()
+    gc.freeze()  # a child that collects garbage would look at all of this, and so copy it
     print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
