@@ -49,7 +49,7 @@ class FastPath:
                 hidden_TH = self._hidden(layout)
             out = self.anatomy.out_device
             rows, source, target = (_on(out, array) for array in (layout.rows, layout.sources, layout.targets))
-            values = token_values(self.head, hidden_TH[rows], source, target, self.stats)
+            values = token_values(self.head, hidden_TH[rows], source, target, self.stats, self.numerics.compile)
         return split(values, layout.counts)
 
     def _padded_size(self, sequences: Sequence[TokenSequence]) -> int:

@@ -7,7 +7,8 @@ import torch
 
 from dpo_score.logps import head as tiled
 from dpo_score.logps.anatomy import Head
-from dpo_score.logps.head import token_values
+from dpo_score.logps.head import Fold, token_values
+from dpo_score.logps.numerics import _can_compile
 from dpo_score.logps.plain import read_logits
 from dpo_score.logps.results import STATS
 
@@ -62,9 +63,9 @@ def test_a_vocabulary_entry_of_minus_infinity_is_only_impossible():
 @torch.inference_mode()
 def test_overflow_is_not_hidden():
     hidden, source, target = some_rows()
-    hidden[3] = torch.inf
+    hidden[source[0]] = torch.inf
     got = token_values(a_head(), hidden, source, target)["logp"]
-    assert torch.equal(~torch.isfinite(got), source == 3)
+    assert torch.equal(~torch.isfinite(got), source == source[0])
 
 
 @torch.inference_mode()
@@ -78,3 +79,32 @@ def test_wide_hidden_states_meet_narrow_weights_in_fp32():
 def test_no_rows_no_values():
     empty = torch.zeros(0, dtype=torch.long)
     assert len(token_values(a_head(), torch.zeros(0, 16), empty, empty, STATS)["entropy"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _can_compile("cpu"), reason="no C++ compiler here")
+@pytest.mark.parametrize(("bias", "scale", "cap"), [(False, 1.0, None), (True, 3.0, 5.0)])
+@torch.inference_mode()
+def test_compiled_code_folds_products_of_16_bits_as_the_eager_one_does(monkeypatch, bias, scale, cap):
+    folded = []
+    kept = Fold.add_products
+    monkeypatch.setattr(Fold, "add_products", lambda fold, *given: folded.append(1) or kept(fold, *given))
+    monkeypatch.setitem(tiled.COMPILED_TILES, "cpu", (32, 128))
+    head, rows = a_head(bias, scale, cap, dtype=torch.bfloat16), some_rows(dtype=torch.bfloat16)
+    if bias:
+        head.module.bias[:256] = -torch.inf  # two whole tiles
+        rows = (*rows[:2], rows[2] % 45 + 256)
+    rows[0][rows[1][0]] = torch.inf  # a row that has overflowed
+    got, expected = token_values(head, *rows, compiled=True)["logp"], token_values(head, *rows)["logp"]
+    overflowed = rows[1] == rows[1][0]
+    torch.testing.assert_close(got[~overflowed], expected[~overflowed], atol=1e-6, rtol=1e-6)
+    assert not torch.isfinite(got[overflowed]).any()
+    assert len(folded) == 2 * 3, "tiles"
+
+
+@torch.inference_mode()
+def test_what_compiled_code_does_not_know_is_folded_without_it(monkeypatch):
+    monkeypatch.delattr(Fold, "add_products")
+    token_values(a_head(), *some_rows(), compiled=True)
+    halves = a_head(dtype=torch.bfloat16), *some_rows(dtype=torch.bfloat16)
+    assert set(token_values(*halves, STATS, compiled=True)) == {"logp", *STATS}
