@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dpo_score.logps import attention, attention_gpu, attention_sdpa
 from dpo_score.logps.anatomy import Anatomy
+from dpo_score.logps.compiled_fold import is_right
 from dpo_score.logps.head import token_values
 from dpo_score.logps.numerics import Numerics
 from dpo_score.logps.plain import Values, split
@@ -33,8 +34,22 @@ class FastPath:
         self.numerics = numerics
         self.stats = tuple(stats)
         self.forwards = 0
+        self.notes: list[str] = []
+        self._compiled_head = numerics.compile and self._check_compiled_head()
         if numerics.compile:
             compile_layers(anatomy.body)
+
+    def _check_compiled_head(self) -> bool:
+        """Whether the head may use generated code: it need not, and must not where that does not add up."""
+        device, head = self.anatomy.out_device, self.head
+        if self.numerics.dtype == "float32" or self.stats or head.weight is None:
+            return False
+        widens = device.type == "cuda" or head.bias is not None
+        products = torch.float32 if widens else getattr(torch, self.numerics.dtype)
+        right = is_right(head.scale, head.cap, products, device)
+        if not right:
+            self.notes.append("code generated here for the head gave wrong sums in a check: it is not used")
+        return right
 
     def plan(self, sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
         """Indices of `sequences` by pack."""
@@ -49,7 +64,7 @@ class FastPath:
                 hidden_TH = self._hidden(layout)
             out = self.anatomy.out_device
             rows, source, target = (_on(out, array) for array in (layout.rows, layout.sources, layout.targets))
-            values = token_values(self.head, hidden_TH[rows], source, target, self.stats, self.numerics.compile)
+            values = token_values(self.head, hidden_TH[rows], source, target, self.stats, self._compiled_head)
         return split(values, layout.counts)
 
     def _padded_size(self, sequences: Sequence[TokenSequence]) -> int:

@@ -13,13 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpo_score.logps.anatomy import Head
+from dpo_score.logps.compiled_fold import compiled_fold
 from dpo_score.logps.plain import CHUNK_LOGITS, read_logits
 from dpo_score.logps.ranks import Group
 
@@ -38,8 +37,7 @@ def token_values(
 ) -> dict[str, Tensor]:
     """'logp' and the statistics, fp32 [n]: target j is predicted from row `source_n[j]`.
 
-    `compiled`: products in 16 bits are folded by generated code that reads them twice instead of six times (it knows
-    no statistics). In fp32, where products take ten times as long as their fold on a CPU, nothing is gained.
+    `compiled`: products in 16 bits are folded by generated code (compiled_fold.py), which knows no statistics.
     """
     values = {name: torch.empty(len(target_n), device=hidden_NH.device) for name in ("logp", *stats)}
     compiled = compiled and not stats and hidden_NH.dtype != torch.float32
@@ -95,21 +93,6 @@ def _products(head: Head, hidden_NH: Tensor, begin: int, end: int) -> Tensor:
     return products if head.bias is None else products.float().add_(head.bias[begin:end])
 
 
-@cache
-def _compiled_fold(scale: float, cap: float | None) -> Any:
-    """(products [N, V], top [N], mass [N]) → top and mass with this tile, as `Fold.add` has them."""
-
-    def fold(products_NV: Tensor, top: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-        logits_NV = products_NV.float() * scale if scale != 1.0 else products_NV.float()
-        logits_NV = logits_NV if cap is None else torch.tanh(logits_NV / cap) * cap
-        highest = torch.maximum(top, logits_NV.amax(1))
-        base = torch.where(torch.isfinite(highest), highest, torch.zeros_like(highest))
-        shift = torch.where(highest == top, torch.zeros_like(top), top - highest)
-        return highest, mass * shift.exp() + (logits_NV - base[:, None]).exp().sum(1)
-
-    return torch.compile(fold, dynamic=True)
-
-
 @dataclass(slots=True, eq=False)
 class Fold:
     """Running sums over vocabulary tiles. Per row: maximum, Σe^(x−m), and if asked Σe^2(x−m), Σ(x−m)e^(x−m)."""
@@ -150,7 +133,7 @@ class Fold:
         """One tile as the weights give it, in compiled code; no statistics."""
         place, inside = self._places(products_NV, begin)
         self.logit = torch.where(inside, head.shape(products_NV[self.source, place].float()), self.logit)
-        self.top, self.mass = _compiled_fold(head.scale, head.cap)(products_NV, self.top, self.mass)
+        self.top, self.mass = compiled_fold(head.scale, head.cap)(products_NV, self.top, self.mass)
 
     def _pick(self, logits_NV: Tensor, begin: int) -> None:
         place, inside = self._places(logits_NV, begin)

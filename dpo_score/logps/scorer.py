@@ -69,6 +69,8 @@ class PairScorer:
         self.packs_split = 0
         with memory.room_for(type(model).__name__, numerics.device, numerics.dtype):
             self._path = make_path(model, numerics, stats)
+        if isinstance(self._path, FastPath):
+            self.notes += self._path.notes
         self._on_progress = on_progress or (lambda _: None)
         self._should_stop = should_stop or (lambda: False)
 

@@ -11,6 +11,7 @@ import torch
 from dpo_score.logps import fast
 from dpo_score.logps.anatomy import dissect
 from dpo_score.logps.fast import FastPath, decoder_layers
+from dpo_score.logps.head import Fold
 from dpo_score.logps.noise import noise_floor
 from dpo_score.logps.numerics import _can_compile
 from dpo_score.logps.scorer import PairScorer
@@ -90,3 +91,16 @@ def test_compiled_layers_give_the_same_values(name):
     compiled = PairScorer(model, replace(eager, compile=True)).score(awkward())
     np.testing.assert_allclose(sums(compiled), sums(expected), atol=1e-4)
     assert noise_floor(model, eager, awkward(), compiled).logp_max < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _can_compile("cpu"), reason="no C++ compiler here")
+def test_a_compiled_job_in_16_bits_compiles_its_head_too(monkeypatch):
+    folded = []
+    kept = Fold.add_products
+    monkeypatch.setattr(Fold, "add_products", lambda fold, *given: folded.append(1) or kept(fold, *given))
+    model = family("llama", dtype=torch.bfloat16)
+    eager = numerics_for(model, "fast", dtype="bfloat16")
+    difference = token_logps(model, replace(eager, compile=True)) - token_logps(model, eager)
+    assert folded
+    assert np.abs(difference).max() <= LARGEST["bfloat16"]
