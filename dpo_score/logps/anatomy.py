@@ -57,11 +57,16 @@ class Head:
 
     def shape(self, raw_NV: Tensor) -> Tensor:
         """Scale and soft cap, in place on an fp32 tensor of raw products."""
-        if self.scale != 1.0:
-            raw_NV.mul_(self.scale)
-        if self.cap is not None:
-            raw_NV.div_(self.cap).tanh_().mul_(self.cap)
-        return raw_NV
+        return shaped(raw_NV, self.scale, self.cap)
+
+
+def shaped(raw_NV: Tensor, scale: float, cap: float | None) -> Tensor:
+    """The logits of raw products, in place."""
+    if scale != 1.0:
+        raw_NV.mul_(scale)
+    if cap is not None:
+        raw_NV.div_(cap).tanh_().mul_(cap)
+    return raw_NV
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_score.logps.anatomy import shaped
+
 
 @cache
 def compiled_fold(scale: float, cap: float | None) -> Any:
     """(products [N, V], top [N], mass [N]) → top and mass with this tile, as `head.Fold.add` has them."""
 
     def fold(products_NV: Tensor, top: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-        logits_NV = _logits(products_NV.float(), scale, cap)
+        logits_NV = shaped(products_NV.to(torch.float32, copy=True), scale, cap)
         highest = torch.maximum(top, logits_NV.amax(1))
         base = torch.where(torch.isfinite(highest), highest, torch.zeros_like(highest))
         shift = torch.where(highest == top, torch.zeros_like(top), top - highest)
@@ -38,10 +40,5 @@ def is_right(scale: float, cap: float | None, dtype: torch.dtype, device: torch.
         for begin in range(0, products.shape[1], 128):
             tile = products[:, begin : begin + 128].to(device)
             top, mass = compiled_fold(scale, cap)(tile, top, mass)
-    exact = torch.logsumexp(_logits(products.double(), scale, cap), 1)
+    exact = torch.logsumexp(shaped(products.double(), scale, cap), 1)
     return torch.allclose(top.cpu().double() + mass.cpu().double().log(), exact, rtol=1e-6, atol=1e-5)
-
-
-def _logits(products: Tensor, scale: float, cap: float | None) -> Tensor:
-    scaled = products * scale if scale != 1.0 else products
-    return scaled if cap is None else torch.tanh(scaled / cap) * cap
