@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpo_score.api import precompute, rescore, run, score
-    from dpo_score.scores.evaluate import evaluate_pairs
-    from dpo_score.scores.torch_loss import DPOLoss, sequence_logps
+    from dpo_score.losses.evaluate import evaluate_pairs
+    from dpo_score.losses.torch import DPOLoss, sequence_logps
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,18 +25,17 @@ __all__ = [
     "sequence_logps",
 ]
 _HOMES = {
-    "DPOLoss": "dpo_score.scores.torch_loss",
-    "evaluate_pairs": "dpo_score.scores.evaluate",
+    "DPOLoss": "dpo_score.losses.torch",
+    "evaluate_pairs": "dpo_score.losses.evaluate",
     "precompute": "dpo_score.api",
     "rescore": "dpo_score.api",
+    "run": "dpo_score.api",
     "score": "dpo_score.api",
-    "sequence_logps": "dpo_score.scores.torch_loss",
+    "sequence_logps": "dpo_score.losses.torch",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "run":
-        return import_module("dpo_score.run")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

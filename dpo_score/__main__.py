@@ -1,5 +1,5 @@
 """`python -m dpo_score` is `dpo-score`."""
 
-from dpo_score.cli import main
+from dpo_score.cli.main import main
 
 main()

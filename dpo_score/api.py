@@ -12,14 +12,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_score.errors import ConfigError
-from dpo_score.run.called import configured, run
+from dpo_score.config.load import load_config
+from dpo_score.config.options import BY_NAME
+from dpo_score.config.schema import RunConfig
+from dpo_score.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from dpo_score.run.held import HeldModel
-    from dpo_score.run.precompute import PrecomputeOutcome
+    from dpo_score.engine.finish import Outcome
+    from dpo_score.engine.in_memory_model import HeldModel
+    from dpo_score.export.precompute import PrecomputeOutcome
 
 __all__ = ["precompute", "rescore", "run", "score"]
 
@@ -28,6 +31,30 @@ OF_RUNS = frozenset(
     | {"rewardbench", "sample", "slice", "split", "strict_env", "workers"}
 )
 """Options that say something of files, folders or workers: pairs in memory have none."""
+
+LISTS = ("data", "policy", "loss_param", "slice")
+
+
+def run(pipeline: str | None = None, *, restart: bool = False, quiet: bool = True, **options: Any) -> Outcome:
+    """`dpo-score run`: score every policy into `out`; the same call again resumes.
+
+    `.summary` holds the numbers, `.failures` the policies that could not be scored, `.raise_failures()` raises them.
+    """
+    from dpo_score.engine.executors import choose as engines
+    from dpo_score.engine.progress import Progress
+
+    return engines.run(configured(pipeline, options), Progress(quiet), restart=restart)
+
+
+def configured(pipeline: str | None, options: Mapping[str, Any]) -> RunConfig:
+    """The configuration that a command line with these options gives; options that are None are not set."""
+    given = {}
+    for name, value in options.items():
+        if name not in BY_NAME:
+            raise ConfigError(f"unknown option {name!r}: {nearest(name, BY_NAME)}")
+        plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+        given[name] = [plain] if name in LISTS and isinstance(plain, str) else plain
+    return load_config(pipeline, {name: value for name, value in given.items() if value is not None})
 
 
 def precompute(
@@ -40,8 +67,8 @@ def precompute(
     **options: Any,
 ) -> PrecomputeOutcome:
     """`dpo-score precompute`: fill the cache with reference log-probs and, with `out`, write the data set with them."""
-    from dpo_score.run import precompute as stage
-    from dpo_score.run.progress import Progress
+    from dpo_score.engine.progress import Progress
+    from dpo_score.export import precompute as stage
 
     return stage.precompute(configured(pipeline, options), Progress(quiet), restart=restart, to=to, rename=rename)
 
@@ -56,7 +83,7 @@ def rescore(
     reference_policy: str | None = None,
 ) -> dict[str, Any]:
     """`dpo-score rescore`: every loss × beta over the log-probs that `out` holds, without a model."""
-    from dpo_score.run import rescore as grid
+    from dpo_score.results import rescore as grid
 
     losses = loss if isinstance(loss, str) else ",".join(loss)
     betas = [beta] if isinstance(beta, int | float) else beta
@@ -88,10 +115,10 @@ def score(
 def _scored(
     pairs: Any, policy: Any, reference: Any, tokenizer: Any, quiet: bool, options: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
-    from dpo_score.run.desk import desk_at
-    from dpo_score.run.library import scored_tables, written
-    from dpo_score.run.progress import Progress
-    from dpo_score.store.storage import open_store
+    from dpo_score.engine.context import desk_at
+    from dpo_score.engine.in_memory import scored_tables, written
+    from dpo_score.engine.progress import Progress
+    from dpo_score.storage.io import open_store
 
     _refuse_options_of_runs(options)
     policies = dict(policy) if isinstance(policy, Mapping) else {"policy": policy}
@@ -120,7 +147,7 @@ def _refuse_options_of_runs(options: Mapping[str, Any]) -> None:
 
 def _held(policies: Mapping[str, Any], reference: Any) -> dict[str, HeldModel]:
     """The models among policies and reference that are objects, not names; "" is the reference."""
-    from dpo_score.run.held import HeldModel
+    from dpo_score.engine.in_memory_model import HeldModel
 
     held = {name: HeldModel(model) for name, model in policies.items() if not isinstance(model, str | Path)}
     if reference == "base" and len(held) != 1:

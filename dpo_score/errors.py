@@ -16,7 +16,7 @@
     Interrupted              130 or 143   stopped by a signal: the same command resumes
 
 A message is one paragraph: what is wrong, where, the value seen, and the way out. Row problems
-are not exceptions: they are `dpo_score.pairs.records.Rejected` values with a code.
+are not exceptions: they are `dpo_score.data.types.Rejected` values with a code.
 """
 
 from __future__ import annotations

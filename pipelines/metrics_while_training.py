@@ -18,7 +18,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from dpo_score.interop.callback import PreferenceMetrics
+from dpo_score.integrations.callback import PreferenceMetrics
 
 # %% A model, pairs to train on, and pairs that are only looked at.
 name, steps = (*sys.argv[1:3], *("HuggingFaceTB/SmolLM2-135M-Instruct", "20")[len(sys.argv[1:3]) :])

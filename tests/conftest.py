@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.store.s3_server import Server, serving
+from tests.storage.s3_server import Server, serving
+
+pytest_plugins = ("tests.model_fixtures", "tests.run_fixtures")
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch starts its threads
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_score.pipeline import load_config
-from dpo_score.run.precompute import PrecomputeOutcome, precompute
-from dpo_score.run.progress import Progress
+from dpo_score.config.load import load_config
+from dpo_score.engine.progress import Progress
+from dpo_score.export.precompute import PrecomputeOutcome, precompute
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "box"]
 

@@ -25,13 +25,13 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_score.pipeline import load_config
-from dpo_score.run import prepare as preparing
-from dpo_score.run.desk import Desk
-from dpo_score.run.job import Job
-from dpo_score.run.local import at_desk, run_references
-from dpo_score.run.progress import Progress
-from dpo_score.store.cache import CacheEntry, open_cache
+from dpo_score.config.load import load_config
+from dpo_score.engine import prepare as preparing
+from dpo_score.engine.context import Desk
+from dpo_score.engine.plan import Job
+from dpo_score.engine.progress import Progress
+from dpo_score.engine.run import at_desk, run_references
+from dpo_score.storage.cache.cache import CacheEntry, open_cache
 from tests.tiny import byte_tokenizer
 
 
@@ -83,8 +83,8 @@ def run_here(config: Any, meter: Meter) -> None:
 def run_on_ray(config: Any, meter: Meter, workers: int) -> None:
     import ray
 
-    from dpo_score.run.crew import Crew
-    from dpo_score.run.ray_crew import Device, RayPlace
+    from dpo_score.engine.executors.pool import Crew
+    from dpo_score.engine.executors.ray_pool import Device, RayPlace
 
     ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with at_desk(config, meter, config.out) as desk:

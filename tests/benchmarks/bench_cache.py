@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_score.store.cache import CacheSpace, open_cache
-from dpo_score.store.entries import LOGPS, EntryBlock
+from dpo_score.storage.cache.blocks import LOGPS, EntryBlock
+from dpo_score.storage.cache.cache import CacheSpace, open_cache
 
 TOKENS = 2
 BLOCK_ENTRIES = 250_000

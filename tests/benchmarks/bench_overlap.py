@@ -59,8 +59,9 @@ def slower(function: Callable[..., Any], times: float) -> Callable[..., Any]:
 @contextmanager
 def traced(stages: list[Trace]) -> Iterator[None]:
     """Every stage and forward pass of runs inside the block goes into `stages`."""
-    from dpo_score.logps.scorer import PairScorer
-    from dpo_score.run import local, noise
+    from dpo_score.engine import run as local
+    from dpo_score.logprobs.scorer import PairScorer
+    from dpo_score.results import noise
 
     run_stage, attempt, measure = local._let, PairScorer._attempt, noise.measure
 
@@ -91,10 +92,10 @@ def traced(stages: list[Trace]) -> Iterator[None]:
 
 
 def job(asked: argparse.Namespace, folder: Path) -> list[Trace]:
-    from dpo_score.pipeline import load_config
-    from dpo_score.run import prepare
-    from dpo_score.run.local import run
-    from dpo_score.run.progress import Progress
+    from dpo_score.config.load import load_config
+    from dpo_score.engine import prepare
+    from dpo_score.engine.progress import Progress
+    from dpo_score.engine.run import run
 
     given = {
         "data": [str(asked.data)],
@@ -114,8 +115,8 @@ def job(asked: argparse.Namespace, folder: Path) -> list[Trace]:
 
 
 def conditions() -> dict[str, list[Any]]:
-    from dpo_score.pairs.render import Renderer
-    from dpo_score.run import local
+    from dpo_score.engine import run as local
+    from dpo_score.tokenization.render import Renderer
 
     return {
         "as it is": [],
@@ -126,8 +127,8 @@ def conditions() -> dict[str, list[Any]]:
 
 def folder_of(model: str, cache: Path) -> Path:
     """A folder of its weights, made first where it takes making, so that no stage's clock holds that."""
-    from dpo_score.logps.source import resolve
-    from tests.logps.model_folders import sha256
+    from dpo_score.models.resolve import resolve
+    from tests.models.model_folders import sha256
 
     return resolve(model, cache_dir=cache, sha256=sha256).folder
 

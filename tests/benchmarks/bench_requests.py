@@ -1,4 +1,4 @@
-"""How many requests to an object store a block costs: counted by a server that speaks S3 (tests/store/s3_server.py).
+"""How many requests to an object store a block costs: counted by a server that speaks S3 (tests/storage/s3_server.py).
 
     python -m tests.benchmarks.bench_requests
 
@@ -21,16 +21,16 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from dpo_score.pipeline import load_config
-from dpo_score.run import prepare as preparing
-from dpo_score.run import publish
-from dpo_score.run.desk import Desk
-from dpo_score.run.local import at_desk, ended, run_policy, run_references
-from dpo_score.run.progress import Progress
-from dpo_score.run.values import cache_fields
-from dpo_score.store.cache import CacheEntry, open_cache
-from tests.run.conftest import preference_rows, write_rows
-from tests.store.s3_server import Server, serving
+from dpo_score.config.load import load_config
+from dpo_score.engine import prepare as preparing
+from dpo_score.engine import publish
+from dpo_score.engine.context import Desk
+from dpo_score.engine.model_logprobs import cache_fields
+from dpo_score.engine.progress import Progress
+from dpo_score.engine.run import at_desk, ended, run_policy, run_references
+from dpo_score.storage.cache.cache import CacheEntry, open_cache
+from tests.run_fixtures import preference_rows, write_rows
+from tests.storage.s3_server import Server, serving
 from tests.tiny import save_tiny
 
 BLOCK_ROWS = 4

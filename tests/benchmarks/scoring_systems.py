@@ -46,11 +46,11 @@ def ours(path: str, shared: bool = True) -> Callable[[dict[str, Any]], Pass]:
     """dpo_score on one of its paths; unshared packs give every sequence a prompt of its own."""
 
     def prepare(job: dict[str, Any]) -> Pass:
-        from dpo_score.config import ComputeSpec
-        from dpo_score.logps import plan
-        from dpo_score.logps.numerics import resolve_numerics
-        from dpo_score.logps.scorer import PairScorer
-        from dpo_score.pairs.records import TokenSequence
+        from dpo_score.config.schema import ComputeSpec
+        from dpo_score.data.types import TokenSequence
+        from dpo_score.logprobs import packing as plan
+        from dpo_score.logprobs.numerics import resolve_numerics
+        from dpo_score.logprobs.scorer import PairScorer
 
         if not shared:
             plan.prompt_groups = lambda sequences: [(i,) for i in range(len(sequences))]
@@ -135,7 +135,7 @@ def products(job: dict[str, Any]) -> Pass:
     clock = time.process_time if job["clock"] == "cpu" else time.perf_counter
 
     def one_pass() -> Sums:
-        from dpo_score.logps import gemm
+        from dpo_score.logprobs import matmul as gemm
 
         with gemm.onednn(onednn):
             return [float(np.median([_rate(x, w, clock) for _ in range(7)]))]

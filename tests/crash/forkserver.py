@@ -28,8 +28,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dpo_score.store import storage
-from tests.store.shim import PRIMITIVES
+from dpo_score.storage import io as storage
+from tests.storage.shim import PRIMITIVES
 
 BLOCK_ROWS = 20
 BETWEEN_SIGNALS = 0.5
@@ -44,9 +44,12 @@ def warm_up() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    from dpo_score import cli  # noqa: F401
-    from dpo_score.logps import model, scorer, verify  # noqa: F401
-    from dpo_score.run import local, prepare
+    from dpo_score.cli import main as cli  # noqa: F401
+    from dpo_score.engine import prepare
+    from dpo_score.engine import run as local
+    from dpo_score.logprobs import scorer  # noqa: F401
+    from dpo_score.logprobs import self_check as verify  # noqa: F401
+    from dpo_score.models import loader as model  # noqa: F401
 
     torch.set_num_threads(1)
     assert pyarrow.parquet is not None
@@ -120,7 +123,7 @@ def watch(folders: list[str], strays: Path) -> None:
         path = os.fsdecode(args[0])
         if args[2] & WRITING and any(path.startswith(folder) for folder in folders):
             where = _callers()
-            if not any(part in where for part in ("dpo_score/store/storage.py", "/filelock/")):
+            if not any(part in where for part in ("dpo_score/storage/io.py", "/filelock/")):
                 os.write(report, f"{path} {where}\n".encode())
 
     sys.addaudithook(hook)
@@ -154,7 +157,7 @@ def child(job: dict[str, Any], folder: Path) -> None:
 
 
 def _main(argv: list[str]) -> int:
-    from dpo_score import cli
+    from dpo_score.cli import main as cli
 
     try:
         cli.main(argv)

@@ -1,6 +1,6 @@
 """A power cut at the storage calls of a real run: unsynced writes and folder entries gone; the same command resumes.
 
-The calls that one run made are fed to a model of the device (tests/store/shim.py), which tells what a cut after each
+The calls that one run made are fed to a model of the device (tests/storage/shim.py), which tells what a cut after each
 of them may leave. Each of those file systems is laid out and the run begun again. `DPO_SCORE_CRASH=full` takes them
 all instead of a spread.
 """
@@ -17,8 +17,8 @@ import pytest
 from dpo_score.errors import DpoScoreError
 from tests.crash.conftest import Golden, resumed
 from tests.crash.world import World
-from tests.store import shim
-from tests.store.test_powerloss import State
+from tests.storage import shim
+from tests.storage.test_powerloss import State
 
 pytestmark = pytest.mark.slow
 SPREAD = 5

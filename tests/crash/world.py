@@ -15,10 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_score.store.local import LocalStore
-from dpo_score.store.manifest import read_manifest
-from dpo_score.store.records import CommitRecord, read_record, record_stage
-from dpo_score.store.resume import FileState, file_states
+from dpo_score.storage.commits import CommitRecord, read_record, record_stage
+from dpo_score.storage.local import LocalStore
+from dpo_score.storage.manifest import read_manifest
+from dpo_score.storage.resume import FileState, file_states
 
 ROOT = Path(__file__).parents[2]
 ROWS = 80

@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from dpo_score.cli import main
+from dpo_score.cli.main import main
 from tests.e2e.readme import PROJECT, own_commands
 
 pytestmark = pytest.mark.slow
@@ -75,8 +75,8 @@ def test_the_last_checkpoint_is_better_than_the_first_and_than_length(out: Path)
 def test_a_second_run_does_no_forward_pass_and_reads_no_weights(
     out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dpo_score.logps.model import ModelShelf
-    from dpo_score.logps.scorer import PairScorer
+    from dpo_score.logprobs.scorer import PairScorer
+    from dpo_score.models.loader import ModelShelf
 
     def refused(*_: Any, **__: Any) -> Any:
         raise AssertionError("a finished run needs no model")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_score.run.status import status
-from dpo_score.run.verify import verify
+from dpo_score.results.status import status
+from dpo_score.results.verify.verify import verify
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from dpo_score.scores.report.page import render
+from dpo_score.report.page import render
 from tests.e2e.browser import Browser, find_chromium, running_browser
-from tests.scores.report_facts import HOSTILE_SUBSETS, facts
-from tests.scores.scored import policies, scored
+from tests.metrics.scored import policies, scored
+from tests.report.report_facts import HOSTILE_SUBSETS, facts
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_chromium() is None, reason="no Chromium on this machine")]
 NOISE = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Page.javascriptDialogOpening")

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import dpo_score
-from dpo_score.run import cachework
+from dpo_score.results import cache_admin as cachework
 from tests.parity.conversions import Row
 from tests.parity.forms import FORMS, Conversion, Form, conversion, token_forms
 

@@ -27,13 +27,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_score
-from dpo_score.config import TextSpec
-from dpo_score.logps.numerics import Numerics
-from dpo_score.logps.scorer import PairScorer
-from dpo_score.logps.source import resolve
-from dpo_score.pairs.render import Renderer
-from dpo_score.run.finish import Outcome
-from dpo_score.store.filedigest import FileDigests
+from dpo_score.config.schema import TextSpec
+from dpo_score.engine.finish import Outcome
+from dpo_score.logprobs.numerics import Numerics
+from dpo_score.logprobs.scorer import PairScorer
+from dpo_score.models.resolve import resolve
+from dpo_score.storage.file_hashes import FileDigests
+from dpo_score.tokenization.render import Renderer
 from tests.exported import export
 from tests.parity.test_lm_eval import SIDES, harness_sums, stable_rows
 from tests.parity.trl_reference import DATA, RELATIVE, SMOL, TOLERANCE, agreement, rows_of, trl_pass

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpo_score.data.formats.registry import TABLE
 from dpo_score.errors import DataError
-from dpo_score.pairs.formats import TABLE
 from tests.parity.conversions import Row, unpaired
 from tests.parity.every_format import Models, Scored, differing, ids_of, pairs_of, scored
 from tests.parity.forms import FORMS, Form, conversion, token_forms

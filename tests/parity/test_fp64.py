@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_score.logps.numerics import may_share
-from dpo_score.logps.results import STATS, SequenceLogps
-from dpo_score.logps.scorer import PairScorer
-from dpo_score.pairs.records import TokenSequence
+from dpo_score.data.types import TokenSequence
+from dpo_score.logprobs.numerics import may_share
+from dpo_score.logprobs.scorer import PairScorer
+from dpo_score.logprobs.types import STATS, SequenceLogps
 from tests.families import OVERRIDES, VISION, family
-from tests.logps.engine import numerics_for
-from tests.logps.sequences import awkward, ids
+from tests.logprobs.engine import numerics_for
+from tests.logprobs.sequences import awkward, ids
 
 FAMILIES = (*OVERRIDES, *VISION)
 PLAIN_ONLY = ("bloom", "mpt", "falcon", "mamba", "qwen3_next", "falcon_h1", "jamba", "lfm2", "llama4_text")

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dpo_score.config import TextSpec
-from dpo_score.logps.numerics import Numerics
-from dpo_score.logps.scorer import PairScorer
-from dpo_score.pairs.records import EncodedPair, Pair, Side, Source
-from dpo_score.pairs.render import Renderer
+from dpo_score.config.schema import TextSpec
+from dpo_score.data.types import EncodedPair, Pair, Side, Source
+from dpo_score.logprobs.numerics import Numerics
+from dpo_score.logprobs.scorer import PairScorer
+from dpo_score.tokenization.render import Renderer
 from tests.tiny import byte_tokenizer, tiny_model
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "llmbar.parquet"

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_score.config import DataSpec, TextSpec
-from dpo_score.pairs.dataset import open_datasets, read_pairs
-from dpo_score.pairs.records import EncodedPair, Pair, Rejected
-from dpo_score.pairs.render import Renderer
+from dpo_score.config.schema import DataSpec, TextSpec
+from dpo_score.data.dataset import open_datasets, read_pairs
+from dpo_score.data.types import EncodedPair, Pair, Rejected
+from dpo_score.tokenization.render import Renderer
 from tests.tiny import byte_tokenizer
 
 trl = pytest.importorskip("trl")
@@ -240,8 +240,8 @@ def test_any_two_texts_split_as_trl_does(shared: str, chosen: str, rejected: str
     """Prefixes, spaces before the difference, a difference at once; empty texts make TRL fail."""
     from trl.data_utils import extract_prompt
 
-    from dpo_score.pairs.records import Source
-    from dpo_score.pairs.split import divided
+    from dpo_score.data.types import Source
+    from dpo_score.tokenization.prompt import divided
 
     chosen, rejected = shared + chosen, shared + rejected
     pair = Pair(Source("d", "f", 0, 0), "", chosen, rejected, implicit=True)

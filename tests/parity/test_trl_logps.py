@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_score.logps.source import resolve
-from dpo_score.store.filedigest import FileDigests
+from dpo_score.models.resolve import resolve
+from dpo_score.storage.file_hashes import FileDigests
 from tests.exported import export, write_rows
 from tests.parity.trl_reference import SMOL, Agreement, agreement, rows_of, trl_pass
 from tests.tiny import save_tiny

@@ -11,11 +11,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dpo_score.pipeline import load_config
-from dpo_score.run import prepare
-from dpo_score.run.local import run
-from dpo_score.run.progress import Progress
-from tests.run.conftest import preference_rows, write_rows
+from dpo_score.config.load import load_config
+from dpo_score.engine import prepare
+from dpo_score.engine.progress import Progress
+from dpo_score.engine.run import run
+from tests.run_fixtures import preference_rows, write_rows
 from tests.tiny import save_tiny
 
 HERE = Path(__file__).parent

@@ -1,0 +1,1 @@
+"""Every setting: its type, default and help text, and where its value comes from."""

@@ -1,0 +1,295 @@
+"""The sets of a run as one long list of rows: what they are, what identifies them, and how they are read.
+
+Rows are numbered through all files of all sets, in order: [0, total). Reading is streamed and any range can be
+asked for; consecutive ranges go on where the last one ended. Promises: every row number gives at least one `Pair`
+or `Rejected`, in order; memory does not grow with files, row groups or ranges (one JSON array excepted).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, islice
+from typing import Any
+
+from dpo_score.config.schema import DataSpec
+from dpo_score.data.column_types import Shape, Shapes, agree, is_plain, refined
+from dpo_score.data.files import Located, content_sha256, locate
+from dpo_score.data.formats.base import Reading
+from dpo_score.data.formats.detect import HH_SAMPLE, carried_columns, detect, refuse_undecided_preference
+from dpo_score.data.formats.registry import Format
+from dpo_score.data.formats.row import RowReader, rejected
+from dpo_score.data.formats.validate import Problem
+from dpo_score.data.row_reader import RawRow, RowFile, open_rows
+from dpo_score.data.types import Pair, Rejected, Source
+from dpo_score.errors import DataError, nearest
+
+PEEK = 16
+SIZED_FILES, SIZED_ROWS = 8, 256
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """`index` counts over all sets of the run; `name` is the path below the set's root; `rows` counts units.
+
+    A unit is what the format reads at once: one row, or two consecutive ones.
+    """
+
+    path: str
+    name: str
+    index: int
+    rows: int
+    size: int
+    sha256: str
+    content: RowFile
+    commit: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A set with its format decided. `schema`: column → shape, of its first file."""
+
+    spec: DataSpec
+    files: tuple[DataFile, ...]
+    schema: Shapes
+    format: Format
+    reader: RowReader
+
+    @property
+    def rows(self) -> int:
+        return sum(file.rows for file in self.files)
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a hub data set; `spec.revision` names it, too."""
+        return self.files[0].commit
+
+    def reader_of(self, file: DataFile) -> RowReader:
+        """The set's reader, made for one of its files."""
+        return replace(self.reader, unpacked=_unpacked(file.content, self.schema))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for two runs to read the same pairs: JSON values only."""
+        spec, how = self.spec, self.reader.how
+        return {
+            "name": spec.name,
+            "files": [{"name": f.name, "size": f.size, "sha256": f.sha256} for f in self.files],
+            "split": list(spec.split),
+            **({"commit": self.commit} if self.commit else {}),
+            "format": {
+                "name": self.format.full_name,
+                "version": self.format.version,
+                "polarity": self.format.polarity,
+                "columns": dict(self.reader.columns),
+            },
+            "map": dict(spec.map),
+            "pairing": how.pairing,
+            "preference": how.preference,
+            "keep_ties": how.keep_ties,
+            "keep_nulls": self.reader.keep_nulls,
+            "seed": how.seed if how.pairing == "random" else None,
+        }
+
+    def summary(self) -> str:
+        """The decision in one line: format, what it reads, which side is better."""
+        columns = ", ".join(
+            f"{name} = {column}" if name != column else name for name, column in self.reader.columns.items()
+        )
+        commit = f"commit {self.commit}; " if self.commit else ""
+        return (
+            f"{self.spec.name}: {commit}format {self.format.full_name} ({self.format.code}), columns {columns}; "
+            f"{self.format.polarity}; {self.rows:,} rows"
+        )
+
+
+def open_datasets(
+    specs: Sequence[DataSpec],
+    *,
+    seed: int = 0,
+    sha256: Callable[[str], str] | None = None,
+    keep_columns: Sequence[str] = (),
+    keep_nulls: bool = False,
+) -> tuple[Dataset, ...]:
+    """List, check and digest the files of every set, and decide its format.
+
+    sha256: path → digest of its content (default: read the file). Raises DataError.
+    """
+    datasets: list[Dataset] = []
+    first_index = 0
+    for spec in specs:
+        files = _open_files(spec, first_index, sha256 or content_sha256)
+        first_index += len(files)
+        pinned = spec.model_copy(update={"revision": files[0].commit or spec.revision})
+        datasets.append(_decided(pinned, files, seed, tuple(keep_columns), keep_nulls))
+    _refuse_unknown_kept(datasets, keep_columns)
+    return tuple(datasets)
+
+
+def _open_files(spec: DataSpec, first_index: int, sha256: Callable[[str], str]) -> list[DataFile]:
+    files = []
+    for index, found in enumerate(locate(spec), first_index):
+        content = open_rows(found)
+        files.append(_data_file(found, index, content, found.sha256 or sha256(found.path)))
+    if not sum(file.rows for file in files):
+        raise DataError(f"data set {spec.name!r}: {spec.path} holds no rows")
+    return files
+
+
+def _data_file(found: Located, index: int, content: RowFile, digest: str) -> DataFile:
+    return DataFile(found.path, found.name, index, content.rows, found.size, digest, content, found.commit)
+
+
+def _decided(spec: DataSpec, files: list[DataFile], seed: int, kept: tuple[str, ...], keep_nulls: bool) -> Dataset:
+    first = next(file for file in files if file.rows).content
+    shapes = _peeked(first)
+    format_, columns = detect(shapes, spec, partial(_head, first, HH_SAMPLE))
+    refuse_undecided_preference(spec, columns)
+    carried = carried_columns(shapes, spec)
+    here = tuple(name for name in kept if name in shapes)
+    how = Reading(spec.pairing, spec.preference, spec.keep_ties, seed)
+    reader = RowReader(format_, how, columns, carried, here, {}, keep_nulls)
+    _refuse_drift(files, shapes, columns)
+    units = tuple(_in_units(file, format_.rows_per_unit) for file in files)
+    return Dataset(spec, units, shapes, format_, reader)
+
+
+def _in_units(file: DataFile, rows_per_unit: int) -> DataFile:
+    units = -(-file.content.rows // rows_per_unit)
+    return replace(file, rows=units)
+
+
+def _head(content: RowFile, count: int) -> list[Mapping[str, Any]]:
+    rows = islice(content.stream(0, list(content.shapes)), count)
+    return [row for row in rows if not isinstance(row, Problem)]
+
+
+def _peeked(content: RowFile) -> dict[str, Shape]:
+    """The shapes of a file, with JSON columns (which carry no type) read from its first rows."""
+    rows = _head(content, PEEK)
+    return {name: refined(shape, [row.get(name) for row in rows]) for name, shape in content.shapes.items()}
+
+
+def _unpacked(content: RowFile, decided: Shapes) -> dict[str, Shape]:
+    """The columns of a file to be made plain: strings found to hold messages, and what Arrow pads or encodes."""
+    shapes = {}
+    for name, own in content.shapes.items():
+        known = decided.get(name, own)
+        if own.kind == "text" and known.encoded:
+            shapes[name] = known
+        elif content.padded and not is_plain(own):
+            shapes[name] = own
+    return shapes
+
+
+def _refuse_unknown_kept(datasets: Sequence[Dataset], kept: Sequence[str]) -> None:
+    """A column to keep may be missing from some sets (null there), not from all of them."""
+    columns = {column for dataset in datasets for column in dataset.schema}
+    for name in kept:
+        if name not in columns:
+            sets = ", ".join(repr(dataset.spec.name) for dataset in datasets)
+            raise DataError(f"data set {sets} has no column {name!r} to keep; {nearest(name, columns)}")
+
+
+def _refuse_drift(files: Sequence[DataFile], shapes: Shapes, columns: Mapping[str, str]) -> None:
+    """Every file must have the columns that are read, of the same kinds."""
+    first = next(file for file in files if file.rows)
+    for file in files:
+        for column in columns.values():
+            expected, found = first.content.shapes[column], file.content.shapes.get(column)
+            if file.rows and (found is None or not agree(expected, found)):
+                raise DataError(
+                    f"{file.path}: column {column!r} is {found or 'missing'}, but {expected} in {first.path}. "
+                    "The files of one set must have the same columns; give other files as a set of their own."
+                )
+
+
+class PairReader:
+    """Reads ranges of rows; consecutive ranges continue one stream instead of decoding a row group again."""
+
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        self._places = [(dataset, file) for dataset in datasets for file in dataset.files]
+        self._next = -1
+        self._stream: Iterator[list[Pair | Rejected]] = iter(())
+
+    def read(self, start: int, stop: int) -> list[Pair | Rejected]:
+        """The pairs and rejects of the rows [start, stop), in order."""
+        return [item for unit in self.units(start, stop) for item in unit]
+
+    def units(self, start: int, stop: int) -> Iterator[list[Pair | Rejected]]:
+        """What each row of [start, stop) gives: at least one item a row."""
+        if start != self._next:
+            self._stream = self._from(start)
+        for self._next in range(start + 1, stop + 1):
+            unit = next(self._stream, None)
+            if unit is None:
+                return
+            yield unit
+
+    def _from(self, start: int) -> Iterator[list[Pair | Rejected]]:
+        for dataset, file in self._places:
+            if start < file.rows:
+                rows = file.content.stream(start * dataset.format.rows_per_unit, dataset.reader_of(file).needed)
+                yield from _units(dataset, file, range(start, file.rows), rows)
+            start = max(start - file.rows, 0)
+
+
+def _units(
+    dataset: Dataset, file: DataFile, units: Iterable[int], rows: Iterator[RawRow]
+) -> Iterator[list[Pair | Rejected]]:
+    """What these units of a file give; `rows` are theirs, in order."""
+    reader, per_unit = dataset.reader_of(file), dataset.format.rows_per_unit
+    for unit in units:
+        raw = list(islice(rows, per_unit))
+        if not raw:
+            raise DataError(f"{file.path} ended before row {unit}: it changed while it was read")
+        yield _read_unit(reader, raw, partial(Source, dataset.spec.name, file.name, file.index, unit * per_unit))
+
+
+def _read_unit(reader: RowReader, raw: list[RawRow], source: Callable[[int | None], Source]) -> list[Pair | Rejected]:
+    rows: list[Mapping[str, Any]] = []
+    for row in raw:
+        if isinstance(row, Problem):
+            return [rejected(source(None), row)]
+        rows.append(row)
+    return reader.read(rows, source)
+
+
+def read_pairs(datasets: Sequence[Dataset], start: int, stop: int) -> Iterator[Pair | Rejected]:
+    """The pairs and rejects of the global rows [start, stop), streamed."""
+    for unit in PairReader(datasets).units(start, stop):
+        yield from unit
+
+
+def read_rows_at(datasets: Sequence[Dataset], rows: Iterable[int]) -> list[Pair | Rejected]:
+    """The pairs and rejects of these global rows, given in ascending order: one pass over each file that holds any."""
+    wanted, before = list(rows), 0
+    found: list[Pair | Rejected] = []
+    for dataset in datasets:
+        for file in dataset.files:
+            inside = slice(bisect_left(wanted, before), bisect_left(wanted, before + file.rows))
+            for unit in _picked(dataset, file, [row - before for row in wanted[inside]]):
+                found += unit
+            before += file.rows
+    return found
+
+
+def _picked(dataset: Dataset, file: DataFile, units: Sequence[int]) -> Iterator[list[Pair | Rejected]]:
+    per_unit = dataset.format.rows_per_unit
+    spans = (range(unit * per_unit, min((unit + 1) * per_unit, file.content.rows)) for unit in units)
+    rows = file.content.picked(list(chain.from_iterable(spans)), dataset.reader_of(file).needed)
+    return _units(dataset, file, units, rows)
+
+
+def mean_text_bytes(dataset: Dataset) -> float:
+    """Mean bytes of the columns read in a unit: an estimate from the first rows of the first files."""
+    files = [file for file in dataset.files if file.rows][:SIZED_FILES]
+    rows = [row for file in files for row in islice(file.content.stream(0, dataset.reader.needed), SIZED_ROWS)]
+    columns = set(dataset.reader.needed)
+    sizes = [_size(value) for row in rows if isinstance(row, Mapping) for key, value in row.items() if key in columns]
+    return sum(sizes) / max(len(rows), 1) * dataset.format.rows_per_unit
+
+
+def _size(value: Any) -> int:
+    return len(value if isinstance(value, str) else repr(value))

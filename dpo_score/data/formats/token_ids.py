@@ -1,0 +1,137 @@
+"""Pre-tokenised rows: three id lists, or whole sequences with labels of which −100 means not scored.
+
+No tokenizer and no template is needed. Any mask is kept: a labelled row's prompt is what both sides share
+before the first scored token of either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_score.data.column_types import Shapes, is_ids
+from dpo_score.data.formats.base import Comparison, Reading
+from dpo_score.data.formats.chosen_rejected import Binding
+from dpo_score.data.formats.validate import Row, Unusable, list_cell
+from dpo_score.data.types import Ids, Mask, TokenIds
+
+IGNORED = -100
+_LARGEST_ID = 2**31 - 1
+
+
+def _present(shapes: Shapes, *names: str) -> Binding:
+    return {name: name for name in names if name in shapes and shapes[name].kind == "list"}
+
+
+def bind_ids(shapes: Shapes) -> Binding | None:
+    """`prompt_ids, chosen_ids, rejected_ids`, or the same with `_input_ids` (then without labels)."""
+    if "chosen_labels" in shapes:
+        return None
+    for ending in ("ids", "input_ids"):
+        names = {side: f"{side}_{ending}" for side in ("prompt", "chosen", "rejected")}
+        if all(is_ids(shapes.get(name)) for name in names.values()):
+            return {**names, **_present(shapes, "prompt_mask", "chosen_mask", "rejected_mask")}
+    return None
+
+
+def read_ids(row: Row, how: Reading) -> Iterable[Comparison]:
+    prompt, chosen, rejected = (ids_cell(row, side) for side in ("prompt", "chosen", "rejected"))
+    sizes = {"prompt": len(prompt), "chosen": len(chosen), "rejected": len(rejected)}
+    masks = {f"{side}_mask": _mask_cell(row, f"{side}_mask", size) for side, size in sizes.items()}
+    tokens = TokenIds(prompt, chosen, rejected, **masks)
+    return [_comparison(tokens)]
+
+
+def bind_labelled_ids(shapes: Shapes) -> Binding | None:
+    names = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("input_ids", "labels")]
+    if not all(is_ids(shapes.get(name)) for name in names):
+        return None
+    return {**_present(shapes, "chosen_attention_mask", "rejected_attention_mask"), **{n: n for n in names}}
+
+
+def read_labelled_ids(row: Row, how: Reading) -> Iterable[Comparison]:
+    chosen, rejected = (_labelled(row, side) for side in ("chosen", "rejected"))
+    k = min(_shared(chosen.ids, rejected.ids), chosen.first, rejected.first)
+    tokens = TokenIds(
+        chosen.ids[:k],
+        chosen.ids[k:],
+        rejected.ids[k:],
+        None,
+        _unless_all(chosen.scored[k:]),
+        _unless_all(rejected.scored[k:]),
+    )
+    return [_comparison(tokens)]
+
+
+def _comparison(tokens: TokenIds) -> Comparison:
+    for side, ids, mask in (
+        ("chosen", tokens.chosen, tokens.chosen_mask),
+        ("rejected", tokens.rejected, tokens.rejected_mask),
+    ):
+        if len(ids) == 0 or (mask is not None and not mask.any() and tokens.prompt_mask is None):
+            raise Unusable("no_completion_tokens", f"{side} has no token to score", f"{side}_ids")
+    return Comparison("", "", "", tokens=tokens)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Labelled:
+    ids: Ids
+    scored: Mask
+
+    @property
+    def first(self) -> int:
+        """Position of the first scored token; the length where there is none."""
+        return int(np.argmax(self.scored)) if self.scored.any() else len(self.ids)
+
+
+def _labelled(row: Row, side: str) -> _Labelled:
+    ids = ids_cell(row, f"{side}_input_ids")
+    labels = np.asarray(integers(row, f"{side}_labels"), dtype=np.int64)
+    if len(labels) != len(ids):
+        raise Unusable("invalid_ids", f"{side} has {len(ids)} ids, but {len(labels)} labels", f"{side}_labels")
+    scored = labels != IGNORED
+    if not np.array_equal(labels[scored], ids[scored]):
+        raise Unusable("invalid_ids", f"a label of {side} is neither -100 nor its own token", f"{side}_labels")
+    attended = _mask_cell(row, f"{side}_attention_mask", len(ids))
+    return _Labelled(ids, scored) if attended is None else _Labelled(ids[attended], scored[attended])
+
+
+def _unless_all(mask: Mask) -> Mask | None:
+    return None if mask.all() else mask
+
+
+def _shared(a: Ids, b: Ids) -> int:
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+def ids_cell(row: Row, column: str) -> Ids:
+    """Token ids: whole numbers from 0 to 2³¹−1."""
+    values = np.asarray(integers(row, column), dtype=np.int64)
+    if len(values) and (values.min() < 0 or values.max() > _LARGEST_ID):
+        raise Unusable("invalid_ids", f"{column} holds an id outside 0 … 2³¹−1", column, int(values.min()))
+    return values.astype(np.int32)
+
+
+def integers(row: Row, column: str) -> list[int]:
+    values = list_cell(row, column)
+    wrong: list[Any] = [v for v in values if type(v) is not int or not -(2**63) <= v < 2**63]
+    if wrong:
+        raise Unusable(
+            "invalid_ids", f"{column} holds {type(wrong[0]).__name__} values, not token ids", column, wrong[0]
+        )
+    return values
+
+
+def _mask_cell(row: Row, column: str, length: int) -> NDArray[np.bool_] | None:
+    if row.get(column) is None:
+        return None
+    values = list_cell(row, column)
+    if len(values) != length or any(v not in (0, 1, False, True) for v in values):
+        raise Unusable("invalid_ids", f"{column} is not a mask over {length} tokens", column, values)
+    return np.asarray(values, dtype=bool)

@@ -1,0 +1,265 @@
+"""From cells to checked values: texts, messages, numbers, labels. The row checks shared by every format.
+
+A cell that cannot be used raises `Unusable`, which carries a `Problem`; `formats.read_row` is the one place that
+turns it into a `Rejected`. No other exception leaves this file, whatever the cell holds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from dpo_score.data.column_types import Shape
+from dpo_score.data.types import Message
+
+Row: TypeAlias = Mapping[str, Any]
+"""Canonical column name → plain Python value."""
+
+MAX_CHARACTERS = 10_000_000
+MAX_MESSAGES = 10_000
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a row, or one of the pairs it expands to, cannot be scored."""
+
+    code: str
+    reason: str
+    column: str | None = None
+    value: Any = None
+
+
+class Unusable(Exception):
+    """Carries a `Problem` from a cell to `formats.read_row`."""
+
+    def __init__(self, code: str, reason: str, column: str | None = None, value: Any = None) -> None:
+        super().__init__(reason)
+        self.problem = Problem(code, reason, column, value)
+
+
+def seen(value: Any, limit: int = 200) -> str:
+    """A value as it may be shown anywhere: at most `limit` characters, control and bidi characters escaped."""
+    text = value[:limit] if isinstance(value, str) else repr(value)[:limit]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode("ascii") for c in text)[
+        :limit
+    ]
+
+
+def text_cell(row: Row, column: str) -> str:
+    """The string in `column`; it may be empty."""
+    return checked_text(row.get(column), column)
+
+
+def checked_text(value: Any, column: str) -> str:
+    if value is None:
+        raise Unusable("null_field", f"{column} is null", column)
+    if not isinstance(value, str):
+        raise Unusable("wrong_type", f"{column} is a {type(value).__name__}, not a string", column, value)
+    if len(value) > MAX_CHARACTERS:
+        raise Unusable("too_large", f"{column} has {len(value):,} characters (limit {MAX_CHARACTERS:,})", column, value)
+    if not value.isascii():
+        _refuse_surrogates(value, column)
+    return value
+
+
+def _refuse_surrogates(value: str, column: str) -> None:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        reason = f"{column} holds a lone surrogate at character {error.start}: not Unicode text"
+        raise Unusable("invalid_utf8", reason, column, value[: error.start]) from None
+
+
+def optional_text(row: Row, column: str) -> str:
+    """The string in `column`, or "" where the column is absent or null."""
+    return "" if row.get(column) is None else text_cell(row, column)
+
+
+def number_cell(row: Row, column: str, what: str = "label") -> float:
+    return checked_number(row.get(column), column, what)
+
+
+def checked_number(value: Any, column: str, what: str = "label") -> float:
+    if value is None:
+        raise Unusable("null_field", f"{what} {column} is null", column)
+    if isinstance(value, str):
+        value = _number_in(value)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise Unusable("invalid_label", f"{what} {column} is not a finite number", column, value)
+    return float(value)
+
+
+def _number_in(value: str) -> float | str:
+    """Datasets write ratings as strings too ("N/A" among them)."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def label_cell(row: Row, column: str, allowed: tuple[int, ...]) -> int:
+    """An integer label among `allowed`."""
+    value = number_cell(row, column)
+    if value not in allowed:
+        expected = ", ".join(map(str, allowed))
+        raise Unusable("invalid_label", f"label {column} must be one of {expected}", column, row.get(column))
+    return int(value)
+
+
+def list_cell(row: Row, column: str) -> list[Any]:
+    value = row.get(column)
+    if value is None:
+        raise Unusable("null_field", f"{column} is null", column)
+    if not isinstance(value, list | tuple):
+        raise Unusable("wrong_type", f"{column} is a {type(value).__name__}, not a list", column, value)
+    if len(value) > MAX_CHARACTERS:
+        raise Unusable("too_large", f"{column} has {len(value):,} items", column)
+    return list(value)
+
+
+def struct_item(value: Any, column: str) -> Mapping[str, Any]:
+    if value is None:
+        raise Unusable("null_field", f"{column} is null", column)
+    if not isinstance(value, Mapping):
+        raise Unusable("wrong_type", f"{column} is a {type(value).__name__}, not a struct", column, value)
+    return value
+
+
+def conversation(row: Row, column: str) -> tuple[Message, ...]:
+    """A list of messages, at least one."""
+    items = list_cell(row, column)
+    if not items:
+        raise Unusable("null_field", f"{column} holds no message", column, items)
+    if len(items) > MAX_MESSAGES:
+        raise Unusable("too_large", f"{column} has {len(items):,} messages (limit {MAX_MESSAGES:,})", column)
+    return tuple(message(item, column) for item in items)
+
+
+def answer(row: Row, column: str) -> tuple[Message, ...]:
+    """The messages of one side: a list, a single message, or a string; the assistant speaks last."""
+    value = row.get(column)
+    if isinstance(value, str):
+        return ({"role": "assistant", "content": checked_text(value, column)},)
+    turns = (message(value, column),) if isinstance(value, Mapping) else conversation(row, column)
+    if turns[-1]["role"] != "assistant":
+        reason = f"the last message of {column} is from {seen(turns[-1]['role'], 40)!r}, not the assistant"
+        raise Unusable("not_assistant_last", reason, column, turns[-1]["role"])
+    return turns
+
+
+def message(value: Any, column: str) -> Message:
+    """One message with `role` and `content`, ShareGPT's `from` and `value` renamed, other keys kept."""
+    if isinstance(value, dict) and len(value) == 2 and _is_simple(value.get("role"), value.get("content")):
+        return value
+    item = struct_item(value, f"a message of {column}")
+    role = _role(item, column)
+    rest = {key: part for key, part in item.items() if key not in ("role", "from", "content", "value")}
+    content = item.get("content", item.get("value"))
+    if "tool_calls" in rest:
+        rest["tool_calls"] = _tool_calls(rest["tool_calls"], column)
+    if content is None and rest.get("tool_calls"):
+        return {"role": role, **rest}
+    return {"role": role, "content": _content(content, column), **rest}
+
+
+def _is_simple(role: Any, content: Any) -> bool:
+    """The common message, which no check below would change or refuse."""
+    both = type(role) is str and type(content) is str
+    return both and role.isascii() and content.isascii() and len(content) <= MAX_CHARACTERS
+
+
+def _role(item: Mapping[str, Any], column: str) -> str:
+    role = item.get("role")
+    if role is None and isinstance(item.get("from"), str):
+        role = _SHAREGPT_ROLES.get(item["from"], item["from"])
+    return checked_text(role, f"the role of a message of {column}")
+
+
+def _content(value: Any, column: str) -> str:
+    """Text, or typed parts that are all text (joined: nothing stands between them)."""
+    if not isinstance(value, list | tuple):
+        return checked_text(value, f"the content of a message of {column}")
+    return "".join(_text_part(part, column) for part in value)
+
+
+def _text_part(part: Any, column: str) -> str:
+    if isinstance(part, str):
+        return checked_text(part, column)
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    if not isinstance(part, Mapping) or kind != "text":
+        raise Unusable("non_text_content", f"a message of {column} holds {seen(kind, 40)}, not text", column, kind)
+    return checked_text(part.get("text"), f"a text part of {column}")
+
+
+def _tool_calls(value: Any, column: str) -> Any:
+    """Tool calls as structs, with JSON strings (the list, or each call's arguments) decoded."""
+    calls = decoded_json(value, f"tool_calls of {column}")
+    if not isinstance(calls, list | tuple):
+        return calls
+    return [_tool_call(call, column) for call in calls]
+
+
+def _tool_call(value: Any, column: str) -> Any:
+    call = decoded_json(value, f"tool_calls of {column}")
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_decoded_arguments(call["function"])}
+    return _with_decoded_arguments(call)
+
+
+def _with_decoded_arguments(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Arguments that are not a JSON object stay the string they are: models do emit such calls."""
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            decoded = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return function
+        if isinstance(decoded, dict):
+            return {**function, "arguments": decoded}
+    return function
+
+
+def decoded_json(value: Any, column: str) -> Any:
+    """A JSON string decoded; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise Unusable("invalid_json", f"{column} is not JSON: {seen(str(error), 80)}", column, value) from None
+
+
+def plain(value: Any, shape: Shape, column: str, keep_nulls: bool = False) -> Any:
+    """A cell as plain Python: JSON decoded, and struct keys that are null dropped.
+
+    Arrow gives every struct of a column the same keys, so a null there is padding; a null inside decoded
+    JSON was written on purpose and stays.
+    """
+    if value is None or shape.kind in ("text", "int", "float", "bool"):
+        return decoded_json(value, column) if shape.encoded else value
+    if shape.encoded or shape.kind == "json":
+        return decoded_json(value, column)
+    if shape.kind == "list" and shape.item is not None and isinstance(value, list | tuple):
+        return [plain(item, shape.item, column, keep_nulls) for item in value]
+    if shape.kind == "map":
+        return dict(value)
+    if shape.kind == "struct" and isinstance(value, Mapping):
+        return {
+            name: plain(value.get(name), inner, column, keep_nulls)
+            for name, inner in shape.fields.items()
+            if keep_nulls or value.get(name) is not None
+        }
+    return value

@@ -1,0 +1,205 @@
+"""`--data org/name[:config]`: a data set of the Hugging Face hub, as local files of one commit.
+
+Everything goes through huggingface_hub, so its cache and HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT hold.
+Promises: the commit is resolved first and every file is of it; only files that are read are fetched; without a
+connection the cache answers, or the refusal says so; whatever goes wrong is one paragraph with the way out.
+Does not: run loading scripts. A set without Parquet or JSON is read from the hub's own Parquet copy of it.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dpo_score.config.schema import DataSpec
+from dpo_score.data.files import Located
+from dpo_score.data.hub_layout import CONVERTED, Entry, Listing, hub_name, is_commit, wanted
+from dpo_score.errors import DataError
+
+_CARD = "README.md"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+Found = TypeVar("Found")
+
+
+def fetch(spec: DataSpec) -> list[Located]:
+    """The files of a hub data set, in the hub's cache. Raises DataError."""
+    unreachable = None
+    for revision in _revisions(spec):
+        try:
+            listing = _listing(spec, revision)
+        except _Unreachable as error:
+            unreachable = error
+            continue
+        entries = wanted(listing, spec)
+        if entries:
+            return _downloaded(spec, revision, listing, entries)
+    if unreachable is not None:
+        raise DataError(_not_cached(spec)) from unreachable
+    raise DataError(
+        f"data set {spec.name!r}: {spec.path} holds neither Parquet nor JSON, and the hub keeps no Parquet copy of it"
+        f"{_at(spec)}. Look at {_page(spec)}/tree/main, convert it and give the folder"
+    )
+
+
+def _revisions(spec: DataSpec) -> tuple[str, ...]:
+    """What is looked at; the hub's Parquet copy belongs to the newest commit, so a wish for another rules it out."""
+    return (spec.revision,) if spec.revision else ("main", CONVERTED)
+
+
+def _listing(spec: DataSpec, revision: str) -> Listing:
+    """What the repository holds; from the cache where the hub cannot be reached. Raises _Unreachable, DataError."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        return _asked(lambda: _remote(HfApi(), spec, revision), spec, revision)
+    except _Unreachable:
+        with suppress(OSError, ValueError, errors.EntryNotFoundError):
+            return _cached(spec, revision)
+        raise
+
+
+def _remote(api: Any, spec: DataSpec, revision: str) -> Listing:
+    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub.hf_api import RepoFile
+
+    repository = hub_name(spec.path)[0]
+    try:
+        commit = api.repo_info(repository, repo_type="dataset", revision=revision).sha
+    except errors.RevisionNotFoundError:
+        if revision == CONVERTED:
+            return Listing("", (), {})
+        raise
+    tree = api.list_repo_tree(repository, repo_type="dataset", revision=commit, recursive=True)
+    entries = tuple(_entry(item) for item in tree if isinstance(item, RepoFile))
+    card: Mapping[str, Any] = {}
+    if any(entry.name == _CARD for entry in entries):
+        card = _card(Path(hf_hub_download(repository, _CARD, repo_type="dataset", revision=commit)))
+    return Listing(commit, entries, card)
+
+
+def _entry(item: Any) -> Entry:
+    return Entry(item.path, item.size, item.lfs.sha256 if item.lfs is not None else None)
+
+
+def _cached(spec: DataSpec, revision: str) -> Listing:
+    """What an earlier run fetched. Raises OSError when it fetched nothing."""
+    from huggingface_hub import snapshot_download
+
+    repository = hub_name(spec.path)[0]
+    folder = Path(
+        snapshot_download(
+            repository, repo_type="dataset", revision=revision, local_files_only=True, allow_patterns=[_CARD]
+        )
+    )
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = (Entry(p.relative_to(folder).as_posix(), p.stat().st_size, _stored_sha256(p)) for p in files)
+    return Listing(folder.name, tuple(entries), _card(folder / _CARD), whole=False)
+
+
+def _stored_sha256(path: Path) -> str | None:
+    """The hub's cache names the blobs of large files by their sha256."""
+    blob = path.resolve().name
+    return blob if _SHA256.fullmatch(blob) else None
+
+
+def _card(path: Path) -> Mapping[str, Any]:
+    """The YAML head of a card; a card that is none says nothing."""
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        return metadata_load(path) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+
+
+def _downloaded(spec: DataSpec, revision: str, listing: Listing, entries: list[Entry]) -> list[Located]:
+    from huggingface_hub import snapshot_download
+
+    names = [glob.escape(entry.name) for entry in entries]
+
+    def snapshot(at: str) -> Path:
+        return Path(
+            snapshot_download(
+                hub_name(spec.path)[0],
+                repo_type="dataset",
+                revision=at,
+                allow_patterns=[*names, _CARD],
+                tqdm_class=None,
+            )
+        )
+
+    try:
+        folder = _asked(lambda: snapshot(revision), spec, revision)
+        if folder.name != listing.commit:  # the branch moved between the two requests
+            folder = _asked(lambda: snapshot(listing.commit), spec, revision)
+    except _Unreachable as unreachable:
+        raise DataError(_not_cached(spec)) from unreachable
+    return [Located(str(folder / e.name), e.name, e.size, e.sha256, listing.commit) for e in entries]
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------
+
+
+class _Unreachable(Exception):
+    """No answer from the hub: no network, or HF_HUB_OFFLINE."""
+
+
+def _asked(request: Callable[[], Found], spec: DataSpec, revision: str) -> Found:
+    """The hub's answer. Raises _Unreachable without one, DataError for a refusal."""
+    from huggingface_hub import errors
+
+    # The HTTP library differs between versions of huggingface_hub; its root error is what theirs derives from.
+    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
+    try:
+        return request()
+    except (http_error, errors.EntryNotFoundError, OSError, ValueError) as error:
+        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+        if not isinstance(cause, (errors.HfHubHTTPError, ValueError)):
+            raise _Unreachable(str(error)) from error
+        raise DataError(f"data set {spec.name!r}: {_explained(cause, spec, revision)}") from error
+
+
+def _explained(error: Exception, spec: DataSpec, revision: str) -> str:
+    from huggingface_hub import errors
+
+    page, login = _page(spec), "log in with `hf auth login` or set HF_TOKEN"
+    match error:
+        case errors.GatedRepoError():
+            return f"{spec.path} is gated: ask for access on {page}, then {login}"
+        case errors.RepositoryNotFoundError():
+            return (
+                f"{spec.path!r} is no file or folder here ({Path.cwd()}), and the hub has no data set of that name "
+                f"that you may read. Check the spelling on {page}; if it is private, {login}"
+            )
+        case errors.RevisionNotFoundError():
+            return f"{spec.path} has no revision {revision!r}: see {page}/tree/main for branches and tags"
+        case errors.HfHubHTTPError():
+            status = error.response.status_code
+            way_out = login if status in (401, 403) else "try again later"
+            return f"{spec.path}: the hub answered {status} for {page}: {way_out}"
+    return f"{spec.path} cannot be had from the hub: {' '.join(str(error).split())[:300]}"
+
+
+def _not_cached(spec: DataSpec) -> str:
+    return (
+        f"data set {spec.name!r}: {spec.path!r} is no file or folder here ({Path.cwd()}), and as a hub data set it is "
+        f"not in the hub's cache{_at(spec)} while the hub cannot be reached (HF_HUB_OFFLINE is set, or there is no "
+        f"network): fetch it once with `hf download --repo-type dataset {hub_name(spec.path)[0]}` where there is"
+    )
+
+
+def _at(spec: DataSpec) -> str:
+    if spec.revision is None:
+        return ""
+    return f" at {'commit' if is_commit(spec.revision) else 'revision'} {spec.revision}"
+
+
+def _page(spec: DataSpec) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/datasets/{hub_name(spec.path)[0]}"

@@ -1,0 +1,100 @@
+"""Blocks of rows as token ids: read, rendered and tokenised once, kept aside for the next model of the run.
+
+Promises: a block is a pure function of the data and the text settings; what is kept aside lies under OUT/.work,
+carries the text identity, and is made again where it is missing or stale. Holds one block at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+
+from dpo_score.data.dataset import PairReader, read_rows_at
+from dpo_score.data.types import EncodedPair, Pair, Rejected, Source
+from dpo_score.engine.context import Desk
+from dpo_score.engine.plan import Job
+from dpo_score.errors import DamageError
+from dpo_score.results.schemas import text_table
+
+_IDENTITY, _REJECTED = b"dpo_score.text", b"dpo_score.rejected"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockText:
+    """One block: `table` holds the pairs that can be scored (ids included), `rejected` the others, in order."""
+
+    block: int
+    start: int
+    stop: int
+    table: pa.Table
+    rejected: tuple[Rejected, ...]
+
+
+class BlockTexts:
+    """Texts of one run's blocks. Not for two threads at once: the tokenizer and the reader have state."""
+
+    def __init__(self, desk: Desk, job: Job, identity: str) -> None:
+        self._desk, self._job, self._identity = desk, job, identity
+        self._reader = PairReader(job.datasets)
+
+    def each(self, blocks: Iterable[int]) -> Iterator[BlockText]:
+        for block in blocks:
+            yield self.block(block)
+
+    def block(self, block: int) -> BlockText:
+        kept = self._kept(block)
+        if kept is not None:
+            return kept
+        made = self._make(block)
+        self._keep(made)
+        return made
+
+    def _make(self, block: int) -> BlockText:
+        start, stop = self._job.rows.span(block)
+        read = self._read(start, stop)
+        encoded = self._job.renderer.encode([item for item in read if isinstance(item, Pair)])
+        rejected = [item for item in [*read, *encoded] if isinstance(item, Rejected)]
+        rejected.sort(key=lambda item: (item.source.file_index, item.source.row, item.source.part or 0))
+        pairs = [item for item in encoded if isinstance(item, EncodedPair)]
+        return BlockText(block, start, stop, text_table(pairs, self._job.extra), tuple(rejected))
+
+    def _read(self, start: int, stop: int) -> list[Pair | Rejected]:
+        sample = self._job.rows.sample
+        if sample is None:
+            return self._reader.read(start, stop)
+        return read_rows_at(self._job.datasets, sample[start:stop])
+
+    def _name(self, block: int) -> str:
+        return f".work/text/{block:05d}-of-{self._job.rows.blocks:05d}.parquet"
+
+    def _kept(self, block: int) -> BlockText | None:
+        name, span = self._name(block), self._job.rows.span(block)
+        if not self._desk.store.exists(name):
+            return None
+        try:
+            table = self._desk.store.read_table(name)
+        except DamageError:
+            return None
+        metadata = table.schema.metadata or {}
+        if metadata.get(_IDENTITY, b"").decode() != self._stamp(span):
+            return None
+        rejected = tuple(_rejected(item) for item in json.loads(metadata[_REJECTED]))
+        return BlockText(block, *span, table.replace_schema_metadata(None), rejected)
+
+    def _keep(self, made: BlockText) -> None:
+        metadata = {
+            _IDENTITY.decode(): self._stamp((made.start, made.stop)),
+            _REJECTED.decode(): json.dumps([asdict(item) for item in made.rejected]),
+        }
+        self._desk.store.write_table(self._name(made.block), made.table, metadata)
+
+    def _stamp(self, span: tuple[int, int]) -> str:
+        return f"{self._identity}:{span[0]}:{span[1]}"
+
+
+def _rejected(item: dict[str, object]) -> Rejected:
+    source = item.pop("source")
+    return Rejected(source=Source(**source), **item)  # type: ignore[arg-type]

@@ -1,0 +1,272 @@
+"""What a run would do, without doing it: `--dry-run` from a sample of rows, `--probe` from a few packs.
+
+Promises: under a minute by sampling at most SAMPLE rows; nothing is written under OUT. Estimates are labelled so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dpo_score.config.schema import RunConfig
+from dpo_score.data.dataset import read_rows_at
+from dpo_score.data.types import EncodedPair, Pair, Rejected, TokenSequence
+from dpo_score.engine.context import Desk
+from dpo_score.engine.model_logprobs import FastPathRefusedError, ModelValues, cache_fields, plain
+from dpo_score.engine.plan import SPEED, Job, text_notice
+from dpo_score.engine.prepare import Preparation, parameters
+from dpo_score.engine.progress import Progress
+from dpo_score.engine.run import at_desk
+from dpo_score.errors import ConfigError, DataError
+from dpo_score.logprobs.numerics import Numerics
+from dpo_score.models.memory import clone_bytes, peak_bytes
+from dpo_score.models.resolve import ModelSource
+from dpo_score.results.schemas import STATS
+
+if TYPE_CHECKING:
+    from dpo_score.logprobs.scorer import PairScorer
+
+SAMPLE, SAMPLE_RUN = 1000, 20
+"""Rows in all, and how many of them stand together: each place to read from costs a start."""
+PROBE_PACKS = 3
+
+
+def dry_run(config: RunConfig, progress: Progress) -> dict[str, Any]:
+    """Format and polarity, rows, lengths, tokens with and without sharing, memory, time, cache hits, identities."""
+    with _scratch(config, progress) as desk:
+        job = Preparation(config, desk).job()
+        sample, rows = _sampled(job)
+        encoded = [item for item in sample if isinstance(item, EncodedPair)]
+        due = _due(desk, job, encoded)
+        found: dict[str, Any] = {"data": [dataset.summary() for dataset in job.datasets]}
+        found["rows"] = f"{job.rows.wanted:,} in {len(list(job.rows))} blocks of {job.rows.block_rows:,}"
+        found["sampled"] = f"{rows:,} rows; {_rejects(sample)}"
+        found |= _lengths(encoded, job.rows.wanted / max(rows, 1))
+        found |= _cost(job, due, encoded, rows)
+        found["cache"] = [item.line for item in due]
+        found["identities"] = [f"text {job.identities.text_digest}", f"reference {job.identities.reference_digest}"]
+        found["text"] = text_notice(job)
+        return found
+
+
+def probe(config: RunConfig, progress: Progress, price_per_hour: float | None) -> dict[str, Any]:
+    """Score a few packs with every kind of model that has anything to compute: rows/s, hours in all, and money."""
+    with _scratch(config, progress) as desk:
+        job = Preparation(config, desk).job()
+        if not job.models:
+            raise ConfigError("nothing to probe: no reference and no policy is a model")
+        sample, rows = _sampled(job)
+        encoded = [item for item in sample if isinstance(item, EncodedPair)]
+        if not encoded:
+            raise DataError(f"nothing to probe: no pair of {rows:,} sampled rows can be scored; {_rejects(sample)}")
+        due = _due(desk, job, encoded)
+        speeds = _speeds(desk, job, [item for item in due if item.tokens], encoded)
+        return _forecast(due, speeds, job.rows.wanted, rows, price_per_hour)
+
+
+@contextmanager
+def _scratch(config: RunConfig, progress: Progress) -> Iterator[Desk]:
+    """A desk in a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="dpo-score-") as folder, at_desk(config, progress, folder) as desk:
+        yield desk
+
+
+def _sampled(job: Job) -> tuple[list[EncodedPair | Rejected], int]:
+    """Short runs of rows, spread evenly over what would be scored, rendered and tokenised."""
+    wanted, together = job.rows.wanted, np.arange(SAMPLE_RUN)
+    starts = np.linspace(0, max(wanted - SAMPLE_RUN, 0), SAMPLE // SAMPLE_RUN).astype(int)
+    every = np.arange(wanted) if wanted <= SAMPLE else np.unique(starts[:, None] + together)
+    rows = every.tolist() if job.rows.sample is None else [job.rows.sample[place] for place in every]
+    read = read_rows_at(job.datasets, rows)
+    rejected = [item for item in read if isinstance(item, Rejected)]
+    return [*job.renderer.encode([item for item in read if isinstance(item, Pair)]), *rejected], len(rows)
+
+
+def _rejects(sample: Sequence[EncodedPair | Rejected]) -> str:
+    codes = [item.code for item in sample if isinstance(item, Rejected)]
+    if not codes:
+        return "none would be rejected"
+    return "would be rejected: " + ", ".join(f"{codes.count(code)} {code}" for code in sorted(set(codes)))
+
+
+def _lengths(encoded: Sequence[EncodedPair], scale: float) -> dict[str, Any]:
+    """Token counts, and what sharing the prompt saves: prompt + both answers against two whole sequences."""
+    if not encoded:
+        return {"tokens": "no pair of the sample can be scored"}
+    parts = np.array([[len(e.prompt_ids), len(e.chosen_ids), len(e.rejected_ids)] for e in encoded])
+    shared, apart = int(parts.sum()), int((parts.sum(axis=1) + parts[:, 0]).sum())
+    return {
+        "lengths": histogram(parts.sum(axis=1)),
+        "tokens": f"about {shared * scale:,.0f} with the prompt computed once, {apart * scale:,.0f} without (estimate)",
+        "truncated": f"{sum(e.chosen_truncated or e.rejected_truncated for e in encoded):,} pairs of the sample",
+    }
+
+
+def histogram(lengths: Any, bins: int = 8) -> list[str]:
+    """Lines of `from-to count bar`, over doubling bins of tokens per pair."""
+    edges = 2 ** np.arange(int(np.log2(max(lengths.min(), 1))), int(np.log2(max(lengths.max(), 1))) + 2)
+    counts, edges = np.histogram(lengths, bins=edges[-bins - 1 :])
+    top = max(int(counts.max()), 1)
+    bars = ("█" * max(round(20 * count / top), 1 if count else 0) for count in counts)
+    spans = (f"{low:>6}-{high - 1:<6}" for low, high in itertools.pairwise(edges))
+    return [f"{span} {count:>6} {bar}" for span, count, bar in zip(spans, counts, bars, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """What a run computes with one model. `tokens`: unique ones of the sample that the cache lacks; `line` says it."""
+
+    label: str
+    source: ModelSource
+    numerics: Numerics
+    tokens: int
+    line: str
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Models of one kind take equally long. An adapter that is not merged costs products of its own."""
+        beside = self.source.adapter is not None and self.numerics.dtype != "float32"
+        return self.source.config.get("model_type"), parameters(self.source), beside, self.numerics
+
+
+def _due(desk: Desk, job: Job, encoded: Sequence[EncodedPair]) -> list[Due]:
+    """As a run decides: the cache first, and nothing for a policy that equals its reference."""
+    sequences = {sequence.key: sequence for sequence in _sequences(encoded)}
+    models = [(r.label, r.source, r.numerics, False) for r in job.references]
+    models += [(p.name, p.source, p.numerics, p.equals_reference) for p in job.policies]
+    there = ((label, s, n, same) for label, s, n, same in models if s is not None and n is not None)
+    return [
+        Due(label, source, numerics, 0, f"{label}: equals its reference, whose values it takes over")
+        if same
+        else _looked_up(desk, job, (label, source, numerics), sequences)
+        for label, source, numerics, same in there
+    ]
+
+
+def _looked_up(
+    desk: Desk, job: Job, model: tuple[str, ModelSource, Numerics], sequences: Mapping[bytes, TokenSequence]
+) -> Due:
+    from dpo_score.logprobs.scorer import token_costs
+
+    label, source, numerics = model
+    space = desk.cache.namespace(cache_fields(source, numerics))
+    hits = space.view(space.snapshot()).lookup(list(sequences), wanted=[STATS[name] for name in job.stats])
+    tokens = sum(token_costs([sequence for key, sequence in sequences.items() if key not in hits]))
+    line = f"{label}: {len(hits):,} of {len(sequences):,} sampled sequences are known"
+    return Due(label, source, numerics, tokens, line)
+
+
+def _cost(job: Job, due: Sequence[Due], encoded: Sequence[EncodedPair], rows: int) -> dict[str, str]:
+    if not due:
+        return {"models": "none is needed"}
+    numerics, scale = due[0].numerics, job.rows.wanted / max(rows, 1)
+    seconds = sum(2.0 * parameters(d.source) * d.tokens * scale / SPEED[d.numerics.device_kind] for d in due)
+    longest = max((len(e.prompt_ids) + max(len(e.chosen_ids), len(e.rejected_ids)) for e in encoded), default=0)
+    pack = f"{numerics.batch_tokens:,} tokens a pack"
+    return {
+        "numerics": f"{numerics.dtype} on {numerics.device}, {numerics.path} path, {pack}",
+        "memory": _memory(due, longest),
+        "time": f"about {seconds:,.0f} s for what is to be computed (estimate; --probe measures)",
+    }
+
+
+def _memory(due: Sequence[Due], longest: int) -> str:
+    """The bound of the largest model. What adapters are merged into is cloned in host memory, on a CPU the same."""
+    clones = [_clones(item, due) for item in due]
+    here = due[0].numerics.device_kind == "cpu"
+    peaks = [peak_bytes(d.source.config, d.numerics, parameters(d.source), longest) for d in due]
+    bound = max(peak + (clone if here else 0) for peak, clone in zip(peaks, clones, strict=True))
+    said = f"at most {bound / 2**30:.2f} GiB beside the program itself: weights, one pack, scratch"
+    if not any(clones):
+        return said
+    what = "clones of what adapters change"
+    return f"{said}, {what}" if here else f"{said}; {max(clones) / 2**30:.2f} GiB on the host: {what}"
+
+
+def _clones(item: Due, due: Sequence[Due]) -> int:
+    """Bytes of a model's weights that all adapters over the same base have cloned in the end."""
+    same = [d for d in due if d.source.base_digest == item.source.base_digest and d.numerics == item.numerics]
+    files = [path for d in same for path in d.source.adapter_files]
+    merged = item.numerics.dtype == "float32" and "quantization_config" not in item.source.config
+    return clone_bytes(item.source.weights, files, parameters(item.source)) if files and merged else 0
+
+
+def _sequences(encoded: Sequence[EncodedPair]) -> list[TokenSequence]:
+    return [pair.sequence(side) for pair in encoded for side in ("chosen", "rejected")]
+
+
+def _prefix(encoded: Sequence[EncodedPair], budget: int) -> Sequence[EncodedPair]:
+    """The first pairs whose unique tokens fill `budget`."""
+    total = 0
+    for count, pair in enumerate(encoded, 1):
+        total += len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+        if total >= budget:
+            return encoded[:count]
+    return encoded
+
+
+def _timed(work: Any) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Pairs and unique tokens a second, measured with one model."""
+
+    label: str
+    pairs: float
+    tokens: float
+
+
+def _speeds(desk: Desk, job: Job, due: Sequence[Due], encoded: Sequence[EncodedPair]) -> dict[Any, Speed]:
+    """By kind of model, measured with the first of each."""
+    first: dict[Any, Due] = {}
+    for item in due:
+        first.setdefault(item.kind, item)
+    return {kind: _speed(item, _scorer(desk, job, item), encoded) for kind, item in first.items()}
+
+
+def _scorer(desk: Desk, job: Job, item: Due) -> PairScorer:
+    stats = [STATS[name] for name in job.stats]
+    try:
+        return ModelValues(desk, item.source, item.numerics, stats, snapshot=()).scorer()
+    except FastPathRefusedError:
+        return ModelValues(desk, item.source, plain(item.numerics), stats, snapshot=()).scorer()
+
+
+def _speed(item: Due, scorer: PairScorer, encoded: Sequence[EncodedPair]) -> Speed:
+    from dpo_score.logprobs.scorer import token_costs
+
+    few = _prefix(encoded, item.numerics.batch_tokens * PROBE_PACKS)
+    scorer.score(_sequences(few[: max(len(few) // PROBE_PACKS, 1)]))  # warm-up: kernels, allocator
+    seconds = _timed(lambda: scorer.score(_sequences(few)))
+    return Speed(item.label, len(few) / seconds, sum(token_costs(_sequences(few))) / seconds)
+
+
+def _forecast(
+    due: Sequence[Due], speeds: Mapping[Any, Speed], rows: int, sampled: int, price_per_hour: float | None
+) -> dict[str, Any]:
+    hours = sum(d.tokens * rows / sampled / speeds[d.kind].tokens for d in due if d.tokens) / 3600.0
+    found: dict[str, Any] = {
+        "cache": [item.line for item in due],
+        "rows/s": [_measured(speed, kind, due) for kind, speed in speeds.items()] or "nothing is left to compute",
+        "hours": f"{hours:,.3f} for {rows:,} rows, without loading and reading",
+    }
+    if price_per_hour is not None:
+        found["cost"] = f"{hours * price_per_hour:,.2f} at {price_per_hour:g} an hour"
+    return found
+
+
+def _measured(speed: Speed, kind: Any, due: Sequence[Due]) -> str:
+    others = [d.label for d in due if d.tokens and d.kind == kind and d.label != speed.label]
+    alike = f"; taken to be the same: {', '.join(others)}" if others else ""
+    return f"{speed.pairs:,.1f} with {speed.label}{alike}"

@@ -1,0 +1,1 @@
+"""Who computes the blocks: this process, worker processes, Ray, or one job of an array."""

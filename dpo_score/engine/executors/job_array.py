@@ -1,0 +1,182 @@
+"""A run in N independent processes, for schedulers that know job arrays and nothing else, and its end.
+
+    dpo-score run PIPELINE --blocks 0/3     dpo-score run PIPELINE --blocks 1/3     …     dpo-score finish OUT
+
+Promises: each process works on its own contiguous run of blocks, stage one before stage two, under a lock of its own
+share; the first to come decides the numerics for all while the others wait; each writes down what it was asked for
+before it works, so that the end knows what to wait for; what N processes leave behind is what one would have left.
+Processes may be repeated, killed and run in any order. Not here: how blocks are computed (local.py).
+The folders OUT and, where it is not empty at the start, CACHE must be the same for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from itertools import groupby
+
+from dpo_score.config.load import dump_config
+from dpo_score.config.schema import PolicySpec, RunConfig
+from dpo_score.engine.context import Desk
+from dpo_score.engine.finish import Outcome
+from dpo_score.engine.plan import Job
+from dpo_score.engine.prepare import prepare
+from dpo_score.engine.progress import Progress
+from dpo_score.engine.run import at_desk, check, ended, run_stages
+from dpo_score.errors import ConfigError, UsageError
+from dpo_score.results.source_text import stored_config
+from dpo_score.storage.commits import CommitRecord, StoredRecord, read_records, record_name
+from dpo_score.storage.io import Store, open_store
+from dpo_score.storage.manifest import Manifest, read_manifest, reopen_manifest, save_manifest
+
+PIPELINE = "pipeline.yaml"
+SHOWN_STAGES = 8
+
+
+def run_share(config: RunConfig, progress: Progress, restart: bool = False) -> Outcome:
+    """One share of both stages; the outcome has no summary. Raises as `local.run` does."""
+    if restart:
+        raise ConfigError(
+            "--restart with --blocks would have each process throw away what the others computed: delete the folder "
+            "once, then start them"
+        )
+    index, shares = config.share
+    with at_desk(config, progress, check(config), share=f"{index}-of-{shares}") as desk:
+        job, manifest = _begun(config, desk)
+        progress.say(f"share {index} of {shares}: {len(list(job.rows)):,} blocks, {job.rows.mine:,} rows")
+        failures = run_stages(desk, job, manifest)
+        _keep_warnings(desk)
+    progress.say(f"share {index} of {shares} is done; when all are: dpo-score finish {config.out}")
+    return Outcome(str(config.out), {"policies": {}}, failures)
+
+
+def _begun(config: RunConfig, desk: Desk) -> tuple[Job, Manifest]:
+    """The job; OUT/manifest.json and pipeline.yaml are there afterwards, and tell of it. Both are written by one at a
+    time."""
+    store = desk.store
+    if read_manifest(store) is None:
+        desk.progress.say("the first share to come decides the numerics for all: the others wait for it")
+        with store.turn():
+            if read_manifest(store) is None:
+                job, manifest = prepare(config, desk)
+                _write_down(store, job.config)
+                return job, manifest
+    job, manifest = prepare(config, desk, opening=store.turn)
+    with store.turn():
+        _write_down(store, job.config)
+    return job, manifest
+
+
+def _write_down(store: Store, config: RunConfig) -> None:
+    """Into OUT/pipeline.yaml what this share was asked for, beside the policies that others were."""
+    policies = {policy.name: policy for policy in (*_others(store, config), *config.policies)}
+    whole = config.model_copy(update={"blocks": None, "policies": tuple(policies.values())})
+    content = dump_config(whole).encode()
+    if not store.exists(PIPELINE) or store.read_bytes(PIPELINE) != content:
+        reopen_manifest(store)
+        store.write_bytes(PIPELINE, content)
+
+
+def _others(store: Store, config: RunConfig) -> list[PolicySpec]:
+    """The policies in OUT/pipeline.yaml, with what they take from that file where `config` says otherwise."""
+    if not store.exists(PIPELINE):
+        return []
+    before = stored_config(store)
+    loss = None if before.loss == config.loss else before.loss
+    base = None if before.policy_base == config.policy_base else before.policy_base
+    return [p.model_copy(update={"loss": p.loss or loss, "base": p.base or base}) for p in before.policies]
+
+
+def _keep_warnings(desk: Desk) -> None:
+    """What this process warned of, into the manifest that all share."""
+    with desk.store.turn():
+        found = read_manifest(desk.store)
+        assert found is not None
+        warnings = tuple(dict.fromkeys((*found.warnings, *desk.progress.warnings)))
+        if warnings != found.warnings:
+            save_manifest(desk.store, replace(found, warnings=warnings))
+
+
+def finish(out: str, progress: Progress, without: Sequence[str] = (), allowed: Collection[str] = ()) -> Outcome:
+    """The summary, the card and the report of what the shares left, and state `complete`. Computes nothing.
+
+    `without`: policies to leave out. `allowed`: what the user consents to (pair_texts.CONSENT).
+    UsageError naming the blocks that are missing, or too many.
+    """
+    config = _begun_at(out, allowed)
+    with at_desk(config, progress, out) as desk:
+        found = read_manifest(desk.store)
+        assert found is not None
+        config = _left(config, found, without)
+        job, _ = prepare(config, desk, computes=False)
+        unscored = [policy for policy in job.policies if policy.failure and _missing(desk.store, job, policy.stage)]
+        unnamed = sorted({*found.identities.policies} - {*without} - {policy.name for policy in job.policies})
+        stages = [*(r.stage for r in job.references), *(p.stage for p in job.policies if p not in unscored)]
+        _refuse_missing(desk.store, job, [*stages, *(f"scores/{name}" for name in unnamed)], out)
+        _refuse_more(desk.store, job, out)
+        failed = [policy for policy in unscored if policy.name not in desk.skipped]
+        return ended(desk, job, {policy.name: str(policy.failure) for policy in failed})
+
+
+def _begun_at(out: str, allowed: Collection[str]) -> RunConfig:
+    """What OUT was asked for. Raises UsageError where nothing was."""
+    store = open_store(out)
+    if read_manifest(store) is None:
+        raise UsageError(f"{out} holds no run: it has no manifest.json")
+    if not store.exists(PIPELINE):
+        raise UsageError(
+            f"{out} has no {PIPELINE}: the run that was begun there has not ended, and no share (--blocks I/N) was "
+            "started. Start the same command again, or its shares"
+        )
+    return stored_config(store, allowed).model_copy(update={"out": out})
+
+
+def _left(config: RunConfig, found: Manifest, without: Sequence[str]) -> RunConfig:
+    names = list(dict.fromkeys((*(policy.name for policy in config.policies), *found.identities.policies)))
+    if unknown := sorted(set(without) - set(names)):
+        raise ConfigError(f"--without {unknown[0]}: the run has no such policy; it has {', '.join(names)}")
+    return config.model_copy(update={"policies": tuple(p for p in config.policies if p.name not in without)})
+
+
+def _refuse_missing(store: Store, job: Job, stages: Sequence[str], out: str) -> None:
+    missing = {stage: blocks for stage in stages if (blocks := _missing(store, job, stage))}
+    if not missing:
+        return
+    shown = [f"  {stage}: {_ranges(blocks)} of {len(list(job.rows))} blocks" for stage, blocks in missing.items()]
+    more = f"\n  … and {len(shown) - SHOWN_STAGES} more stages" if len(shown) > SHOWN_STAGES else ""
+    whole = "the same command without --blocks" if "://" in out else f"dpo-score run {out}/{PIPELINE} --out {out}"
+    raise UsageError(
+        f"{out} is not finished; what is missing, counted from 0:\n" + "\n".join(shown[:SHOWN_STAGES]) + more + "\n"
+        f"Run the shares that did not end well once more with the same command, or all of it at once: {whole} (what is "
+        "committed is not computed again). A policy that a run was given and no share: give it to them, too; one that "
+        "none could score: --without NAME"
+    )
+
+
+def _missing(store: Store, job: Job, stage: str) -> list[int]:
+    """Blocks that are not committed, or with fewer rows than are wanted now (an earlier --limit)."""
+    records = read_records(store, stage)
+    names = {block: record_name(stage, block, job.rows.blocks) for block in job.rows}
+    return [block for block, name in names.items() if not _reaches(records.get(name), job.rows.span(block)[1])]
+
+
+def _reaches(record: StoredRecord | None, stop: int) -> bool:
+    return isinstance(record, CommitRecord) and record.stop >= stop
+
+
+def _refuse_more(store: Store, job: Job, out: str) -> None:
+    """Rows beyond --limit were not scored for nothing: the shares were not all started with one command."""
+    stops = [record.stop for record in read_records(store, "reference").values() if isinstance(record, CommitRecord)]
+    scored = max(stops, default=0)
+    if scored > job.rows.wanted:
+        raise UsageError(
+            f"{out}/{PIPELINE} asks for the first {job.rows.wanted:,} rows, but {scored:,} are scored: the shares were "
+            "started with different --limit. Start one of them again without it (what is committed is not computed "
+            "again), then finish"
+        )
+
+
+def _ranges(blocks: Iterable[int]) -> str:
+    """`0-3, 7` for 0, 1, 2, 3, 7."""
+    runs = [[block for _, block in run] for _, run in groupby(enumerate(blocks), lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -1,0 +1,242 @@
+"""Pairs from memory, scored into a table in memory: the stages of a run on one block, without OUT.
+
+Promises: the numbers and columns are those of a run; models named by path use the cache, held ones do not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_score.config.schema import PolicySpec, RunConfig
+from dpo_score.data.dataset import Dataset, PairReader
+from dpo_score.data.run_data import open_data
+from dpo_score.data.types import EncodedPair, Pair, Rejected, TokenSequence
+from dpo_score.engine.block_inputs import BlockText
+from dpo_score.engine.context import Desk
+from dpo_score.engine.fast_path_check import trusted
+from dpo_score.engine.in_memory_model import HeldModel, HeldValues
+from dpo_score.engine.limits import refuse_long, refuse_other_kind
+from dpo_score.engine.model_logprobs import BlockValues, FastPathRefusedError, ModelValues, Values, plain
+from dpo_score.engine.plan import Job, PolicyJob, ReferenceJob, Rows, extra_fields, only_ids
+from dpo_score.engine.prepare import parameters
+from dpo_score.engine.stages import BlockResult, part, policy_block, reference_block
+from dpo_score.errors import ConfigError, DataError, ModelError
+from dpo_score.export.input_rows import fitted
+from dpo_score.logprobs.numerics import Numerics, resolve_numerics
+from dpo_score.losses.parse import parse_loss
+from dpo_score.models.policies import resolve_policy
+from dpo_score.models.resolve import ModelSource, Resolver
+from dpo_score.results.schemas import STATS, text_table
+from dpo_score.storage.fingerprint import Identities
+from dpo_score.tokenization.choose import REFERENCE, TokenGuard, choose_tokenizer, renderer_of
+
+Model: TypeAlias = ModelSource | HeldModel
+
+
+def written(pairs: Any, folder: Path) -> Path:
+    """`pairs` as a file in `folder`: a polars or pyarrow table, a datasets.Dataset, or an iterable of dicts."""
+    path = folder / "pairs.parquet"
+    if hasattr(pairs, "to_arrow"):  # polars
+        pairs = pairs.to_arrow()
+    if isinstance(pairs, pa.Table):
+        pq.write_table(pairs, path)
+    elif hasattr(pairs, "to_parquet"):  # datasets
+        pairs.to_parquet(str(path))
+    elif isinstance(pairs, Iterable) and not isinstance(pairs, str | bytes | Mapping):
+        path = path.with_suffix(".jsonl")
+        path.write_text("".join(f"{json.dumps(_row(row), default=_plain)}\n" for row in pairs), encoding="utf-8")
+    else:
+        raise DataError(
+            f"pairs is a {type(pairs).__name__}: give a polars or pyarrow table, a datasets.Dataset or dicts"
+        )
+    return path
+
+
+def _row(row: Any) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise DataError(f"pairs holds a {type(row).__name__}: each row must be a dict with columns by name")
+    return row
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise DataError(f"pairs holds a {type(value).__name__}, which is not text, a number, a list or a dict")
+
+
+@dataclass(frozen=True, slots=True)
+class Participants:
+    """Models by policy name ("" is the reference; absent where there is none), and their numerics."""
+
+    models: Mapping[str, Model]
+    numerics: Mapping[str, Numerics]
+
+    def source(self, name: str) -> ModelSource | None:
+        model = self.models.get(name)
+        return model.source if isinstance(model, HeldModel) else model
+
+
+def scored_tables(
+    config: RunConfig, desk: Desk, held: Mapping[str, HeldModel], tokenizer: Any = None
+) -> dict[str, pa.Table]:
+    """Policy → score columns, a row for every pair in the order of the input; `status` says which were scored.
+
+    `held`: loaded models by policy name, "" being the reference; all others are named in `config`. Rows that could
+    not be scored are null but for where they come from. Raises UsageError.
+    """
+    datasets = open_data(config, keep_columns=_kept(config))
+    models = _resolved(config, desk, held)
+    taking_part = Participants(models, _numerics(config, desk, models))
+    tokenizer = tokenizer if tokenizer is not None else _tokenizer(config, desk, datasets, models)
+    job = _job(config, datasets, taking_part, tokenizer)
+    text = _text(job)
+    values = {name: _values(desk, job, taking_part, name, text) for name in models}
+    first = reference_block(job, job.references[0], text, values.get(""))
+    return {policy.name: _policy_table(job, policy, text, first, values) for policy in job.policies}
+
+
+def _kept(config: RunConfig) -> tuple[str, ...]:
+    """Columns that the caller, the reference or a loss reads."""
+    offsets = [parse_loss(policy.loss or config.loss).modifiers.offset_column for policy in config.policies]
+    columns = (config.reference.columns or ()) if config.reference else ()
+    return tuple(dict.fromkeys((*config.keep_columns, *columns, *(name for name in offsets if name))))
+
+
+def _resolved(config: RunConfig, desk: Desk, held: Mapping[str, HeldModel]) -> dict[str, Model]:
+    trust, how = (config.allow_pickle, config.trust_remote_code), config.compute.quantization
+    resolver = Resolver(desk.cache_dir, desk.digests.sha256, *trust, quantization=how)
+    found: dict[str, Model] = {}
+    spec = config.reference
+    if "" in held:
+        found[""] = held[""]
+    elif spec is not None and spec.columns is None:
+        found[""] = resolver.resolve(spec.model, revision=spec.revision, adapter=spec.adapter)
+    base = found.get("")
+    for policy in config.policies:
+        reference = base if isinstance(base, ModelSource) else None
+        found[policy.name] = held.get(policy.name) or resolve_policy(policy, reference, config.policy_base, resolver)
+    return found
+
+
+def _numerics(config: RunConfig, desk: Desk, models: Mapping[str, Model]) -> dict[str, Numerics]:
+    """Held models compute as they are; named ones alike, as the first of them needs."""
+    named = [model for model in models.values() if isinstance(model, ModelSource)]
+    common = None
+    if named:
+        asked = resolve_numerics(config.compute, named[0].config, parameters(named[0]))
+        common = trusted(desk, named[0], asked)
+    return {
+        name: model.numerics(config.compute) if isinstance(model, HeldModel) else cast(Numerics, common)
+        for name, model in models.items()
+    }
+
+
+def _tokenizer(config: RunConfig, desk: Desk, datasets: Sequence[Dataset], models: Mapping[str, Model]) -> Any:
+    """As a run chooses it; a held model says by name where its own is."""
+    homes = [(name or REFERENCE, _home(model)) for name, model in models.items()]
+    if not (config.text.tokenizer or homes[0][1] or only_ids(datasets)):
+        raise ModelError("the loaded model does not say where its tokenizer is: give tokenizer=…")
+    known = homes[:1] + [home for home in homes[1:] if home[1]]
+    return choose_tokenizer(config, config.text, datasets, known, desk.progress.say)
+
+
+def _home(model: Model) -> str:
+    """The folder or hub id of a model's tokenizer; empty where a held one does not say."""
+    if isinstance(model, ModelSource):
+        return str(model.tokenizer_folder)
+    return getattr(model.model.config, "name_or_path", None) or getattr(model.model, "name_or_path", None) or ""
+
+
+def _job(config: RunConfig, datasets: tuple[Dataset, ...], taking_part: Participants, tokenizer: Any) -> Job:
+    source, spec, rows = taking_part.source(""), config.reference, sum(dataset.rows for dataset in datasets)
+    first = taking_part.source(next(iter(taking_part.models), ""))
+    reference = ReferenceJob("", source, spec.columns if spec else None, taking_part.numerics.get(""), {}, "")
+    policies = [_policy_job(config, policy, taking_part, reference) for policy in config.policies]
+    return Job(
+        config=config,
+        datasets=datasets,
+        rows=Rows(rows, max(rows, 1)),
+        tokenizer=tokenizer,
+        renderer=renderer_of(config, tokenizer, config.text, first.config if first else None),
+        extra=extra_fields(datasets, _kept(config)),
+        references=(reference,),
+        policies=tuple(policies),
+        identities=Identities({}),
+        stats=tuple(dict.fromkeys((*config.compute.stats, *(["wpo"] if any(map(_weighs, policies)) else [])))),
+    )
+
+
+def _weighs(policy: PolicyJob) -> bool:
+    return policy.loss.modifiers.wpo
+
+
+def _policy_job(config: RunConfig, spec: PolicySpec, taking_part: Participants, reference: ReferenceJob) -> PolicyJob:
+    loss = spec.loss or config.loss
+    source, numerics = taking_part.source(spec.name), taking_part.numerics[spec.name]
+    resolved = parse_loss(loss)
+    if reference.source is None and reference.columns is None and not resolved.reference_free:
+        raise ConfigError(f"loss {resolved.name!r} compares with a reference: give reference=…")
+    return PolicyJob(spec.name, source, resolved, loss, reference, numerics, {}, "")
+
+
+def _text(job: Job) -> BlockText:
+    read = PairReader(job.datasets).read(0, job.rows.total)
+    encoded = job.renderer.encode([item for item in read if isinstance(item, Pair)])
+    rejected = tuple(item for item in [*read, *encoded] if isinstance(item, Rejected))
+    pairs = [item for item in encoded if isinstance(item, EncodedPair)]
+    return BlockText(0, 0, job.rows.total, text_table(pairs, job.extra), rejected)
+
+
+def _values(desk: Desk, job: Job, taking_part: Participants, name: str, text: BlockText) -> Values:
+    model, numerics, stats = taking_part.models[name], taking_part.numerics[name], [STATS[s] for s in job.stats]
+    refuse_other_kind(job.renderer, taking_part.source(name))
+    if isinstance(model, HeldModel):
+        refuse_long(model.source, text.table)
+        return HeldValues(model, numerics, stats)
+    TokenGuard(job.tokenizer, model).check(text.table)
+    return TrustedValues(desk, model, numerics, stats)
+
+
+class TrustedValues:
+    """Values of one named model, on the plain path where the fast one is refused at its load, said aloud."""
+
+    def __init__(self, desk: Desk, source: ModelSource, numerics: Numerics, stats: Sequence[str]) -> None:
+        self._desk, self._source, self._numerics, self._stats = desk, source, numerics, stats
+        self._values = ModelValues(desk, source, numerics, stats)
+
+    def block(self, name: str, sequences: Sequence[TokenSequence], sample: int = 0) -> BlockValues:
+        try:
+            return self._values.block(name, sequences, sample)
+        except FastPathRefusedError as refusal:
+            self._desk.progress.warn(f"{self._source.name}: scored on the plain path, which is slower: {refusal}")
+        self._values = ModelValues(self._desk, self._source, plain(self._numerics), self._stats)
+        return self._values.block(name, sequences, sample)
+
+
+def _policy_table(
+    job: Job, policy: PolicyJob, text: BlockText, first: BlockResult, values: Mapping[str, Values]
+) -> pa.Table:
+    """Scores and rejects of one policy, in the order of the rows."""
+    own = None if policy.equals_reference else values[policy.name]
+    result = policy_block(job, policy, text, first.tables[part("reference", 0, 1)], own)
+    scores = result.tables[part(policy.stage, 0, 1)]
+    rejects = [t for found in (first, result) for name, t in found.tables.items() if name.startswith("rejects/")]
+    rows = [fitted(_unscored(table), scores.schema) for table in rejects if table.num_rows]
+    together = pa.concat_tables([scores, *rows])
+    order = sorted(range(together.num_rows), key=list(map(_place, together["row_id"].to_pylist())).__getitem__)
+    return together.take(pa.array(order, pa.int64()))
+
+
+def _unscored(rejects: pa.Table) -> pa.Table:
+    return rejects.select(["row_id", "dataset", "source_file", "source_row"]).append_column("status", rejects["code"])
+
+
+def _place(row_id: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in row_id.split(":"))

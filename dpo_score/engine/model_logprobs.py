@@ -1,0 +1,222 @@
+"""Token log-probabilities of one model, from the cache where it has them, else computed and added to it.
+
+Promises: the model is loaded at the first miss and not before; only what is missing is computed; lookups see the
+cache files listed when the run began, so what others add meanwhile changes nothing. On its first load the fast
+path is held against the plain one; a refusal is raised, for the caller to go on with plain numerics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dpo_score.config.schema import ComputeSpec
+from dpo_score.data.types import TokenSequence
+from dpo_score.engine.context import Desk
+from dpo_score.errors import ConfigError
+from dpo_score.logprobs.numerics import Numerics
+from dpo_score.logprobs.types import SequenceLogps, Unscored
+from dpo_score.models.resolve import ModelSource
+from dpo_score.results import noise
+from dpo_score.storage.cache.cache import CacheEntry, CacheSpace
+
+if TYPE_CHECKING:
+    from dpo_score.logprobs.scorer import PairScorer
+
+Entry = CacheEntry | Unscored
+
+
+class FastPathRefusedError(Exception):
+    """The fast path does not reproduce the plain one on this model."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockValues:
+    """`entries` in the order of the sequences asked for; `redone`: keys computed again in float32."""
+
+    entries: list[Entry]
+    redone: frozenset[int]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def cache_fields(source: ModelSource, numerics: Numerics) -> dict[str, Any]:
+    """What changes a number for given ids: weights × dtype × path, kernel and compilation × kind and number of
+    devices that a model is dealt out to."""
+    kept = ("dtype", "path", "kernel", "compile", "device_kind", "tensor_parallel")
+    written = numerics.to_json()
+    return {"weights": source.digest, **{name: written[name] for name in kept if name in written}}
+
+
+def plain(numerics: Numerics) -> Numerics:
+    """The same numerics on the plain path."""
+    return replace(numerics, path="plain", kernel="model", compile=False)
+
+
+def overlaid(stored: Numerics, asked: ComputeSpec) -> Numerics:
+    """What OUT decided, with what is now asked for by name: a difference shows up as another identity. Which of several
+    GPUs computes is none (`placed`)."""
+    explicit: dict[str, Any] = {
+        name: getattr(asked, name) for name in ("dtype", "batch_tokens", "path") if getattr(asked, name) != "auto"
+    }
+    if asked.compile != "auto":
+        explicit["compile"] = asked.compile == "on"
+    if asked.device != "auto" and asked.device.split(":")[0] != stored.device_kind:
+        explicit |= {"device": asked.device, "device_kind": asked.device.split(":")[0]}
+    if asked.threads is not None:
+        explicit["threads"] = asked.threads
+    explicit["tensor_parallel"] = asked.tensor_parallel
+    return replace(stored, **explicit)
+
+
+def placed(numerics: Numerics, device: str) -> Numerics:
+    """The same numbers on the GPU that is asked for by its index."""
+    kind, _, index = device.partition(":")
+    return replace(numerics, device=device) if index and kind == numerics.device_kind == "cuda" else numerics
+
+
+class Values(Protocol):
+    """Where a stage gets token log-probabilities from, a block of sequences at a time."""
+
+    def block(self, name: str, sequences: Sequence[TokenSequence], sample: int = 0) -> BlockValues: ...
+
+
+class ModelValues:
+    """One model of one run. `stats` are the scorer's statistics that every entry must carry."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        source: ModelSource,
+        numerics: Numerics,
+        stats: Sequence[str] = (),
+        snapshot: Sequence[str] | None = None,
+        upcoming: ModelSource | None = None,
+    ) -> None:
+        self._desk, self._source, self._begun, self._stats = desk, source, numerics, tuple(stats)
+        self._space: CacheSpace = desk.cache.namespace(cache_fields(source, numerics))
+        self.snapshot = tuple(self._space.snapshot() if snapshot is None else snapshot)
+        self._view = self._space.view(self.snapshot)
+        self._upcoming = upcoming
+        self._scorer: PairScorer | None = None
+        self._model: Any = None
+        self._packs_split = 0
+
+    def block(self, name: str, sequences: Sequence[TokenSequence], sample: int = 0) -> BlockValues:
+        """Values of one block. `name` names the cache file that its new values go to; the noise floor is measured
+        on the first `sample` sequences."""
+        keys = [sequence.key for sequence in sequences]
+        found: dict[bytes, Entry] = dict(self._known(keys))
+        missing = {k: s for k, s in zip(keys, sequences, strict=True) if k not in found}
+        results = self._compute(list(missing.values())) if missing else []
+        fresh = dict(zip(missing, results, strict=True))
+        self._keep(name, fresh)
+        found |= {key: _entry(result) for key, result in fresh.items()}
+        redone = frozenset(i for i, key in enumerate(keys) if key in fresh and _was_redone(fresh[key]))
+        entries = [found[key] for key in keys]
+        notes = self._notes(len(missing))
+        if sample:
+            notes["noise"] = self._noise(sequences[:sample], entries[:sample])
+        return BlockValues(entries, redone, notes)
+
+    @cached_property
+    def _numerics(self) -> Numerics:
+        """Those that the run began with, on the device asked for, with the kernel that runs here."""
+        from dpo_score.logprobs.torch_settings import in_effect
+
+        return in_effect(placed(self._begun, self._desk.device))
+
+    @cached_property
+    def _own_space(self) -> CacheSpace:
+        """Where new values go: that of the run's numerics, but for another kernel its own."""
+        same = self._numerics.kernel == self._begun.kernel
+        return self._space if same else self._desk.cache.namespace(cache_fields(self._source, self._numerics))
+
+    def _noise(self, sequences: Sequence[TokenSequence], entries: Sequence[Entry]) -> noise.Noise:
+        store = self._desk.cache.store
+        if self._scorer is None:
+            return noise.remembered(store, _namespace(self._space))
+        found = noise.measure(self._model, self._numerics, sequences, entries)
+        noise.remember(store, _namespace(self._own_space), found)
+        return found
+
+    def _known(self, keys: Sequence[bytes]) -> dict[bytes, CacheEntry]:
+        return self._view.lookup(list(dict.fromkeys(keys)), wanted=self._stats)
+
+    def _compute(self, sequences: Sequence[TokenSequence]) -> Sequence[SequenceLogps | Unscored]:
+        scorer = self.scorer()
+        split_before = scorer.packs_split
+        results = scorer.score(sequences)
+        self._packs_split = scorer.packs_split - split_before
+        for note in scorer.notes:
+            self._desk.progress.warn(f"{self._source.name}: {note}")
+        return results
+
+    def _keep(self, name: str, fresh: Mapping[bytes, SequenceLogps | Unscored]) -> None:
+        """Into the cache, except what was redone in another dtype: its namespace would be a lie."""
+        entries = {
+            key: CacheEntry(result.token_logps, dict(result.stats))
+            for key, result in fresh.items()
+            if isinstance(result, SequenceLogps) and result.redone_dtype is None
+        }
+        if entries:
+            self._own_space.add(name, entries)
+
+    def _notes(self, computed: int) -> dict[str, Any]:
+        """What a commit record says of how its values came about."""
+        return {"packs_split": self._packs_split} if self._packs_split and computed else {}
+
+    def scorer(self) -> PairScorer:
+        """The loaded model, verified; loads on the first call."""
+        if self._scorer is None:
+            self._scorer = self._load()
+        return self._scorer
+
+    def _load(self) -> PairScorer:
+        from dpo_score.logprobs.scorer import PairScorer
+
+        desk = self._desk
+        _refuse_absent(self._source, self._numerics)
+        desk.progress.say(f"loading {self._source.name} ({self._numerics.dtype} on {self._numerics.device})")
+        loaded = desk.shelf.load(self._source, self._numerics)
+        self._verify(loaded.model)
+        self._model = loaded.model
+        if self._upcoming is not None:
+            desk.shelf.prefetch(self._upcoming)
+        return PairScorer(
+            loaded.model, self._numerics, self._stats, on_progress=desk.progress.tokens, should_stop=desk.stop.check
+        )
+
+    def _verify(self, model: Any) -> None:
+        if self._numerics.path != "fast":
+            return
+        from dpo_score.logprobs.self_check import verify_fast_path
+
+        verdict = verify_fast_path(model, self._numerics)
+        if not verdict.ok:
+            raise FastPathRefusedError(verdict.reason)
+
+
+def _refuse_absent(source: ModelSource, numerics: Numerics) -> None:
+    """ConfigError for a device that a run was begun on and this machine lacks."""
+    from dpo_score.logprobs.torch_settings import present
+
+    if present(numerics.device):
+        return
+    raise ConfigError(
+        f"{source.name} is to be computed on {numerics.device}, and torch sees no such device here. Go on where there "
+        "is one (another GPU: --device cuda:0), or choose another --out, whose numbers will be of another kind"
+    )
+
+
+def _namespace(space: CacheSpace) -> str:
+    return space.folder.rpartition("/")[2]
+
+
+def _entry(result: SequenceLogps | Unscored) -> Entry:
+    return CacheEntry(result.token_logps, dict(result.stats)) if isinstance(result, SequenceLogps) else result
+
+
+def _was_redone(result: SequenceLogps | Unscored) -> bool:
+    return isinstance(result, SequenceLogps) and result.redone_dtype is not None

@@ -1,0 +1,270 @@
+"""Everything a run needs, resolved before its first block: data, tokenizer, models, numerics, identities.
+
+Promises: what is decided here is decided once. A continued run takes numerics, block size, the rendered date
+and the list of cache files from OUT/manifest.json; a request whose numbers would differ is refused before any
+work. A policy that does not resolve is carried as a failure, so that the others are scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dpo_score.config.schema import LossSpec, PolicySpec, RunConfig
+from dpo_score.data.dataset import Dataset
+from dpo_score.errors import ConfigError, HalfWrittenError, ModelError
+from dpo_score.logprobs.numerics import Numerics
+from dpo_score.losses.parse import ResolvedLoss
+from dpo_score.models.resolve import ModelSource
+from dpo_score.storage.fingerprint import Identities
+from dpo_score.tokenization.render import Renderer
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Which rows of all sets are scored, in blocks. Boundaries depend on `total` alone, so a `limit` shares them.
+
+    `share` (i, n): this process works on the i-th of n contiguous runs of blocks, and iteration yields those alone.
+    """
+
+    total: int
+    block_rows: int
+    limit: int | None = None
+    sample: tuple[int, ...] | None = None
+    share: tuple[int, int] = (0, 1)
+
+    @property
+    def wanted(self) -> int:
+        everything = self.total if self.sample is None else len(self.sample)
+        return everything if self.limit is None else min(self.limit, everything)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the whole set: the `of` in part names, whatever the limit."""
+        everything = self.total if self.sample is None else len(self.sample)
+        return max(-(-everything // self.block_rows), 1)
+
+    def span(self, block: int) -> tuple[int, int]:
+        """First row and end of a block, as positions among the wanted rows."""
+        start = block * self.block_rows
+        return start, min(start + self.block_rows, self.wanted)
+
+    @property
+    def mine(self) -> int:
+        """Rows of this process's share."""
+        return self.count(self)
+
+    def count(self, blocks: Iterable[int]) -> int:
+        """Rows of some blocks."""
+        return sum(stop - start for start, stop in map(self.span, blocks))
+
+    def __iter__(self) -> Iterator[int]:
+        blocks, (index, shares) = -(-self.wanted // self.block_rows), self.share
+        return iter(range(blocks * index // shares, blocks * (index + 1) // shares))
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceJob:
+    """Stage one for one reference. `name` is empty for the run's own, else the policy that brought its own."""
+
+    name: str
+    source: ModelSource | None
+    columns: tuple[str, str] | None
+    numerics: Numerics | None
+    fields: Mapping[str, Any]
+    identity: str
+
+    @property
+    def stage(self) -> str:
+        return f"reference/{self.name}" if self.name else "reference"
+
+    @property
+    def label(self) -> str:
+        return "reference" if not self.name else f"reference of {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyJob:
+    """Stage two for one policy. `failure`: why it cannot be loaded, now or at all (then `source` is None)."""
+
+    name: str
+    source: ModelSource | None
+    loss: ResolvedLoss
+    loss_spec: LossSpec
+    reference: ReferenceJob
+    numerics: Numerics | None
+    fields: Mapping[str, Any]
+    identity: str
+    failure: str | None = None
+
+    @property
+    def stage(self) -> str:
+        return f"scores/{self.name}"
+
+    @property
+    def equals_reference(self) -> bool:
+        """Same weights, same numerics: values are taken over without a forward pass, the margin is exactly 0."""
+        reference = self.reference
+        if self.source is None or reference.source is None:
+            return False
+        return self.source.digest == reference.source.digest and self.numerics == reference.numerics
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run, ready to be worked through."""
+
+    config: RunConfig
+    datasets: tuple[Dataset, ...]
+    rows: Rows
+    tokenizer: Any
+    renderer: Renderer
+    extra: tuple[pa.Field, ...]
+    references: tuple[ReferenceJob, ...]
+    policies: tuple[PolicyJob, ...]
+    identities: Identities
+    stats: tuple[str, ...] = ()
+    cache_snapshots: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def models(self) -> tuple[tuple[str, ModelSource, Numerics], ...]:
+        """(label, weights, numerics) of everything that would be loaded."""
+        named = [(r.label, r.source, r.numerics) for r in self.references]
+        named += [(p.name, p.source, p.numerics) for p in self.policies]
+        return tuple((label, s, n) for label, s, n in named if s is not None and n is not None)
+
+
+def with_numerics(reference: ReferenceJob, numerics: Numerics, run: Identities) -> ReferenceJob:
+    """The reference with other numerics, and the identity that follows from them."""
+    fields = {**reference.fields, "numerics": numerics.to_json()}
+    identity = replace(run, reference=fields).reference_digest
+    return replace(reference, numerics=numerics, fields=fields, identity=identity)
+
+
+def loss_spec(config: RunConfig, policy: PolicySpec) -> LossSpec:
+    """The loss of one policy: its own, else the run's. ConfigError for a list of losses."""
+    spec = policy.loss or config.loss
+    if "," in spec.name:
+        first = spec.name.split(",")[0]
+        raise ConfigError(
+            f"loss {spec.name!r}: a run scores one loss: run it with --loss {first}, then the grid costs no model: "
+            f"dpo-score rescore {config.out or 'OUT'} --loss {spec.name}"
+        )
+    return spec if policy.beta is None else spec.model_copy(update={"beta": policy.beta})
+
+
+def waiting(policy: PolicySpec, error: ModelError) -> bool:
+    """Whether a checkpoint is left for the next run: a glob found it, and its own files are not all written yet."""
+    own = Path(policy.adapter or policy.model or "")
+    return policy.glob is not None and isinstance(error, HalfWrittenError) and error.place.is_relative_to(own)
+
+
+def sampled(total: int, count: int | None, seed: int) -> tuple[int, ...] | None:
+    """`--sample`: `count` of `total` row numbers, ascending, the same for the same seed."""
+    if count is None or count >= total:
+        return None
+    chosen = np.random.default_rng(seed).choice(total, size=count, replace=False)
+    return tuple(int(row) for row in np.sort(chosen))
+
+
+SPEED = {"cpu": 3e11, "mps": 3e12, "cuda": 3e14}
+"""FLOP/s to expect by device kind, for the size of a block alone."""
+BYTES_PER_TOKEN = 4.0
+MOST_ROWS = {"cpu": 512, "mps": 2048, "cuda": 32_768}
+"""Rows of a block at most: a block is held in memory whole, and several are under way at once."""
+
+
+def block_rows(total: int, mean_text_bytes: float, parameters: int, device_kind: str) -> int:
+    """About a minute of work, at most 1/50 of the rows, at least 64, at most what MOST_ROWS says."""
+    flops_per_row = 2.0 * max(parameters, 1) * max(mean_text_bytes / BYTES_PER_TOKEN, 1.0)
+    minute = int(60.0 * SPEED.get(device_kind, 3e11) / flops_per_row)
+    return max(min(minute, total // 50, MOST_ROWS.get(device_kind, 512)), 64)
+
+
+CONVERSATIONS = ("F3", "F4", "F4b", "F5", "F10")
+"""Format codes whose rows hold messages, or are read as such."""
+TURNS = ("ab-label/one-hot", "ab-label/winner", "ranked/two-rows")
+"""Formats that do, where not all of their code do."""
+IDS = "F0"
+"""The format whose rows hold token ids."""
+LISTS = ("F8", "F9")
+"""Format codes whose rows hold several answers: their pairs carry a group_id."""
+BEST_OF_N = "F9"
+"""The format whose rows hold right and wrong answers: their pairs carry the number of right ones."""
+
+
+def extra_fields(datasets: Sequence[Dataset], keep: Sequence[str]) -> tuple[pa.Field, ...]:
+    """Columns carried along: id, subset, group_id, num_correct where known, `tied` with --keep-ties, --keep-columns."""
+    names = [*(name for name in ("id", "subset", "group_id", "num_correct") if _kinds(name, datasets)), *keep]
+    fields = [pa.field(name, _common_type(name, datasets)) for name in dict.fromkeys(names)]
+    if any(dataset.spec.keep_ties for dataset in datasets):
+        fields.append(pa.field("tied", pa.bool_()))
+    return tuple(fields)
+
+
+def _kinds(name: str, datasets: Sequence[Dataset]) -> set[str]:
+    """The kinds of values that the sets hold under `name`."""
+    found: set[str] = set()
+    for dataset in datasets:
+        column = name if name in dataset.reader.kept else dataset.reader.carried.get(name)
+        if column is not None:
+            found.add(dataset.schema[column].kind)
+        elif name == "group_id" and dataset.format.code in LISTS:
+            found.add("text")
+        elif name == "num_correct" and dataset.format.code == BEST_OF_N:
+            found.add("int")
+    return found
+
+
+def _common_type(name: str, datasets: Sequence[Dataset]) -> pa.DataType:
+    """The type that all sets share, else string."""
+    kinds = _kinds(name, datasets)
+    known = {"int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
+    return known.get(kinds.pop(), pa.string()) if len(kinds) == 1 else pa.string()
+
+
+def is_conversational(dataset: Dataset) -> bool:
+    """Whether a set's rows are conversations, which a chat template has to render; so are texts with a system text."""
+    format_ = dataset.format
+    return format_.code in CONVERSATIONS or format_.full_name in TURNS or "system" in dataset.reader.columns
+
+
+def only_ids(datasets: Sequence[Dataset]) -> bool:
+    """Whether no set holds text."""
+    return all(dataset.format.code == IDS for dataset in datasets)
+
+
+_UNUSED_TEMPLATE = "the tokenizer has a chat template: --render chat applies it"
+_IDS = "token ids as they stand in the data"
+
+
+def text_notice(job: Job) -> str:
+    """How rows become text, in one sentence; names the flag where a chat template goes unused."""
+    texts = [dataset for dataset in job.datasets if dataset.format.code != IDS]
+    if job.tokenizer is None or not texts:
+        return _IDS
+    parts = [_IDS] if len(texts) < len(job.datasets) else []
+    if job.config.text.render == "chat":
+        return "; ".join(["everything is rendered with the chat template", *parts])
+    kinds = set(map(is_conversational, texts))
+    if False in kinds:
+        parts.insert(0, _strings(job))
+    if True in kinds:
+        parts.insert(0, "conversations are rendered with the chat template")
+    return "; ".join(parts)
+
+
+def _strings(job: Job) -> str:
+    """What becomes of plain strings."""
+    unused = _UNUSED_TEMPLATE if job.tokenizer.chat_template and job.config.text.render == "auto" else ""
+    if "answer" in job.renderer.bounds:
+        apart = "prompts go to the encoder and answers to the decoder, each as the tokenizer ends a text"
+        return apart + (f" ({unused})" if unused else "")
+    return "strings are scored raw" + (f", as TRL does ({unused})" if unused else "")

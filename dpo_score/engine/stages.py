@@ -1,0 +1,217 @@
+"""The two stages: a block of token ids in, a committed block of Parquet out.
+
+Promises: a block is committed whole (data, rejects, then the record that means done) or not at all; stage two
+reads reference values only from what stage one committed; every input row of a block ends in exactly one of
+scored or rejected, in order. Not here: which blocks are due (resume.py), models and cache (values.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo_score.data.formats.validate import seen
+from dpo_score.engine.block_inputs import BlockText
+from dpo_score.engine.context import Desk
+from dpo_score.engine.model_logprobs import BlockValues, Values
+from dpo_score.engine.plan import SCHEMA_VERSION, Job, PolicyJob, ReferenceJob
+from dpo_score.errors import DataError
+from dpo_score.logprobs.types import Unscored
+from dpo_score.losses.columns import derive_table
+from dpo_score.results import noise
+from dpo_score.results import schemas as tables
+from dpo_score.storage.cache.cache import CacheEntry
+
+Reasons = dict[int, tuple[str, str]]
+_NOTHING: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class BlockResult:
+    """What one block leaves behind: tables by file name (empty ones are not written), counts, notes."""
+
+    tables: Mapping[str, pa.Table]
+    counts: Mapping[str, int]
+    row_ids: Sequence[str]
+    notes: Mapping[str, Any]
+
+
+def part(folder: str, block: int, blocks: int) -> str:
+    return f"{folder}/part-{block:05d}-of-{blocks:05d}.parquet"
+
+
+def reference_block(job: Job, reference: ReferenceJob, text: BlockText, values: Values | None) -> BlockResult:
+    """Stage one for one block. `values` is None where there is no model: no reference, or columns of the data."""
+    bare = text.table.drop_columns(list(tables.ID_NAMES))
+    notes = _NOTHING
+    if values is not None:
+        table, reasons, notes = _with_model(job, "ref", bare, text.table, values, text.block == 0)
+    else:
+        table, reasons = _from_columns(bare, reference)
+    rejects = tables.reject_rows(text.table, reasons)
+    blocks, stage = job.rows.blocks, reference.stage
+    found = {
+        part(stage, text.block, blocks): _keep_rows(table, reasons),
+        part(f"rejects/{stage}", text.block, blocks): rejects,
+    }
+    if not reference.name:
+        found[part("rejects/data", text.block, blocks)] = tables.reject_table(text.rejected)
+    counts = {
+        "rows": text.stop - text.start,
+        "scored": table.num_rows - len(reasons),
+        **_codes("data", [item.code for item in text.rejected]),
+        **_codes("reference", [code for code, _ in reasons.values()]),
+    }
+    return BlockResult(found, counts, bare["row_id"].to_pylist(), notes)
+
+
+def policy_block(
+    job: Job, policy: PolicyJob, text: BlockText, reference_part: pa.Table, values: Values | None
+) -> BlockResult:
+    """Stage two for one block. `values` is None for a policy that equals its reference: its values are taken over."""
+    ids = _rows_of(text.table, reference_part)
+    table, reasons, notes = _taken_over(reference_part), Reasons(), _NOTHING
+    if values is not None:
+        table, reasons, notes = _with_model(job, "policy", reference_part, ids, values, text.block == 0)
+    scored = derive_table(_keep_rows(table, reasons), policy.loss, has_reference=_has_reference(policy.reference))
+    blocks = job.rows.blocks
+    found = {
+        part(policy.stage, text.block, blocks): scored,
+        part(f"rejects/{policy.name}", text.block, blocks): tables.reject_rows(ids, reasons),
+    }
+    counts = {"scored": scored.num_rows, **_codes("policy", [code for code, _ in reasons.values()])}
+    return BlockResult(found, counts, ids["row_id"].to_pylist(), notes)
+
+
+def metadata(identity: str, policy: PolicyJob | None = None) -> dict[str, str]:
+    """What every part says of itself: schema, identity, and for scores the loss as it was asked for and resolved."""
+    found = {"dpo_score.schema": str(SCHEMA_VERSION), "dpo_score.identity": identity}
+    if policy is not None:
+        found["dpo_score.loss"] = json.dumps(policy.loss.identity(), sort_keys=True)
+        found["dpo_score.loss_spec"] = policy.loss_spec.model_dump_json()
+    return found
+
+
+def _has_reference(reference: ReferenceJob) -> bool:
+    return reference.source is not None or reference.columns is not None
+
+
+def _with_model(
+    job: Job, role: str, table: pa.Table, ids: pa.Table, values: Values, first: bool
+) -> tuple[pa.Table, Reasons, Mapping[str, Any]]:
+    sample = 2 * noise.sample_size(ids) if first else 0
+    sequences = tables.sequences(ids)
+    found = values.block(role, sequences, sample)
+    reasons = _unscored(found)
+    empty = _blank(job.stats)
+    entries = [empty if isinstance(entry, Unscored) else entry for entry in found.entries]
+    columns = tables.value_columns(role, entries, job.stats, job.config.compute.per_token)
+    if job.config.text.score == "all-assistant":
+        columns |= tables.turn_columns(role, entries, sequences)
+    table = tables.with_columns(table, columns)
+    return _with_dtype(table, found), reasons, found.notes
+
+
+def _blank(stats: Sequence[str]) -> Any:
+    """Stands in for a row that is about to be rejected, so that columns keep their length."""
+    nothing = np.zeros(0, np.float32)
+    return CacheEntry(nothing, {tables.STATS[name]: nothing for name in stats})
+
+
+def _unscored(found: BlockValues) -> Reasons:
+    reasons: Reasons = {}
+    for index, entry in enumerate(found.entries):
+        if isinstance(entry, Unscored):
+            side = tables.SIDES[index % 2]
+            reasons.setdefault(index // 2, (entry.code, f"{side}: {entry.reason}"))
+    return reasons
+
+
+def _with_dtype(table: pa.Table, found: BlockValues) -> pa.Table:
+    """`compute_dtype`: float32 where a pack overflowed 16 bits and was computed again, else null."""
+    redone = {index // 2 for index in found.redone}
+    before = table["compute_dtype"].to_pylist() if "compute_dtype" in table.column_names else [None] * table.num_rows
+    dtypes = ["float32" if row in redone else before[row] for row in range(table.num_rows)]
+    if "compute_dtype" in table.column_names:
+        table = table.drop_columns("compute_dtype")
+    return table.append_column("compute_dtype", pa.array(dtypes, pa.string()))
+
+
+def _from_columns(bare: pa.Table, reference: ReferenceJob) -> tuple[pa.Table, Reasons]:
+    """Reference values that stand in the data, or nulls where the run has no reference."""
+    reasons: Reasons = {}
+    columns: dict[str, Any] = {}
+    for index, side in enumerate(tables.SIDES):
+        columns[f"ref_{side}_logps"] = pa.nulls(bare.num_rows, pa.float64())
+        columns[f"ref_{side}_logps_shared"] = pa.nulls(bare.num_rows, pa.float64())
+        if reference.columns is not None:
+            name = reference.columns[index]
+            values = _numbers(bare, name)
+            finite = pc.fill_null(pc.is_finite(values), False).to_pylist()
+            for row in (row for row, ok in enumerate(finite) if not ok):
+                reasons.setdefault(row, ("no_reference_value", f"column {name!r} holds no finite number"))
+            columns[f"ref_{side}_logps"] = values
+    table = tables.with_columns(bare, columns)
+    return table.append_column("compute_dtype", pa.nulls(bare.num_rows, pa.string())), reasons
+
+
+def _numbers(bare: pa.Table, name: str) -> pa.Array:
+    """A column as float64, null where a text is no number. DataError where none is one: another column was meant."""
+    column = bare[name].combine_chunks()
+    if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
+        return column.cast(pa.float64())
+    values = pa.array([_number(value) for value in column.to_pylist()], pa.float64())
+    if values.null_count == len(values) > column.null_count:
+        row = column.is_valid().to_pylist().index(True)
+        raise DataError(
+            f"row {bare['row_id'][row]} of {bare['source_file'][row]}: column {name!r} holds "
+            f"{seen(column[row].as_py(), 40)!r}, which is no number: --reference columns:CHOSEN,REJECTED names two "
+            "columns of log-probs"
+        )
+    return values
+
+
+def _number(value: object) -> float | None:
+    try:
+        return float(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
+
+
+def _taken_over(reference_part: pa.Table) -> pa.Table:
+    """A policy with the reference's weights and numerics: its values are the reference's, bit for bit."""
+    for name in reference_part.column_names:
+        if name.startswith("ref_"):
+            reference_part = reference_part.append_column("policy_" + name.removeprefix("ref_"), reference_part[name])
+    return reference_part
+
+
+def _rows_of(text: pa.Table, reference_part: pa.Table) -> pa.Table:
+    """The rows of `text` that stage one scored, in its order."""
+    kept = pc.is_in(text["row_id"], value_set=reference_part["row_id"].combine_chunks())
+    return text.filter(kept)
+
+
+def _keep_rows(table: pa.Table, reasons: Reasons) -> pa.Table:
+    if not reasons:
+        return table
+    return table.filter(pa.array([row not in reasons for row in range(table.num_rows)]))
+
+
+def _codes(where: str, codes: Sequence[str]) -> dict[str, int]:
+    return {f"rejected/{where}/{code}": codes.count(code) for code in sorted(set(codes))}
+
+
+def write_block(desk: Desk, result: BlockResult, describe: Mapping[str, str]) -> tuple[Any, ...]:
+    """Write the tables of a block that hold anything (score and reference parts always); returns file records."""
+    return tuple(
+        desk.store.write_table(name, table, describe)
+        for name, table in result.tables.items()
+        if table.num_rows or not name.startswith("rejects/")
+    )

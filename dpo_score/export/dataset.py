@@ -1,0 +1,195 @@
+"""Reference values back into the data set: input rows in input order, as Parquet that `load_dataset` finds.
+
+Promises: one output row for every pair, and one for every row that gave none; a file is committed whole, then its
+record; memory holds a few megabytes of rows whatever the size of blocks, files and row groups. Values come from
+what stage one committed: nothing is computed here but the LD-weighted sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+
+from dpo_score.engine.block_inputs import BlockTexts
+from dpo_score.engine.context import Desk
+from dpo_score.engine.environment import versions
+from dpo_score.engine.input_check import refuse_changed_input
+from dpo_score.engine.plan import SCHEMA_VERSION, Job
+from dpo_score.engine.stages import part
+from dpo_score.errors import IdentityError
+from dpo_score.export.as_scored import as_scored, built_columns
+from dpo_score.export.exports import MASKS, TOKEN_IDS, VALUES, renamed
+from dpo_score.export.input_rows import OriginalRows, fitted, together
+from dpo_score.export.layout import Export, RunRows, SetPlan, Slice, per_item, plan_set
+from dpo_score.export.splits import Shard, shards_of, splits_of
+from dpo_score.storage.commits import CommitRecord, StoredRecord, commit, read_records, record_name
+from dpo_score.storage.fingerprint import diff, digest, listed
+from dpo_score.storage.io import FileRecord
+from dpo_score.storage.resume import Action, BlockRange, file_states, next_action, settle
+
+GROUP_BYTES = 8 << 20
+
+
+class DatasetWriter:
+    """Writes the files of one data set: `due` says which, `write` makes and commits one."""
+
+    def __init__(self, desk: Desk, job: Job, export: Export) -> None:
+        self._desk, self._job, self._export = desk, job, export
+        self.shards = tuple(shards_of(splits_of(job.datasets), job.rows))
+        self.identity = digest({"reference": job.references[0].identity, "export": export.fields()})
+        self._rows = RunRows(job)
+        self._plans: tuple[SetPlan, ...] = ()
+        self._texts = BlockTexts(desk, job, job.references[0].identity) if export.emit_ids else None
+
+    def due(self) -> list[Shard]:
+        """Files without a sound record; what is left of them is cleared away."""
+        due = []
+        for shard in self.shards:
+            name = record_name(shard.stage, shard.index, shard.of)
+            record = read_records(self._desk.store, shard.stage).get(name)
+            self._refuse_other_export(record)
+            expected = BlockRange(shard.index, shard.of, shard.start, shard.stop)
+            action = next_action(self.identity, expected, record, file_states(self._desk.store, record))
+            warning = settle(self._desk.store, name, action, record, [shard.name])
+            if warning:
+                self._desk.progress.warn(warning)
+            if action is not Action.SKIP:
+                due.append(shard)
+        return due
+
+    def _refuse_other_export(self, record: StoredRecord | None) -> None:
+        if not isinstance(record, CommitRecord) or record.identity == self.identity:
+            return
+        changes = diff(record.notes.get("export"), self._export.fields())
+        raise IdentityError(
+            f"{self._desk.store.url()} was written for another request; what differs (old → new):\n{listed(changes)}\n"
+            "Choose another --out, or --restart to write it anew (the log-probs are in the cache)"
+        )
+
+    def files(self) -> list[FileRecord]:
+        """The committed files, in order."""
+        stages = dict.fromkeys(shard.stage for shard in self.shards)
+        records = [record for stage in stages for _, record in sorted(read_records(self._desk.store, stage).items())]
+        return [file for record in records if isinstance(record, CommitRecord) for file in record.files]
+
+    def write(self, shard: Shard) -> None:
+        """One file and its record. Raises DataError when an input changed meanwhile, StorageError."""
+        schema = together(plan.schema for plan in self._planned()) or self._plan_of(shard).schema
+        names = renamed(schema.names, dict(self._export.renames))
+        parts = (fitted(table, schema).rename_columns(names) for table in self._grouped(shard))
+        final = pa.schema([column.with_name(name) for column, name in zip(schema, names, strict=True)])
+        metadata = {"dpo_score.schema": str(SCHEMA_VERSION), "dpo_score.identity": self.identity}
+        file = self._desk.store.write_tables(shard.name, final, parts, metadata)
+        refuse_changed_input(self._desk, self._job, shard.start, shard.stop)
+        commit(self._desk.store, self._record(shard, file))
+
+    def _record(self, shard: Shard, file: FileRecord) -> CommitRecord:
+        return CommitRecord(
+            stage=shard.stage,
+            block=shard.index,
+            blocks=shard.of,
+            start=shard.start,
+            stop=shard.stop,
+            identity=self.identity,
+            files=(file,),
+            counts={"rows": file.rows},
+            row_ids_digest="",
+            notes={"export": self._export.fields()},
+            versions=versions(None),
+        )
+
+    def _planned(self) -> tuple[SetPlan, ...]:
+        if not self._plans:
+            sets = range(len(self._job.datasets))
+            self._plans = tuple(plan_set(self._job, self._rows, self._export, index) for index in sets)
+        return self._plans
+
+    def _plan_of(self, shard: Shard) -> SetPlan:
+        return self._planned()[self._rows.set_of(shard.start)]
+
+    def _grouped(self, shard: Shard) -> Iterator[pa.Table]:
+        """Tables large enough to be a row group each."""
+        waiting: list[pa.Table] = []
+        for table in self._tables(shard):
+            waiting.append(table)
+            if sum(t.nbytes for t in waiting) > GROUP_BYTES:
+                yield pa.concat_tables(waiting)
+                waiting = []
+        if waiting:
+            yield pa.concat_tables(waiting)
+
+    def _tables(self, shard: Shard) -> Iterator[pa.Table]:
+        index, plan = self._rows.set_of(shard.start), self._plan_of(shard)
+        originals = OriginalRows(self._job.datasets[index], plan.source, self._rows.first_row(index))
+        for block, pieces in groupby(self._rows.slices(shard.start, shard.stop), key=lambda piece: piece.block):
+            values = self._values(block)
+            for piece in pieces:
+                yield self._table(plan, originals.take(piece.rows), piece, values)
+                self._desk.progress.rows(len(piece.rows))
+
+    def _values(self, block: int) -> BlockValues:
+        store, blocks = self._desk.store, self._job.rows.blocks
+        table = store.read_table(part("reference", block, blocks)).replace_schema_metadata(None)
+        names = [part(f"rejects/{kind}", block, blocks) for kind in ("data", "reference")]
+        rejects = [store.read_table(name, ["row_id", "code"]) for name in names if store.exists(name)]
+        if self._texts is not None:
+            table = _beside(table, self._texts.block(block).table.select(["row_id", *TOKEN_IDS, *MASKS]))
+        return BlockValues.of(weighted(table, self._export.ld_alpha), rejects)
+
+    def _table(self, plan: SetPlan, source: pa.Table, piece: Slice, values: BlockValues) -> pa.Table:
+        """The output rows of some input rows."""
+        items, text = piece.items, self._job.renderer.text
+        pairs = [as_scored(item, text) for item in items] if plan.layout.built else []
+        given, ids = per_item(source, piece.units), [item.source.row_id for item in items]
+        columns = {plan.kept[name]: given[name] for name in plan.source.names}
+        columns |= built_columns(plan.layout, pairs, text)
+        columns |= values.columns(ids, self._export.added().names)
+        columns["row_id"] = pa.array(ids, pa.string())
+        columns["pair_id"] = pa.array([getattr(item, "pair_id", None) for item in items], pa.string())
+        return pa.table([columns[name] for name in plan.schema.names], schema=plan.schema)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockValues:
+    """What stage one says of the rows of a block, by row_id."""
+
+    table: pa.Table
+    places: Mapping[str, int]
+    codes: Mapping[str, str]
+
+    @classmethod
+    def of(cls, table: pa.Table, rejects: Sequence[pa.Table]) -> BlockValues:
+        places = {row_id: place for place, row_id in enumerate(table["row_id"].to_pylist())}
+        codes = {row["row_id"]: row["code"] for reject in rejects for row in reject.to_pylist()}
+        return cls(table, places, codes)
+
+    def columns(self, row_ids: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+        """Values in the order of `row_ids`, null for rows that were not scored; `status` says why."""
+        found = self.table.take(pa.array([self.places.get(row_id) for row_id in row_ids], pa.int64()))
+        status = ["scored" if row_id in self.places else self.codes[row_id] for row_id in row_ids]
+        columns = {name: found[name] for name in names if name in found.column_names}
+        return {**columns, "status": pa.array(status, pa.string())}
+
+
+def _beside(table: pa.Table, text: pa.Table) -> pa.Table:
+    """`table` with the columns of `text` for the same row_ids, in its own order."""
+    places = {row_id: place for place, row_id in enumerate(text["row_id"].to_pylist())}
+    found = text.take(pa.array([places[row_id] for row_id in table["row_id"].to_pylist()], pa.int64()))
+    for name in found.column_names[1:]:
+        table = table.append_column(name, found[name])
+    return table
+
+
+def weighted(table: pa.Table, ld_alpha: float | None) -> pa.Table:
+    """Sums in which tokens beyond the shorter answer's length count `ld_alpha` (LD-DPO, arXiv 2409.06411)."""
+    if ld_alpha is None:
+        return table
+    for name in VALUES:
+        total, shared = table[name].to_numpy(), table[f"{name}_shared"].to_numpy()
+        values = pa.array(shared + ld_alpha * (total - shared), pa.float64())
+        table = table.set_column(table.column_names.index(name), name, values)
+    return table

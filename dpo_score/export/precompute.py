@@ -1,0 +1,259 @@
+"""`dpo-score precompute`: stage one alone. The cache is filled and, with --out, the data set is written with values.
+
+    DIR/data/<split>-00000-of-0000N.parquet   the rows, in input order, with ref_chosen_logps and ref_rejected_logps
+    DIR/rejects/                               the rows that have none, and why
+    DIR/dpo_score.json                         what the values belong to; load_ref_logps.py checks it
+    DIR/README.md                              the card by which load_dataset(DIR) finds the splits
+
+Promises: the same command again computes nothing and changes nothing; an interrupted one goes on where it stopped.
+Without --out only the cache remains.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dpo_score.config.load import dump_config
+from dpo_score.config.schema import RunConfig
+from dpo_score.engine.context import Desk
+from dpo_score.engine.environment import now
+from dpo_score.engine.executors.choose import chosen, crewed
+from dpo_score.engine.finish import check_bad_rows, marks, total_counts, warn_of_marks
+from dpo_score.engine.plan import Job
+from dpo_score.engine.prepare import prepare
+from dpo_score.engine.progress import Progress
+from dpo_score.engine.run import at_desk, run_references
+from dpo_score.errors import ConfigError
+from dpo_score.export.contract import contract
+from dpo_score.export.dataset import DatasetWriter
+from dpo_score.export.exports import consumer_of, renaming
+from dpo_score.export.layout import Export
+from dpo_score.losses.parse import parse_loss
+from dpo_score.results.card import CONTRACT, LOADER, README, SUMMARY, card, data_set, described
+from dpo_score.storage.base import json_bytes
+from dpo_score.storage.commits import CommitRecord, read_records
+from dpo_score.storage.io import FileRecord, Store
+from dpo_score.storage.manifest import finish_manifest, read_manifest, reopen_manifest
+from dpo_score.storage.manifest import restart as throw_away
+
+PIPELINE = "pipeline.yaml"
+_SHARD = re.compile(r"data/\w+-\d{5,}-of-\d{5,}\.parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class PrecomputeOutcome:
+    """`out` is None when only the cache was filled. `summary`: rows, scored, rejected by code, marks, splits."""
+
+    out: str | None
+    summary: Mapping[str, Any]
+    max_bad_rows: float | None = None
+
+    def lines(self) -> Iterator[str]:
+        """What a person reads at the end."""
+        rows, scored = self.summary["rows"], self.summary["scored"]
+        yield f"{rows:,} rows: {scored:,} pairs have reference log-probs"
+        if self.summary["rejected"]:
+            codes = ", ".join(f"{count} {code}" for code, count in self.summary["rejected"].items())
+            yield f"not scored: {codes}" + (" (rejects/ says which and why)" if self.out else "")
+        if self.out is None:
+            yield "the values are in the cache; --out DIR writes the data set with them"
+            return
+        splits = ", ".join(f"{name} ({count:,} rows)" for name, count in self.summary["splits"].items())
+        yield f"{self.out}: {splits}; load_dataset finds it, {LOADER} checks it against a trainer"
+
+    def raise_failures(self) -> None:
+        """BadRowsError when more rows were rejected than --max-bad-rows allows."""
+        bad = sum(self.summary["rejected"].values())
+        check_bad_rows("reference", bad + self.summary["scored"], bad, self.max_bad_rows, self.out or "the cache")
+
+
+def precompute(
+    config: RunConfig, progress: Progress, *, restart: bool = False, to: str = "trl", rename: str | None = None
+) -> PrecomputeOutcome:
+    """Stage one for `config`, and the data set when `config.out` is set. Policies are left out, but for the
+    references that they bring along when only the cache is filled.
+
+    `to`: who reads the data set (`exports.CONSUMERS`); `rename`: "column=name,…". Raises UsageError before any work,
+    StorageError, Interrupted.
+    """
+    _refuse_no_model(config)
+    if config.out is None:
+        return _fill_cache(config, progress)
+    out, config = config.out, config.model_copy(update={"policies": ()})
+    with at_desk(config, progress, out) as desk:
+        _refuse_foreign_files(desk.store, out, restart)
+        if restart:
+            _throw_away(desk.store)
+        with crewed(config, desk) as config:
+            job, _ = prepare(config, desk)
+            _refuse_own_input(desk.store, job)
+            export = _export(job, to, rename)
+            run_references(desk, job)
+        return _write(desk, job, export)
+
+
+def _fill_cache(config: RunConfig, progress: Progress) -> PrecomputeOutcome:
+    """In a folder that is gone afterwards, which the workers of this machine find and those of others would not."""
+    _refuse_cluster(config)
+    brought = tuple(policy for policy in config.policies if policy.reference is not None)
+    with tempfile.TemporaryDirectory(prefix="dpo-score-") as folder, at_desk(config, progress, folder) as desk:
+        config = config.model_copy(update={"policies": brought, "out": folder})
+        with crewed(config, desk) as config:
+            job, _ = prepare(config, desk)
+            run_references(desk, job)
+        summary = _summary(desk.store, job)
+        warn_of_marks(desk, job, summary["marks"], summary["scored"])
+        return PrecomputeOutcome(None, summary, config.max_bad_rows)
+
+
+def _unfinished(store: Store) -> bool:
+    manifest = read_manifest(store)
+    return manifest is None or manifest.state != "complete"
+
+
+def _write(desk: Desk, job: Job, export: Export) -> PrecomputeOutcome:
+    writer = DatasetWriter(desk, job, export)
+    due = writer.due()
+    if due:
+        reopen_manifest(desk.store)
+    with desk.progress.stage("data set", job.rows.wanted, job.rows.wanted - sum(s.stop - s.start for s in due)):
+        for shard in due:
+            desk.stop.check()
+            writer.write(shard)
+    summary = {**_summary(desk.store, job), "splits": _split_rows(writer)}
+    warn_of_marks(desk, job, summary["marks"], summary["scored"])
+    assert job.config.out is not None
+    if due or _unfinished(desk.store):
+        _finish(desk, job, export, summary)
+    return PrecomputeOutcome(job.config.out, summary, job.config.max_bad_rows)
+
+
+def _finish(desk: Desk, job: Job, export: Export, summary: Mapping[str, Any]) -> None:
+    store = desk.store
+    store.write_bytes(CONTRACT, json_bytes(contract(job, export, summary, _noise(store))))
+    store.write_bytes(LOADER, loader_source().encode())
+    if not store.exists(SUMMARY):
+        store.write_bytes(PIPELINE, dump_config(job.config).encode())  # a run's own says more: its policies
+    store.write_bytes(README, card(store).encode())
+    beside = data_set(store)
+    assert beside is not None
+    names = [name for name in (PIPELINE, README, SUMMARY) if store.exists(name)]
+    outputs = [*beside.files, *(described(store, name) for name in names)]
+    for name in store.list(".work/text"):
+        store.remove(name)
+    found = read_manifest(store)
+    assert found is not None
+    warnings = tuple(dict.fromkeys((*found.warnings, *desk.progress.warnings)))
+    finish_manifest(store, replace(found, warnings=warnings), now(), outputs)
+
+
+def _noise(store: Store) -> Mapping[str, Any]:
+    """What the first block's record says of the noise of its values."""
+    first = next(iter(read_records(store, "reference").values()), None)
+    found = first.notes.get("noise") if isinstance(first, CommitRecord) else None
+    return found or {}
+
+
+def loader_source() -> str:
+    """The program that is written beside the data: it needs trl and datasets, and nothing of this package."""
+    return (Path(__file__).parents[1] / "integrations" / LOADER).read_text(encoding="utf-8")
+
+
+def _export(job: Job, to: str, rename: str | None) -> Export:
+    source = job.references[0].source
+    codes = [dataset.format.code for dataset in job.datasets]
+    consumer = consumer_of(to, job.config, codes, bool(source and source.is_encoder_decoder))
+    text = job.config.text
+    return Export(
+        consumer=consumer,
+        emit_ids=job.config.emit_ids or not consumer.texts,
+        per_token=job.config.compute.per_token,
+        masks="F0" in codes or text.score != "completion" or text.truncation == "keep_end",
+        ld_alpha=parse_loss(job.config.loss).modifiers.ld_alpha,
+        renames=renaming(rename),
+    )
+
+
+def _summary(store: Store, job: Job) -> dict[str, Any]:
+    counts = total_counts(store, job, "reference")
+    rejected: dict[str, int] = {}
+    for name, count in counts.items():
+        if name.startswith("rejected/"):
+            code = name.rpartition("/")[2]
+            rejected[code] = rejected.get(code, 0) + count
+    return {
+        "rows": counts.get("rows", 0),
+        "scored": counts.get("scored", 0),
+        "rejected": dict(sorted(rejected.items())),
+        "marks": marks(store, job),
+        "datasets": {d.spec.name: {"format": d.format.full_name, "polarity": d.format.polarity} for d in job.datasets},
+    }
+
+
+def _split_rows(writer: DatasetWriter) -> dict[str, int]:
+    rows = dict.fromkeys((shard.split for shard in writer.shards), 0)
+    for file in writer.files():
+        split = file.name.removeprefix("data/").rpartition("-of-")[0].rpartition("-")[0]
+        rows[split] += file.rows
+    return rows
+
+
+# --- refusals and the way back ------------------------------------------------------------------------------------
+
+
+def _refuse_no_model(config: RunConfig) -> None:
+    if config.reference is None:
+        raise ConfigError("no reference: add --reference MODEL, whose log-probs are to be computed")
+    if config.reference.columns is not None:
+        raise ConfigError(
+            f"reference {config.reference.model!r}: these values stand in the data already; name a MODEL to compute "
+            "others"
+        )
+
+
+def _refuse_cluster(config: RunConfig) -> None:
+    """Without --out, workers meet in a folder of this machine."""
+    address = config.compute.ray_address or os.environ.get("RAY_ADDRESS")
+    if address and chosen(config, Progress(quiet=True)) == "ray":
+        raise ConfigError(
+            f"precompute without --out works in a folder of this machine, which a cluster ({address}) does not see: "
+            "add --out DIR, under a path that all its machines see, or say --engine local"
+        )
+
+
+def _refuse_foreign_files(store: Store, out: str, restart: bool) -> None:
+    """A folder that is somebody's data set, or a run's, is not written into."""
+    if store.list("scores") and (restart or not store.exists(CONTRACT)):
+        raise ConfigError(f"{out} holds the scores of a run: give the data set a folder of its own (--out DIR)")
+    if read_manifest(store) is None and any(_SHARD.fullmatch(name) for name in store.list("data")):
+        raise ConfigError(f"{out}/data holds Parquet files that were not written here: choose another --out")
+
+
+def _refuse_own_input(store: Store, job: Job) -> None:
+    roots = tuple(root.rstrip("/") + "/" for root in (store.url(), str(Path(store.url()).resolve())))
+    for dataset in job.datasets:
+        for file in dataset.files:
+            path = file.path if "://" in file.path else str(Path(file.path).resolve())
+            if path.startswith(roots):
+                raise ConfigError(f"{file.path} lies inside --out, where the data set is written: choose another --out")
+
+
+def _throw_away(store: Store) -> None:
+    """--restart: files of the data set first, then all that the other stages wrote."""
+    stages = {name.split("/")[2] for name in store.list("commits/data")}
+    names = {file.name for stage in stages for r in read_records(store, f"data/{stage}").values() for file in _files(r)}
+    if read_manifest(store) is not None:
+        names |= {name for name in store.list("data") if _SHARD.fullmatch(name)}
+    throw_away(store)
+    for name in sorted(names | {CONTRACT, LOADER}):
+        store.remove(name)
+
+
+def _files(record: Any) -> tuple[FileRecord, ...]:
+    return getattr(record, "files", ())

@@ -1,0 +1,1 @@
+"""For TRL and the transformers Trainer: values that were precomputed, metrics while training, a comparison."""

@@ -1,0 +1,1 @@
+"""From token ids to log-probabilities with a loaded model."""

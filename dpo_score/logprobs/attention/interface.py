@@ -1,0 +1,137 @@
+"""Attention over a prefix-shared pack, plugged into transformers under a private name.
+
+No model is patched: `AttentionInterface` hands query, key and value of every layer to `forward` here, which computes
+each segment of the pack (plan.Segment) against its prompt and itself. transformers builds no mask for a name it does
+not know, so whatever the mask would have said must be said here: causality, sliding window. Soft-capping, attention
+sinks and grouped heads are honoured; anything else a layer asks for raises `Unshareable`, and the model takes the
+plain path. The pack in force is process-wide state, set by `sharing`: one pack is computed at a time.
+
+Shapes: Hq, Hk query and key heads; T tokens of the pack; D, E head sizes of keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_score.logprobs.attention.bmm import bmm_attention
+from dpo_score.logprobs.packing import Layout
+
+NAME = "dpo_score_shared"
+"""Registered name. It must not contain the name of a stock implementation: transformers matches substrings."""
+BENIGN = frozenset({"position_ids", "cache_position", "position_embeddings", "output_attentions", "use_cache"})
+"""Arguments that some layers pass along for other kernels and that carry no mask."""
+
+
+class Unshareable(Exception):
+    """A layer needs something that a shared pack cannot give: the model is scored on the plain path."""
+
+
+class _Pack:
+    layout: Layout | None = None
+    prepared: Any = None
+
+
+_pack = _Pack()
+
+
+@contextmanager
+def sharing(layout: Layout, prepared: Any = None) -> Iterator[None]:
+    """`forward` computes this pack inside the block; `prepared` is the pack as another kernel than bmm wants it."""
+    _pack.layout, _pack.prepared = layout, prepared
+    try:
+        yield
+    finally:
+        _pack.layout = _pack.prepared = None
+
+
+@contextmanager
+def installed(model: Any) -> Iterator[None]:
+    """The model's attention goes through this module inside the block; what it had before comes back after."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, forward)
+    before = _implementations(model.config)
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _implementations(config: Any) -> dict[str, str]:
+    """The attention of a model and of each of its parts, as `set_attn_implementation` takes it."""
+    parts = {"": config, **{name: getattr(config, name, None) for name in config.sub_configs}}
+    found = {name: getattr(part, "_attn_implementation", None) for name, part in parts.items()}
+    return {name: implementation for name, implementation in found.items() if implementation}
+
+
+def forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: query [1, Hq, T, D], key [1, Hk, T, D], value [1, Hk, T, E] → [1, T, Hq, E]."""
+    _refuse(module, query, attention_mask, dropout, is_causal, others)
+    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    out = shared_attention(query, key, value, s_aux, scale, int(sliding_window or 0), float(softcap or 0.0))
+    return out, None
+
+
+def _refuse(
+    module: torch.nn.Module,
+    query: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    is_causal: bool | None,
+    others: dict[str, Any],
+) -> None:
+    name = type(module).__name__
+    if mask is not None:
+        raise Unshareable(f"{name} brings a mask of its own")
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise Unshareable(f"{name} is not causal")
+    if dropout:
+        raise Unshareable(f"{name} drops out: the model is in training mode")
+    if query.shape[0] != 1:
+        raise Unshareable(f"{name} attends over a batch of {query.shape[0]}, not over one pack")
+    for argument, given in others.items():
+        if isinstance(given, Tensor) and argument not in BENIGN:
+            raise Unshareable(f"{name} passes {argument!r}, which shared attention does not know")
+
+
+@torch.library.custom_op("dpo_score::shared_attention", mutates_args=())
+def shared_attention(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float
+) -> Tensor:
+    """One layer over the pack in force. An operator of its own, so that a compiled layer calls it as it stands.
+
+    `window`, `softcap`: 0 for none. A window of W lets a token see itself and the W − 1 tokens before it.
+    """
+    layout = _pack.layout
+    assert layout is not None, "shared attention runs inside sharing(layout)"
+    if query.shape[2] != len(layout.ids):
+        raise Unshareable(f"a layer attends over {query.shape[2]} tokens of a pack of {len(layout.ids)}")
+    if _pack.prepared is not None:
+        return _pack.prepared.attend(query, key, value, sinks, scale, window, softcap)  # type: ignore[no-any-return]
+    return bmm_attention(query[0], key[0], value[0], layout.segments, scale, window, softcap, sinks)[None]
+
+
+@shared_attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float
+) -> Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])

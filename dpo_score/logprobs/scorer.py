@@ -1,0 +1,213 @@
+"""PairScorer: token sequences in, token log-probabilities out, in input order, each distinct sequence once.
+
+A path (plain.py, fast.py, encdec.py) plans and computes; here is what holds for all of them: duplicates, progress,
+stopping between packs, a pack that runs out of memory, a pack that overflows 16 bits. Not here: sums, caching,
+reading, writing.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from dpo_score.data.types import TokenSequence
+from dpo_score.errors import ConfigError, Interrupted, nearest
+from dpo_score.logprobs.encoder_decoder import EncoderDecoderPath
+from dpo_score.logprobs.numerics import OWN_SOFTMAX, Numerics
+from dpo_score.logprobs.packed import FastPath
+from dpo_score.logprobs.padded import PlainPath, Values
+from dpo_score.logprobs.torch_settings import running
+from dpo_score.logprobs.types import STATS, SequenceLogps, Unscored
+from dpo_score.logprobs.upcast import CannotWiden, is_wide, widened
+from dpo_score.models import memory
+from dpo_score.models.parts import Anatomy, dissect
+from dpo_score.models.process_group import group_of
+from dpo_score.models.rank_zero import Leader
+
+Result = SequenceLogps | Unscored
+
+
+class Path(Protocol):
+    """One way to compute. `plan` is a pure function of the sequences; `compute` runs one of its packs."""
+
+    anatomy: Anatomy
+
+    @property
+    def forwards(self) -> int: ...
+
+    def plan(self, sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]: ...
+
+    def compute(self, sequences: Sequence[TokenSequence]) -> list[Values]: ...
+
+
+class PairScorer:
+    """Scores sequences with one loaded model under fixed numerics.
+
+    `stats`: names from `results.STATS`. `on_progress` gets the unique tokens of each pack as it is done.
+    `should_stop` is asked between packs; when it says yes, `Interrupted` is raised and nothing is returned.
+    `notes` collects one sentence for each thing that did not go as planned; `packs_split` counts packs that were
+    too large for the device.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        numerics: Numerics,
+        stats: Sequence[str] = (),
+        on_progress: Callable[[int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> None:
+        for name in stats:
+            if name not in STATS:
+                raise ConfigError(f"unknown statistic {name!r}: {nearest(name, STATS)}")
+        self.numerics = numerics
+        self.notes: list[str] = []
+        self.packs_split = 0
+        with memory.room_for(type(model).__name__, numerics.device, numerics.dtype):
+            self._path = make_path(model, numerics, stats)
+        if isinstance(self._path, FastPath):
+            self.notes += self._path.notes
+        self._on_progress = on_progress or (lambda _: None)
+        self._should_stop = should_stop or (lambda: False)
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes of the model so far."""
+        return self._path.forwards
+
+    def score(self, sequences: Sequence[TokenSequence]) -> list[Result]:
+        """Values or the reason there are none, one per sequence, in order. Raises Interrupted."""
+        keys = [s.key for s in sequences]
+        unique = dict(zip(reversed(keys), reversed(sequences), strict=True))
+        order = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        with running(self.numerics):
+            done = self._score_unique([unique[key] for key in order])
+        return [done[order[key]] for key in keys]
+
+    def _score_unique(self, sequences: Sequence[TokenSequence]) -> dict[int, Result]:
+        empty = [i for i, s in enumerate(sequences) if len(s.scored_positions) == 0]
+        done: dict[int, Result] = {i: SequenceLogps(np.zeros(0, np.float32)) for i in empty}
+        left = [i for i in range(len(sequences)) if i not in done]
+        costs = token_costs(sequences)
+        packs = deque(tuple(left[i] for i in pack) for pack in self._path.plan([sequences[i] for i in left]))
+        while packs:
+            if self._should_stop():
+                raise Interrupted(signal.SIGINT)
+            pack = packs.popleft()
+            members = [sequences[i] for i in pack]
+            results = self._attempt(members)
+            if results is None:
+                packs.extendleft((pack[len(pack) // 2 :], pack[: len(pack) // 2]))
+                continue
+            done.update(zip(pack, results, strict=True))
+            self._on_progress(sum(costs[i] for i in pack))
+        return done
+
+    def _attempt(self, members: Sequence[TokenSequence]) -> Sequence[Result] | None:
+        """The results of one pack, or None when it must be split to fit."""
+        try:
+            return self._results(members)
+        except RuntimeError as error:
+            if not memory.is_out_of_memory(error):
+                raise
+        memory.release(self.numerics.device_kind)
+        if len(members) == 1:
+            tokens = len(members[0].prompt) + len(members[0].response)
+            return [Unscored("too_large", f"{tokens} tokens alone do not fit on {self.numerics.device}")]
+        self.packs_split += 1
+        self.notes.append(f"a pack of {len(members)} sequences did not fit on {self.numerics.device} and was split")
+        return None
+
+    def _results(self, members: Sequence[TokenSequence]) -> list[Result]:
+        """Values of a pack; one that overflows 16 bits is computed again in fp32 and marked."""
+        values = self._path.compute(members)
+        if all(map(is_finite, values)):
+            return [finished(v) for v in values]
+        if self.numerics.dtype == "float32":
+            return [finished(v) for v in self._apart(members, values)]
+        try:
+            with widened(self._path.anatomy.model):
+                redone = self._apart(members, self._path.compute(members))
+        except CannotWiden as reason:
+            self.notes.append(f"a pack overflowed {self.numerics.dtype} and could not be redone in float32: {reason}")
+            return [finished(v) for v in values]
+        self.notes.append(f"a pack of {len(members)} sequences overflowed {self.numerics.dtype}: redone in float32")
+        return [finished(v, "float32") for v in redone]
+
+    def _apart(self, members: Sequence[TokenSequence], values: list[Values]) -> list[Values]:
+        """A value that is not finite may come from a neighbour in the pack: such sequences are computed alone."""
+        if len(members) == 1:
+            return values
+        return [v if is_finite(v) else self._path.compute([m])[0] for m, v in zip(members, values, strict=True)]
+
+
+def make_path(model: Any, numerics: Numerics, stats: Sequence[str] = (), plain: bool = False) -> Path:
+    """The way to compute that `numerics` names for this model; `plain`: the plain path whatever they name.
+
+    Of a model that this process leads a group in holding, all ranks compute together.
+    """
+    group = group_of(model)
+    if isinstance(group, Leader):
+        return LedPath(group, model, numerics, stats, plain)
+    return _own_path(model, numerics, stats, plain)
+
+
+class LedPath:
+    """A path that every rank of a group has: a pack is computed by all of them, and its values are the leader's."""
+
+    def __init__(self, leader: Leader, model: Any, numerics: Numerics, stats: Sequence[str], plain: bool) -> None:
+        self._leader, self._number = leader, leader.number()
+        with leader.step("path", self._number, numerics, tuple(stats), plain, is_wide(model)):
+            self._path = _own_path(model, numerics, stats, plain)
+        self.anatomy = self._path.anatomy
+        self.plan = self._path.plan
+
+    @property
+    def forwards(self) -> int:
+        return self._path.forwards
+
+    def compute(self, sequences: Sequence[TokenSequence]) -> list[Values]:
+        """One pack, on all ranks; in fp32 on all of them where it is here."""
+        with self._leader.step("compute", self._number, list(sequences), is_wide(self.anatomy.model)):
+            return self._path.compute(sequences)
+
+
+def _own_path(model: Any, numerics: Numerics, stats: Sequence[str], plain: bool) -> Path:
+    if model.config.is_encoder_decoder:
+        return EncoderDecoderPath(model, numerics.batch_tokens, stats)
+    anatomy = dissect(model)
+    if numerics.path == "fast" and not plain:
+        return FastPath(anatomy, numerics, stats)
+    return PlainPath(anatomy, numerics.batch_tokens, stats, own_softmax=numerics.kernel == OWN_SOFTMAX)
+
+
+def is_finite(values: Values) -> bool:
+    return bool(np.isfinite(values["logp"]).all())
+
+
+def finished(values: Values, redone_dtype: str | None = None) -> Result:
+    """Values as a result; a value that is not finite makes the sequence unscored."""
+    logps = values["logp"]
+    bad = np.flatnonzero(~np.isfinite(logps))
+    if len(bad):
+        return Unscored("nonfinite_logp", f"scored token {bad[0]} of {len(logps)} has log-probability {logps[bad[0]]}")
+    stats: Mapping[str, Any] = {name: array for name, array in values.items() if name != "logp"}
+    return SequenceLogps(np.minimum(logps, 0.0, dtype=np.float32), stats, redone_dtype)
+
+
+def token_costs(sequences: Sequence[TokenSequence]) -> list[int]:
+    """Unique tokens by sequence: its prompt is charged to the first that has it, a repeated response to nobody."""
+    prompts: set[bytes] = set()
+    responses: set[tuple[bytes, bytes]] = set()
+    costs = []
+    for s in sequences:
+        prompt, response = s.prompt.tobytes(), s.response.tobytes()
+        new = (prompt, response) not in responses
+        costs.append((0 if prompt in prompts else len(s.prompt)) + (len(s.response) if new else 0))
+        prompts.add(prompt)
+        responses.add((prompt, response))
+    return costs

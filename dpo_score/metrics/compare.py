@@ -1,0 +1,179 @@
+"""Policies on the same pairs: joined by pair, k-th occurrence with k-th, as aligned arrays. Pure.
+
+Promises: the joined rows keep the first policy's order; what stands on one side only is counted; which values may be
+subtracted follows from the policies' settings alone. Reads no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_score.losses.ops import Floats
+from dpo_score.metrics.arrays import Rows
+from dpo_score.metrics.summary import order
+
+METRICS: Mapping[str, str] = {
+    "accuracy": "share of pairs whose chosen answer has the higher reward; ties left out",
+    "margins": "mean of chosen reward − rejected reward, β·(Δc − Δr) (arXiv 2305.18290, section 4)",
+    "margins_nats": "mean of Δc − Δr, the margin before β, in nats",
+    "loss": "mean of the loss that was asked for",
+    "chosen_rewards": "mean of β·Δc, Δc = log π(chosen) − log ρ(chosen)",
+    "rejected_rewards": "mean of β·Δr, Δr = log π(rejected) − log ρ(rejected)",
+}
+"""What policies are compared by, one sentence each."""
+LOWER_IS_BETTER = frozenset({"loss"})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What rewards of a policy rest on besides its weights and the data."""
+
+    reference: str
+    beta: float
+    loss: str
+    truncation: str
+    template: str
+    dtype: str
+    has_reference: bool = True
+
+    def differences(self, other: Settings) -> list[str]:
+        """Names of the fields in which two settings differ."""
+        return [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """One policy's scored rows, in order: `row_ids`, `pair_ids`, `marks` and `rows` have one length."""
+
+    name: str
+    step: int | None
+    row_ids: Sequence[str]
+    pair_ids: Sequence[str]
+    rows: Rows
+    marks: Sequence[Sequence[str] | None]
+    settings: Settings
+
+    @property
+    def margins(self) -> Floats:
+        return per_pair(self.rows, "margins")
+
+
+@dataclass(frozen=True, slots=True)
+class OneSided:
+    """Pairs of one policy that not all others have: how many, and the first few row ids."""
+
+    policy: str
+    pairs: int
+    first: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lineup:
+    """Policies whose rows are aligned: row i of each holds the same pair. `one_sided` only names those with any."""
+
+    policies: tuple[Scored, ...]
+    one_sided: tuple[OneSided, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [policy.name for policy in self.policies]
+
+    @property
+    def first(self) -> Scored:
+        return self.policies[0]
+
+    def __len__(self) -> int:
+        return len(self.first.rows)
+
+    def __getitem__(self, name: str) -> Scored:
+        return next(policy for policy in self.policies if policy.name == name)
+
+    def values(self, metric: str) -> dict[str, Floats]:
+        """policy → one number per pair, NaN where it has none."""
+        return {policy.name: per_pair(policy.rows, metric) for policy in self.policies}
+
+    @property
+    def clusters(self) -> NDArray[np.int64]:
+        return self.first.rows.clusters
+
+    def groups(self, label: str) -> dict[str, NDArray[np.bool_]]:
+        """name → which pairs belong to it, for dataset, subset or a slice; the empty name left out."""
+        rows = self.first.rows
+        return {name: rows.labels[label] == rows.names[label].index(name) for name in rows.present(label)}
+
+
+def per_pair(rows: Rows, metric: str) -> Floats:
+    """One of METRICS for every row, NaN where it has none; accuracy is 1, 0, or NaN on a tie."""
+    v = rows.values
+    if metric == "accuracy":
+        return np.where(rows.flags["tied"], np.nan, order(v["chosen_rewards"], v["rejected_rewards"]))
+    return v["chosen_rewards"] - v["rejected_rewards"] if metric == "margins" else v[metric]
+
+
+def line_up(policies: Sequence[Scored]) -> Lineup:
+    """Join on pair_id. ValueError when no pair is common to all."""
+    keys = [_numbered(policy.pair_ids) for policy in policies]
+    common = set(keys[0]).intersection(*(set(found) for found in keys[1:]))
+    if not common:
+        raise ValueError("no pair is common to all policies")
+    ranked = {key: place for place, key in enumerate(key for key in keys[0] if key in common)}
+    joined = [_taken(policy, found, ranked) for policy, found in zip(policies, keys, strict=True)]
+    sides = [_one_sided(policy, found, ranked) for policy, found in zip(policies, keys, strict=True)]
+    return Lineup(tuple(joined), tuple(side for side in sides if side.pairs))
+
+
+def _numbered(pair_ids: Sequence[str]) -> list[tuple[str, int]]:
+    """(pair, how many of it came before)."""
+    seen: dict[str, int] = {}
+    keys = []
+    for pair_id in pair_ids:
+        keys.append((pair_id, seen.get(pair_id, 0)))
+        seen[pair_id] = seen.get(pair_id, 0) + 1
+    return keys
+
+
+def _taken(policy: Scored, keys: Sequence[tuple[str, int]], ranked: Mapping[tuple[str, int], int]) -> Scored:
+    """The policy's rows of the common pairs, in their order."""
+    order_ = np.empty(len(ranked), np.int64)
+    for row, key in enumerate(keys):
+        if key in ranked:
+            order_[ranked[key]] = row
+    return selected(policy, order_)
+
+
+def selected(policy: Scored, rows: NDArray[np.int64]) -> Scored:
+    """Some rows of a policy, in the order given."""
+    taken = rows.tolist()
+    return Scored(
+        policy.name,
+        policy.step,
+        [policy.row_ids[row] for row in taken],
+        [policy.pair_ids[row] for row in taken],
+        policy.rows.take(rows),
+        [policy.marks[row] for row in taken],
+        policy.settings,
+    )
+
+
+def _one_sided(policy: Scored, keys: Sequence[tuple[str, int]], ranked: Mapping[tuple[str, int], int]) -> OneSided:
+    alone = [policy.row_ids[row] for row, key in enumerate(keys) if key not in ranked]
+    return OneSided(policy.name, len(alone), tuple(alone[:3]))
+
+
+NATS_REST_ON = ("reference", "template", "truncation", "dtype", "has_reference")
+REWARDS_REST_ON = (*NATS_REST_ON, "beta")
+_RESTS_ON = {"accuracy": (), "margins_nats": NATS_REST_ON, "loss": (*REWARDS_REST_ON, "loss")}
+
+
+def refusal(a: Settings, b: Settings, metric: str) -> str | None:
+    """Why a metric of two policies must not be subtracted, or None. Accuracy may always be: it compares rankings."""
+    rests_on = _RESTS_ON.get(metric, REWARDS_REST_ON)
+    differing = [name for name in a.differences(b) if name in rests_on]
+    if not differing:
+        return None
+    named = ", ".join({"beta": "β", "has_reference": "having a reference"}.get(name, name) for name in differing)
+    return f"not subtracted: {named} {'differs' if len(differing) == 1 else 'differ'}"

@@ -1,0 +1,100 @@
+"""Labels worth a second look: pairs that every policy ranks against the label, and pairs with nothing to rank. Pure.
+
+A pair ranked against its label by every checkpoint is either hard or mislabelled (confident learning, arXiv
+1911.00068, reads the same sign from a classifier); only a person can tell which. `confidence` is the least of the
+policies' probabilities σ(−margin) that the label is the wrong way round.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpo_score.losses.ops import Floats, sigmoid
+from dpo_score.metrics.compare import Lineup
+from dpo_score.metrics.summary import order
+
+AGAINST = "ranked_against"
+IDENTICAL = "identical_answers"
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """One pair. `row`: its place in the lineup; `copies`: how many rows hold this very pair."""
+
+    row: int
+    row_id: str
+    pair_id: str
+    finding: str
+    confidence: float | None
+    margins: Mapping[str, float]
+    reference_agrees: bool | None
+    copies: int
+    marks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """`suspects`: against the label, most confident first, then identical answers. `pairs`: those looked at."""
+
+    suspects: tuple[Suspect, ...]
+    pairs: int
+    policies: int
+
+    @property
+    def against(self) -> int:
+        return sum(suspect.finding == AGAINST for suspect in self.suspects)
+
+
+def label_audit(lineup: Lineup) -> Audit:
+    """Every pair that all policies rank against the label (labelled ties left out), and every identical pair.
+
+    A policy with margin 0 everywhere (the reference itself) ranks nothing and has no vote.
+    """
+    margins = {policy.name: policy.margins for policy in lineup.policies if np.any(policy.margins != 0.0)}
+    against = _against(lineup, margins)
+    confidence = _confidence(margins, len(lineup))
+    identical = np.array(["identical_pair" in (marks or ()) for marks in lineup.first.marks], bool)
+    first = sorted(np.flatnonzero(against & ~identical).tolist(), key=lambda row: (-confidence[row], row))
+    copies = Counter(lineup.first.pair_ids)
+    agrees = _reference_ranks(lineup)
+
+    def suspect(row: int, finding: str) -> Suspect:
+        return Suspect(
+            row=row,
+            row_id=lineup.first.row_ids[row],
+            pair_id=lineup.first.pair_ids[row],
+            finding=finding,
+            confidence=float(confidence[row]) if finding == AGAINST else None,
+            margins={name: float(values[row]) for name, values in margins.items()},
+            reference_agrees=None if np.isnan(agrees[row]) else bool(agrees[row] == 1.0),
+            copies=copies[lineup.first.pair_ids[row]],
+            marks=tuple(lineup.first.marks[row] or ()),
+        )
+
+    found = [suspect(row, AGAINST) for row in first]
+    found += [suspect(int(row), IDENTICAL) for row in np.flatnonzero(identical)]
+    return Audit(tuple(found), len(lineup), len(margins))
+
+
+def _against(lineup: Lineup, margins: Mapping[str, Floats]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    if not margins:
+        return np.zeros(len(lineup), np.bool_)
+    wrong = np.logical_and.reduce([values < 0.0 for values in margins.values()])
+    return np.asarray(wrong & ~lineup.first.rows.flags["tied"], np.bool_)
+
+
+def _confidence(margins: Mapping[str, Floats], rows: int) -> Floats:
+    if not margins:
+        return np.full(rows, np.nan)
+    least: Floats = np.min([sigmoid(-values) for values in margins.values()], axis=0)
+    return least
+
+
+def _reference_ranks(lineup: Lineup) -> Floats:
+    """1 where the reference alone ranks the pair as labelled, 0 against, NaN where it cannot be told."""
+    v = lineup.first.rows.values
+    return order(v["ref_chosen_logps"], v["ref_rejected_logps"])

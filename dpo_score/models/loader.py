@@ -1,0 +1,296 @@
+"""From a checked `ModelSource` to a model ready to score, with at most one base in memory.
+
+Promises: safetensors only (unless the source was allowed pickles), every weight from the checkpoint and none left
+at random, evaluation mode, no gradients, embeddings tied as configured. Equal base digests load once; adapters are
+swapped over the loaded base (adapters.py). The source is never written to.
+Does not: choose dtype or device (the caller's numerics do), or keep two bases: a `LoadedModel` is valid until the
+next `load` or `clear` of its shelf.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+from dpo_score.errors import ModelError
+from dpo_score.models import memory
+from dpo_score.models.lora import AdapterSlot
+from dpo_score.models.prefetch import Prefetch
+from dpo_score.models.quantized import keep_four_bits_unpacked, quantization_config
+from dpo_score.models.resolve import ModelSource
+from dpo_score.models.sharded_lora import ShardedSlot
+from dpo_score.models.weights import brief
+
+if TYPE_CHECKING:
+    from dpo_score.models.rank_zero import Leader
+
+FIRST_KEYS = 5
+BESIDE_THE_LOGITS = re.compile(r"(^|\.)(position_ids|masked_bias|rotary_emb\.inv_freq)$|^v_head\.")
+"""Tensors that tools save and no logit depends on: buffers that a model computes itself, TRL's value head."""
+
+UNLOADABLE = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
+    *(RuntimeError, OSError, ImportError, UnpicklingError),
+)
+"""What a configuration with impossible values, or a file that is not what it says, raises in the libraries."""
+
+
+class Placement(Protocol):
+    """What loading needs of the resolved numerics."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A transformers model holding exactly the weights of `source` (an unmerged adapter's layers included)."""
+
+    model: Any
+    source: ModelSource
+
+
+@dataclass(slots=True, eq=False)
+class _Base:
+    key: tuple[str, str, str]
+    slot: AdapterSlot | ShardedSlot
+
+
+@dataclass(slots=True, eq=False)
+class ModelShelf:
+    """Holds one base and at most one adapter on it; `bases_read` counts how often weights were read from disk.
+
+    `device_map` and `quantization` go to transformers as they are (accelerate and bitsandbytes must be installed).
+    `tensor_parallel` ranks hold the model between them: this process, and others that it starts at the first load and
+    leads until `close`; or it `follows` in a group that it has joined.
+    """
+
+    trust_remote_code: bool = False
+    device_map: str | None = None
+    quantization: Literal["int8", "nf4"] | None = None
+    tensor_parallel: int = 1
+    follows: bool = False
+    bases_read: int = 0
+    _leader: Leader | None = field(default=None, repr=False)
+    _base: _Base | None = field(default=None, repr=False)
+    _ahead: Prefetch | None = field(default=None, repr=False)
+
+    def load(self, source: ModelSource, numerics: Placement, attn_implementation: str | None = None) -> LoadedModel:
+        """The model of `source` in `numerics.dtype` on `numerics.device`, in evaluation mode, without gradients.
+
+        Invalidates the `LoadedModel` handed out before. Raises ModelError when the checkpoint does not fit the
+        architecture key by key, when an adapter does not fit its base, when a file changed since it was resolved, when
+        the device has no room for it, or when an optional package is absent.
+        """
+        with (
+            self._together(source, numerics, attn_implementation),
+            memory.room_for(source.name, numerics.device, numerics.dtype),
+        ):
+            return self._load(source, numerics, attn_implementation)
+
+    def _together(self, source: ModelSource, numerics: Placement, attn: str | None) -> AbstractContextManager[None]:
+        """All ranks load, where this process leads a group; it is started at the first load."""
+        from dpo_score.models import rank_zero as leader
+
+        if self.tensor_parallel == 1 or self.follows:
+            return nullcontext()
+        if self._leader is None:
+            settings = {"tensor_parallel": self.tensor_parallel, "trust_remote_code": self.trust_remote_code}
+            kind = numerics.device.split(":")[0]
+            self._leader = leader.Leader(self.tensor_parallel, kind, {**settings, "follows": True})
+        return self._leader.step("load", source, numerics, attn, seconds=leader.LOAD_SECONDS)
+
+    def _load(self, source: ModelSource, numerics: Placement, attn_implementation: str | None) -> LoadedModel:
+        source.refuse_changed()
+        key = (source.base_digest, numerics.dtype, numerics.device)
+        if self._base is None or self._base.key != key:
+            self.clear()
+            model = self._read(source, numerics, attn_implementation)
+            merge = self._may_merge(numerics.dtype, model)
+            self._base = _Base(key, AdapterSlot(model, merge) if self.tensor_parallel == 1 else ShardedSlot(model))
+            self.bases_read += 1
+        slot = self._base.slot
+        slot.put(source)
+        if attn_implementation is not None and slot.model.config._attn_implementation != attn_implementation:
+            slot.model.set_attn_implementation(attn_implementation)
+        return LoadedModel(slot.model, source)
+
+    def prefetch(self, source: ModelSource) -> None:
+        """Start reading what `load(source, …)` will need and is not loaded yet; returns at once."""
+        held = self._base is not None and self._base.key[0] == source.base_digest
+        self._end_prefetch()
+        self._ahead = Prefetch((*(() if held else source.weights), *source.adapter_files))
+
+    def clear(self) -> None:
+        """Drop the base and its adapter, and give their memory back."""
+        self._end_prefetch()
+        if self._base is None:
+            return
+        self._base = None
+        gc.collect()
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """As `clear`, and the end of the ranks that this process leads."""
+        self.clear()
+        if self._leader is not None:
+            self._leader.close()
+            self._leader = None
+
+    def _end_prefetch(self) -> None:
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._ahead = None
+
+    @staticmethod
+    def _may_merge(dtype: str, model: Any) -> bool:
+        return dtype == "float32" and getattr(model, "hf_quantizer", None) is None
+
+    def _read(self, source: ModelSource, numerics: Placement, attn_implementation: str | None) -> Any:
+        import torch
+
+        options: dict[str, Any] = {"dtype": getattr(torch, numerics.dtype), "attn_implementation": attn_implementation}
+        if self.device_map is not None:
+            options["device_map"] = self.device_map
+        if self.tensor_parallel > 1:
+            return self._read_part(source, options)
+        if self.quantization is not None:
+            options["quantization_config"] = quantization_config(self.quantization, numerics.dtype)
+        if self.quantization is not None or "quantization_config" in source.config:
+            options.setdefault("device_map", {"": numerics.device})  # quantised weights are placed, not moved
+        model = read_model(source, options, self.trust_remote_code)
+        if "device_map" not in options and getattr(model, "hf_quantizer", None) is None:
+            model = model.to(numerics.device)
+        keep_four_bits_unpacked(model)
+        return model.eval().requires_grad_(False)
+
+    def _read_part(self, source: ModelSource, options: dict[str, Any]) -> Any:
+        """This rank's part of the model."""
+        from dpo_score.models.process_group import own_group
+        from dpo_score.models.sharding import load_options, localized, refuse_undealt
+
+        refuse_undealt(source, self.tensor_parallel)
+        with own_group().reading(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about random numbers: no weight is left at random
+            model = read_model(source, options | load_options(self.tensor_parallel), self.trust_remote_code)
+        return localized(model.eval().requires_grad_(False))
+
+
+def read_model(source: ModelSource, options: dict[str, Any], trust_remote_code: bool = False) -> Any:
+    """The base of `source` through transformers; ModelError naming the first keys that are missing or left over."""
+    from transformers.utils import logging as notices
+
+    code = {"trust_remote_code": trust_remote_code}
+    with _quiet(notices):
+        config = _configuration(source, code)
+        try:
+            options = {**options, "config": config, "output_loading_info": True}
+            auto = _auto_class(config, source)
+            if source.state:
+                model, info = _from_state(auto, source, options, code)
+            else:
+                safe = not _base_is_pickle(source)
+                options |= {"use_safetensors": safe, "local_files_only": True, **code}
+                model, info = auto.from_pretrained(source.folder, **options)
+        except UNLOADABLE as error:
+            if memory.is_out_of_memory(error):
+                raise
+            raise ModelError(f"{source.name} ({source.folder}) could not be loaded: {brief(error)}") from error
+    _refuse_misfit(source, type(model).__name__, info)
+    return model
+
+
+def _configuration(source: ModelSource, code: dict[str, bool]) -> Any:
+    """config.json as transformers takes it; its classes compute with what stands there."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.folder, local_files_only=True, **code)
+    except (*UNLOADABLE, StrictDataclassError) as error:
+        path = source.folder / "config.json"
+        raise ModelError(f"{source.name} ({path}) could not be loaded: {brief(error)}") from error
+
+
+def _from_state(auto: Any, source: ModelSource, options: dict[str, Any], code: dict[str, bool]) -> tuple[Any, Any]:
+    """A model of the base's configuration with the tensors of a checkpoint; loaded and reported on by transformers."""
+    import torch
+
+    from dpo_score.models.state_dict import read_state
+
+    with torch.device("meta"):
+        shape = auto.from_config(options["config"], **code)
+    state = read_state(source.weights, shape.state_dict().keys())
+    return cast("tuple[Any, Any]", type(shape).from_pretrained(None, state_dict=state, **options))
+
+
+def _base_is_pickle(source: ModelSource) -> bool:
+    return any(path.suffix != ".safetensors" for path in source.weights)
+
+
+def _auto_class(config: Any, source: ModelSource) -> Any:
+    """The class that gives next-token logits for text: causal, encoder-decoder, or a vision-language wrapper."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    names = config.architectures or []
+    for ending, what in (("ForSequenceClassification", "a classifier"), ("ForMaskedLM", "a masked language model")):
+        if any(name.endswith(ending) for name in names):
+            raise ModelError(f"{source.name} is {what} ({names[0]}): it gives no next-token log-probabilities")
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
+    pictures = type(config) in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if pictures and any(name.endswith("ForConditionalGeneration") for name in names):
+        return transformers.AutoModelForImageTextToText
+    if pictures and type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
+
+
+def _refuse_misfit(source: ModelSource, kind: str, info: dict[str, Any]) -> None:
+    """A weight that the checkpoint lacks would be random, one that the model lacks would be ignored: neither passes.
+
+    Keys that the model itself declares ignorable, and a head equal to tied embeddings, are not reported to begin with.
+    """
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(key for key in info["unexpected_keys"] if not BESIDE_THE_LOGITS.search(key))
+    if not (missing or unexpected or info["mismatched_keys"]):
+        return
+    parts = [
+        f"{len(keys)} {what} ({', '.join(keys[:FIRST_KEYS])}{', …' if len(keys) > FIRST_KEYS else ''})"
+        for what, keys in (
+            ("missing from the checkpoint", missing),
+            ("unknown to the model", unexpected),
+            ("of another shape", sorted(str(entry[0]) for entry in info["mismatched_keys"])),
+        )
+        if keys
+    ]
+    raise ModelError(
+        f"{source.name}: the weights in {source.weights[0].parent} do not fit {kind}: {'; '.join(parts)}. Its "
+        "config.json and its weights belong to different models, or it was saved without its language-model head"
+    )
+
+
+@contextmanager
+def _quiet(notices: Any) -> Iterator[None]:
+    """No bars and no loading report of transformers: what it would report is an error here."""
+    level, bars = notices.get_verbosity(), notices.is_progress_bar_enabled()
+    notices.set_verbosity_error()
+    notices.disable_progress_bar()
+    try:
+        yield
+    finally:
+        notices.set_verbosity(level)
+        if bars:
+            notices.enable_progress_bar()

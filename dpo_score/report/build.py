@@ -1,0 +1,286 @@
+"""OUT → report.html and tables: gathers what was stored, hands it to scores/report, writes one file.
+
+Promises: loads no model; imports neither torch nor transformers, except that a run which kept token values has its
+tokenizer read (imports transformers) to colour tokens; texts come only from unchanged data, else the page says why
+not; a report never fails for want of texts. Reads every score part once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo_score.cli.inspect import side_tokens
+from dpo_score.cli.inspect_output import stored_shares
+from dpo_score.config.checkpoint_glob import natural
+from dpo_score.data.types import MARKS, EncodedPair, Pair
+from dpo_score.errors import UsageError, nearest
+from dpo_score.escape import safe
+from dpo_score.metrics.compare import Lineup, line_up
+from dpo_score.metrics.matchup import matchup
+from dpo_score.metrics.suspect_labels import label_audit
+from dpo_score.report.content import Facts
+from dpo_score.report.numbers import numbers
+from dpo_score.report.page import render
+from dpo_score.report.selection import Selection, select
+from dpo_score.report.tables import FORMATS, write
+from dpo_score.results.groups import numbered_groups, read_sliced
+from dpo_score.results.run_folder import chosen_names, open_out, parts, read_scored
+from dpo_score.results.source_text import Reader, TextSource, plain_text, stored_config, stored_reader, text_source
+from dpo_score.storage.io import Store
+from dpo_score.storage.manifest import Manifest, read_manifest
+from dpo_score.tokenization.arrange import arranged
+
+FILE = "report.html"
+Tokens = dict[tuple[int, str], dict[str, list[tuple[str, float]]]]
+
+
+def report(
+    out: str, no_text: bool = False, baseline: str | None = None, slices: Sequence[str] = ()
+) -> tuple[str, Mapping[str, Any]]:
+    """Write OUT/report.html; returns where it is and the matchup it shows. Raises UsageError, StorageError.
+
+    slices: columns to group pairs by; none: those that the run was asked for.
+    """
+    store, manifest = open_out(out)
+    facts = gather(store, manifest, out, no_text=no_text, baseline=baseline, slices=slices)
+    write_page(store, facts)
+    return store.url(FILE), facts.found
+
+
+def write_report(store: Store, out: str, no_text: bool = False) -> str:
+    """The report of a run that has just ended: OUT/report.html. Needs summary.json and pipeline.yaml in place."""
+    manifest = read_manifest(store)
+    assert manifest is not None
+    write_page(store, gather(store, manifest, out, no_text=no_text))
+    return FILE
+
+
+def write_page(store: Store, facts: Facts) -> None:
+    store.write_bytes(FILE, render(facts).encode("utf-8", "backslashreplace"))
+
+
+def gather(
+    store: Store,
+    manifest: Manifest,
+    out: str,
+    no_text: bool = False,
+    baseline: str | None = None,
+    slices: Sequence[str] = (),
+) -> Facts:
+    """Everything the page needs."""
+    summary = read_summary(store, out)
+    names = [name for name in chosen_names(store, manifest, None, out) if name in summary["policies"]]
+    lineup, unsliced = sliced_lineup(store, manifest, names, out, slices)
+    lineup = numbered_groups(lineup) if no_text else lineup
+    if baseline is not None and baseline not in names:
+        raise UsageError(f"--baseline {baseline}: not among the scored policies {', '.join(names)}")
+    found, audit = matchup(lineup, baseline), label_audit(lineup)
+    selection = select(lineup, audit, found["best"])
+    texts, tokens, notes = _passages(store, manifest, lineup, selection, no_text)
+    return Facts(
+        title=safe(out.rstrip("/").rsplit("/", 1)[-1], 120),
+        lineup=lineup,
+        found=found,
+        audit=audit,
+        selection=selection,
+        data=_data(summary),
+        texts=texts,
+        tokens=tokens,
+        noise={name: summary["policies"][name].get("noise", {}) for name in names},
+        marks=_marks(summary),
+        warnings=[safe(warning) for warning in manifest.warnings],
+        notes=[*_skipped(summary), *unsliced, *notes],
+        provenance=_provenance(manifest, names, lineup),
+    )
+
+
+def read_summary(store: Store, out: str) -> Mapping[str, Any]:
+    if not store.exists("summary.json"):
+        raise UsageError(f"{out} has no summary.json: the run has not finished; the same `dpo-score run` resumes it")
+    summary: Mapping[str, Any] = store.read_json("summary.json")
+    return summary
+
+
+def sliced_lineup(
+    store: Store, manifest: Manifest, names: Sequence[str], out: str, slices: Sequence[str]
+) -> tuple[Lineup, list[str]]:
+    """The policies, grouped by what was asked for now, else by what the run was asked for.
+
+    Of the latter, what cannot be had any more is said in the second result instead of raised.
+    """
+    if slices or not store.exists("pipeline.yaml") or not (stored := stored_config(store).slices):
+        return lined_up(store, manifest, names, out, slices), []
+    try:
+        return lined_up(store, manifest, names, out, stored), []
+    except UsageError as error:
+        return lined_up(store, manifest, names, out), [f"No slices: {safe(error)}"]
+
+
+def lined_up(store: Store, manifest: Manifest, names: Sequence[str], out: str, slices: Sequence[str] = ()) -> Lineup:
+    """The policies of one folder on their common pairs. Raises UsageError when there are none."""
+    if not names:
+        raise UsageError(f"{out} holds no finished policy yet: let `dpo-score run` finish one")
+    first, *others = sorted(names, key=natural)
+    scored = [read_sliced(store, manifest, first, slices), *(read_scored(store, manifest, name) for name in others)]
+    try:
+        return line_up(scored)
+    except ValueError:
+        raise UsageError(f"{out}: no pair was scored by all of {', '.join(names)}") from None
+
+
+# --- texts and tokens ------------------------------------------------------------------------------------------------
+
+
+def _passages(
+    store: Store, manifest: Manifest, lineup: Lineup, selection: Selection, no_text: bool
+) -> tuple[dict[int, dict[str, str]], Tokens, list[str]]:
+    """Texts by row, tokens of the changed pairs, and what to say where something is left out."""
+    if no_text or not selection.rows:
+        return {}, {}, ["Texts are left out, as asked (--no-text)."] if no_text else []
+    source = text_source(store, manifest)
+    if isinstance(source, str):
+        return {}, {}, [f"Texts are left out: {safe(source)}."]
+    ids = {row: lineup.first.row_ids[row] for row in selection.rows}
+    pairs = source.pairs(ids.values())
+    texts = {row: _texts(pairs[row_id], source) for row, row_id in ids.items() if row_id in pairs}
+    tokens, notes = _tokens(store, manifest, lineup, selection, source, pairs)
+    return texts, tokens, notes
+
+
+def _texts(pair: Pair, source: TextSource) -> dict[str, str]:
+    """As they are scored: an implicit prompt divided from its answers."""
+    whole = arranged(pair, source.config.text) if pair.implicit else pair
+    shown = whole if isinstance(whole, Pair) else pair
+    return {side: plain_text(getattr(shown, side)) for side in ("prompt", "chosen", "rejected")}
+
+
+def _tokens(
+    store: Store,
+    manifest: Manifest,
+    lineup: Lineup,
+    selection: Selection,
+    source: TextSource,
+    pairs: Mapping[str, Pair],
+) -> tuple[Tokens, list[str]]:
+    if not selection.changed or not manifest.identities.reference.get("per_token"):
+        return {}, []
+    reader = stored_reader(source, manifest)
+    if isinstance(reader, str):
+        return {}, [f"Tokens are not coloured: {safe(reader)}."]
+    tokens: Tokens = {}
+    for name in (selection.before, selection.after):
+        assert name is not None
+        policy = lineup[name]
+        rows = _stored_rows(store, name, [policy.row_ids[row] for row in selection.changed])
+        for row in selection.changed:
+            stored = rows.get(policy.row_ids[row])
+            found = _token_run(stored, pairs.get(policy.row_ids[row]), policy.settings.beta, reader)
+            if found:
+                tokens[row, name] = found
+    return tokens, []
+
+
+def _stored_rows(store: Store, policy: str, row_ids: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """row_id → the stored row with its token values."""
+    wanted, columns = pa.array(row_ids, pa.string()), ["row_id", "pair_digest"]
+    columns += [f"{role}_{side}_token_logps" for role in ("policy", "ref") for side in ("chosen", "rejected")]
+    found = {}
+    for name in parts(store, policy):
+        table = store.read_table(name, columns)
+        for row in table.filter(pc.is_in(table["row_id"], value_set=wanted)).to_pylist():
+            found[row["row_id"]] = row
+    return found
+
+
+def _token_run(
+    stored: Mapping[str, Any] | None, pair: Pair | None, beta: float, reader: Reader
+) -> dict[str, list[tuple[str, float]]] | None:
+    """side → (token, β·log-ratio), None where the ids of the data are not those that were scored."""
+    encoded = None if stored is None or pair is None else reader.encode(pair)
+    if stored is None or not isinstance(encoded, EncodedPair) or encoded.pair_digest != stored["pair_digest"]:
+        return None
+    shares = stored_shares(stored, beta)
+    if shares is None:
+        return None
+    return {
+        "chosen": _with_text(reader, encoded, "chosen", shares["chosen"].tolist()),
+        "rejected": _with_text(reader, encoded, "rejected", shares["rejected"].tolist()),
+    }
+
+
+def _with_text(reader: Reader, encoded: EncodedPair, side: Any, values: Sequence[float]) -> list[tuple[str, float]]:
+    scored = [token.text for token in side_tokens(reader.tokenizer, encoded, side) if token.scored]
+    return list(zip(scored, values, strict=True))
+
+
+# --- what was read, and with what ------------------------------------------------------------------------------------
+
+
+def _data(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    lines = [
+        {"name": safe(name, 80), "value": safe(f"{found['rows']:,} rows, {found['format']}: {found['polarity']}")}
+        for name, found in summary["data"]["datasets"].items()
+    ]
+    text = summary.get("text", {})
+    if text.get("render"):
+        lines.append({"name": "rendering", "value": safe(text["render"])})
+    rejected: dict[str, int] = {}
+    for policy in summary["policies"].values():
+        for code, count in (policy["overall"]["rejected"] or {}).items():
+            rejected[code] = max(rejected.get(code, 0), count)
+    if rejected:
+        listed = ", ".join(f"{count:,} {code}" for code, count in sorted(rejected.items()))
+        lines.append({"name": "not scored", "value": safe(f"{listed} (rejects/ has each row and its reason)")})
+    return lines
+
+
+def _skipped(summary: Mapping[str, Any]) -> list[str]:
+    """Checkpoints that the last run left for the next."""
+    return [f"{safe(name)} is not here: {safe(reason)}." for name, reason in summary.get("skipped", {}).items()]
+
+
+def _marks(summary: Mapping[str, Any]) -> dict[str, str]:
+    found = summary.get("text", {}).get("marks", {})
+    return {
+        safe(mark): safe(f"{note['pairs']:,} pairs, first row {note['first']}: {MARKS.get(mark, '')}")
+        for mark, note in found.items()
+    }
+
+
+def _provenance(manifest: Manifest, names: Sequence[str], lineup: Lineup) -> list[tuple[str, str]]:
+    models = manifest.notes.get("names", {})
+    numerics = manifest.numerics.get("run", {})
+    identities = manifest.identities
+    lines = [("reference", str(models.get("reference", "none")))]
+    lines += [(f"policy {name}", str(models.get(name, "?"))) for name in names]
+    lines += [(f"loss of {name}", _loss(identities.policies[name]["loss"])) for name in names[:1]]
+    lines += [
+        ("numerics", ", ".join(f"{key} {value}" for key, value in sorted(numerics.items()))),
+        ("libraries", ", ".join(f"{key} {value}" for key, value in sorted(manifest.versions.items()))),
+        ("begun, ended", f"{manifest.started}, {manifest.finished or 'still running'}"),
+        ("text identity", identities.text_digest),
+        ("reference identity", identities.reference_digest),
+        *((f"identity of {name}", identities.policy_digest(name)) for name in names),
+    ]
+    return [(safe(name), safe(value, 400)) for name, value in lines]
+
+
+def _loss(fields: Mapping[str, Any]) -> str:
+    return f"{fields.get('name')}, β {fields.get('beta')}"
+
+
+def tables(out: str, form: str, baseline: str | None = None, slices: Sequence[str] = (), no_text: bool = False) -> str:
+    """The report's tables as md, csv or tex. Raises UsageError."""
+    if form not in FORMATS:
+        raise UsageError(f"--format {form}: {nearest(form, ('html', *FORMATS))}")
+    store, manifest = open_out(out)
+    names = chosen_names(store, manifest, None, out)
+    if baseline is not None and baseline not in names:
+        raise UsageError(f"--baseline {baseline}: {nearest(baseline, names)}")
+    lineup, _ = sliced_lineup(store, manifest, names, out, slices)
+    lineup = numbered_groups(lineup) if no_text else lineup
+    return write(matchup(lineup, baseline), form, numbers(lineup))

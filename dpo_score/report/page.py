@@ -1,0 +1,80 @@
+"""The report as one HTML file: template, style and script put together, each allowed by its hash and nothing else.
+
+Promises: no request leaves the page, nothing in the data runs (autoescape, a Content-Security-Policy without
+`unsafe-inline`, no style attributes), all of it readable with scripts off. The script only filters and sorts.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from dpo_score.escape import safe
+from dpo_score.metrics.diagnostics import DEFINITIONS
+from dpo_score.metrics.sentences import sentences
+from dpo_score.report import curves, spread
+from dpo_score.report import diagnostics as causes
+from dpo_score.report import examples as passages
+from dpo_score.report import sections as standings
+from dpo_score.report.content import Facts, palette
+
+
+def render(facts: Facts) -> str:
+    """The whole page."""
+    colours = palette(facts.lineup, facts.found)
+    return page(
+        {
+            "facts": facts,
+            "sentences": sentences(facts.found),
+            "tiles": standings.tiles(facts),
+            "levels": standings.levels(facts, colours),
+            "asides": standings.asides(facts),
+            "curves": curves.curves(facts),
+            "differences": standings.differences(facts),
+            "subsets": spread.subsets(facts, colours),
+            "slices": spread.slices(facts, colours),
+            "margins": spread.margins(facts, colours),
+            "calibration": causes.calibration(facts, colours),
+            "length": causes.length(facts, colours),
+            "health": causes.health(facts),
+            "noise": causes.noise(facts),
+            "changed": passages.changed(facts),
+            "listed": passages.listed(facts),
+            "definitions": DEFINITIONS,
+        }
+    )
+
+
+def page(values: dict[str, Any]) -> str:
+    """The template with `values`; style and script inlined. No control or bidi character of any value comes through."""
+    style, script = _asset("style.css"), _asset("script.js")
+    allowed = f"script-src {_hash(script)}; style-src {_hash(style)}"
+    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
+    template = _environment().get_template("page.html.jinja")
+    rendered = template.render(values | {"csp": policy, "style": Markup(style), "script": Markup(script)})  # noqa: S704
+    return safe(rendered, keep_newlines=True)
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("dpo_score.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _asset(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,0 +1,70 @@
+"""Which pairs a report shows: those that changed most between two checkpoints, the worst, and suspects. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpo_score.metrics.compare import Lineup, refusal
+from dpo_score.metrics.suspect_labels import AGAINST, Audit
+
+CHANGED, WORST, SUSPECTS = 6, 30, 50
+"""Pairs shown: so many gained most and so many lost most; worst; suspects."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Rows of a lineup. `before`, `after`: the checkpoints whose margins `changed` compares, None where unlike."""
+
+    before: str | None
+    after: str | None
+    changed: tuple[int, ...]
+    worst: tuple[int, ...]
+    worst_of: str
+    suspects: tuple[int, ...]
+
+    @property
+    def rows(self) -> list[int]:
+        """Each row once, in order."""
+        return sorted({*self.changed, *self.worst, *self.suspects})
+
+    @property
+    def listed(self) -> list[int]:
+        """The rows of the filterable list: worst first, then suspects."""
+        return list(dict.fromkeys((*self.worst, *self.suspects)))
+
+
+def select(lineup: Lineup, audit: Audit, best: str | None) -> Selection:
+    """`best`: the policy whose worst pairs are shown; changes lead from the first checkpoint to it, or to the last."""
+    before = lineup.names[0]
+    judged = best or lineup.names[-1]
+    after = judged if judged != before else lineup.names[-1]
+    if before == after or refusal(lineup[before].settings, lineup[after].settings, "margins"):
+        changed: tuple[int, ...] = ()
+    else:
+        changed = _extremes(lineup[after].margins - lineup[before].margins)
+    suspects = tuple(suspect.row for suspect in audit.suspects if suspect.finding == AGAINST)[:SUSPECTS]
+    worst = _lowest(lineup[judged].margins)
+    if not changed:
+        return Selection(None, None, (), worst, judged, suspects)
+    return Selection(before, after, changed, worst, judged, suspects)
+
+
+def _extremes(changes: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[int, ...]:
+    """The rows that gained most, then those that lost most."""
+    order = _order(changes)
+    lost = [row for row in order[:CHANGED] if changes[row] < 0]
+    gained = [row for row in reversed(order[-CHANGED:]) if changes[row] > 0]
+    return (*gained, *lost)
+
+
+def _lowest(margins: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[int, ...]:
+    return tuple(row for row in _order(margins)[:WORST] if margins[row] < 0)
+
+
+def _order(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Sequence[int]:
+    """Rows with a value, lowest first; equals in row order."""
+    order = np.argsort(values, kind="stable")
+    return [int(row) for row in order if np.isfinite(values[row])]

@@ -1,0 +1,99 @@
+"""`dpo-score compare`: policies of one folder or of two against each other, pair by pair. Loads no model.
+
+Promises: only pairs that all compared policies have are compared, joined by pair_id, and what stands on one side is
+said; rewards of unlike things are never subtracted; a --fail-if condition that holds ends in FailIfError (exit 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any
+
+from dpo_score.errors import ConfigError, FailIfError, UsageError, nearest
+from dpo_score.metrics.compare import Lineup, Scored, line_up
+from dpo_score.metrics.gate import firing, needs_baseline, parse_condition
+from dpo_score.metrics.matchup import matchup
+from dpo_score.results.groups import read_sliced
+from dpo_score.results.run_folder import chosen_names, open_out, read_scored
+
+
+def compare(
+    outs: Sequence[str],
+    policies: str | None = None,
+    baseline: str | None = None,
+    fail_if: Sequence[str] = (),
+    slices: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The comparison as strict JSON; `failed` holds a sentence for each condition that holds.
+
+    outs: one folder or two. baseline: a policy's name; of two folders the first one's only policy by default.
+    slices: columns to group pairs by, as the first folder has them.
+    """
+    conditions = [parse_condition(text) for text in fail_if]
+    scored = _scored(outs, policies, baseline, slices)
+    lineup = _joined(scored)
+    baseline = _baseline(lineup, baseline, outs, scored)
+    if baseline is None and any(needs_baseline(condition) for condition in conditions):
+        raise ConfigError("--fail-if speaks of a baseline: say --baseline NAME, or compare two folders")
+    found = matchup(lineup, baseline)
+    failed = [sentence for condition in conditions for sentence in firing(condition, lineup, baseline)]
+    return found | {"folders": list(outs), "failed": failed}
+
+
+def raise_failed(found: dict[str, Any]) -> None:
+    """FailIfError when a condition holds."""
+    if found["failed"]:
+        raise FailIfError("--fail-if holds: " + "; ".join(found["failed"]))
+
+
+def _scored(outs: Sequence[str], policies: str | None, baseline: str | None, slices: Sequence[str]) -> list[Scored]:
+    """Groups follow the first policy's rows, so only those are read with the slices."""
+    if len(outs) == 1:
+        return _of_folder(outs[0], policies, baseline, slices)
+    found = [_of_folder(outs[0], policies, None, slices), *(_of_folder(out, policies, None) for out in outs[1:])]
+    return [replace(policy, name=name) for policy, name in zip(_flat(found), _labels(outs, found), strict=True)]
+
+
+def _flat(found: Sequence[Sequence[Scored]]) -> list[Scored]:
+    return [policy for policies in found for policy in policies]
+
+
+def _of_folder(out: str, policies: str | None, baseline: str | None, slices: Sequence[str] = ()) -> list[Scored]:
+    store, manifest = open_out(out)
+    names = chosen_names(store, manifest, policies, out)
+    if baseline is not None and baseline not in names:
+        names = [*chosen_names(store, manifest, baseline, out), *names]
+    first, *others = names
+    return [read_sliced(store, manifest, first, slices), *(read_scored(store, manifest, name) for name in others)]
+
+
+def _labels(outs: Sequence[str], found: Sequence[Sequence[Scored]]) -> list[str]:
+    """Policy names where they tell the sides apart, else FOLDER/NAME, else 1/NAME and 2/NAME."""
+    names = [policy.name for policy in _flat(found)]
+    if len(set(names)) == len(names):
+        return names
+    folders = [PurePosixPath(out.rstrip("/")).name for out in outs]
+    if len(set(folders)) < len(folders):
+        folders = [str(index) for index in range(1, len(outs) + 1)]
+    return [f"{folder}/{policy.name}" for folder, side in zip(folders, found, strict=True) for policy in side]
+
+
+def _joined(scored: Sequence[Scored]) -> Lineup:
+    try:
+        return line_up(scored)
+    except ValueError:
+        names = ", ".join(policy.name for policy in scored)
+        raise UsageError(
+            f"no pair stands in all of {names}: pairs are joined by a digest of their texts, so these were scored "
+            "from different data"
+        ) from None
+
+
+def _baseline(lineup: Lineup, asked: str | None, outs: Sequence[str], scored: Sequence[Scored]) -> str | None:
+    if asked is not None:
+        if asked not in lineup.names:
+            raise UsageError(f"--baseline {asked}: not among the compared policies; {nearest(asked, lineup.names)}")
+        return asked
+    return scored[0].name if len(outs) == 2 and len(scored) == 2 else None

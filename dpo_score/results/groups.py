@@ -1,0 +1,157 @@
+"""`--slice COL`: the column that pairs are grouped by, from the scores where they carry it, else from the data.
+
+Promises: a column of the scores wins, then what is built in (length, turns), then a column of the data; the data is
+read again only for what scores lack, in one pass without a model, and only while it is what was scored; a column that
+is nowhere is refused with those that are there. Cutting a column into groups is scores/slices.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo_score.data.dataset import Dataset, PairReader
+from dpo_score.data.formats.kinds import messages
+from dpo_score.data.types import Pair
+from dpo_score.engine.plan import Job
+from dpo_score.errors import ConfigError, UsageError
+from dpo_score.escape import safe
+from dpo_score.metrics.arrays import FLOATS, unquoted
+from dpo_score.metrics.compare import Lineup, Scored
+from dpo_score.metrics.groups import BUILT_IN, LENGTH, TURNS, means, text_of
+from dpo_score.results.run_folder import as_scored, scored_rows
+from dpo_score.results.schemas import COUNT_FIELDS, TEXT_FIELDS
+from dpo_score.results.source_text import text_source
+from dpo_score.storage.io import Store
+from dpo_score.storage.manifest import Manifest
+
+STORED = (*(field.name for field in (*TEXT_FIELDS, *COUNT_FIELDS)), *FLOATS, "margins", "accuracy")
+"""Columns that every score table has and that make sense to group by."""
+LISTED = 40
+GAP = 256
+"""Rows between two wanted ones up to which reading on is cheaper than beginning anew."""
+
+
+def check_slices(job: Job) -> None:
+    """ConfigError for a --slice that neither scores nor data will have."""
+    carried = [field.name for field in job.extra]
+    for name in job.config.slices:
+        if name not in (*carried, *STORED, *BUILT_IN):
+            _refuse_unless_there(name, job.datasets, carried)
+
+
+def _refuse_unless_there(name: str, datasets: Sequence[Dataset], carried: Iterable[str]) -> None:
+    columns = sorted({column for dataset in datasets for column in dataset.schema})
+    if name not in columns:
+        raise ConfigError(
+            f"--slice {safe(name, 80)}: no such column. Columns of the data: {_listed(columns)}; built in: "
+            f"{', '.join(BUILT_IN)}; of the scores: {_listed([*carried, *STORED])}"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", … ({len(names) - LISTED:,} more)" if len(names) > LISTED else ""
+    return ", ".join(safe(name, 80) for name in dict.fromkeys(names[:LISTED])) + more
+
+
+def of_run(job: Job) -> pa.Table | None:
+    """The columns that scores lack, by row_id, for all rows of a run; None where they lack none."""
+    stored = {*(field.name for field in job.extra), *STORED}
+    names = [name for name in job.config.slices if name not in stored and name != LENGTH]
+    sample, wanted = job.rows.sample, job.rows.wanted
+    return from_data(job.datasets, range(wanted) if sample is None else sample[:wanted], names) if names else None
+
+
+def read_sliced(store: Store, manifest: Manifest, policy: str, names: Sequence[str]) -> Scored:
+    """All scored rows of one policy with `names` to group by. UsageError where a column cannot be had."""
+    table = scored_rows(store, policy)
+    lacking = [name for name in names if name not in table.column_names and name != LENGTH]
+    if lacking:
+        table = joined(table, _of_folder(store, manifest, table, lacking))
+    return as_scored(manifest, policy, table, names)
+
+
+def numbered_groups(lineup: Lineup) -> Lineup:
+    """For --no-text: the policies with no text of the data in the name of a group."""
+    return replace(lineup, policies=tuple(replace(policy, rows=unquoted(policy.rows)) for policy in lineup.policies))
+
+
+def _of_folder(store: Store, manifest: Manifest, table: pa.Table, names: Sequence[str]) -> pa.Table:
+    source = text_source(store, manifest)
+    if isinstance(source, str):
+        raise UsageError(
+            f"--slice {safe(names[0], 80)}: the scores have no such column (they have {_listed(table.column_names)}), "
+            f"and {source}. To have a column of the data in the scores, score with --keep-columns"
+        )
+    for name in names:
+        if name not in BUILT_IN:
+            _refuse_unless_there(name, source.datasets, table.column_names)
+    return from_data(source.datasets, source.rows(table["row_id"].to_pylist()), names)
+
+
+def from_data(datasets: Sequence[Dataset], rows: Sequence[int], names: Sequence[str]) -> pa.Table:
+    """`row_id` and one column a name, for every pair of these rows (numbers through all sets, ascending)."""
+    reader = PairReader([_keeping(dataset, names) for dataset in datasets])
+    ids: list[str] = []
+    values: dict[str, list[Any]] = {name: [] for name in names}
+    for start, stop in _runs(rows):
+        for unit in reader.units(start, stop):
+            for pair in (item for item in unit if isinstance(item, Pair)):
+                ids.append(pair.source.row_id)
+                for name in names:
+                    values[name].append(messages(pair) if name == TURNS else pair.extra.get(name))
+    arrays = [_array(found) for found in values.values()]
+    fields = [pa.field(name, array.type, metadata=_meaning(name)) for name, array in zip(names, arrays, strict=True)]
+    return pa.table([pa.array(ids, pa.string()), *arrays], schema=pa.schema([("row_id", pa.string()), *fields]))
+
+
+def _meaning(name: str) -> dict[bytes, bytes] | None:
+    return means(BUILT_IN[name]) if name in BUILT_IN else None
+
+
+def _keeping(dataset: Dataset, names: Sequence[str]) -> Dataset:
+    """The set with those of `names` that it has carried along."""
+    kept = tuple(name for name in names if name in dataset.schema)
+    return replace(dataset, reader=replace(dataset.reader, kept=(*dataset.reader.kept, *kept)))
+
+
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """[start, stop) of rows that lie close together."""
+    if not len(rows):
+        return
+    start = last = rows[0]
+    for row in rows:
+        if row - last > GAP:
+            yield start, last + 1
+            start = row
+        last = row
+    yield start, last + 1
+
+
+def _array(values: Sequence[Any]) -> pa.Array:
+    """Numbers where all values are, else texts."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds and kinds <= {int, float}:
+        return pa.array([None if value is None else float(value) for value in values], pa.float64())
+    if kinds == {bool}:
+        return pa.array(values, pa.bool_())
+    return pa.array([text_of(value) for value in values], pa.string())
+
+
+def joined(table: pa.Table, found: pa.Table) -> pa.Table:
+    """`table` with the other columns of `found` that it lacks, by row_id; null where a row is not found."""
+    at = pc.index_in(table["row_id"], value_set=found["row_id"].combine_chunks())
+    for name in found.column_names:
+        if name not in table.column_names:
+            table = table.append_column(found.schema.field(name), found[name].take(at))
+    return table
+
+
+def sliced(tables: Iterable[pa.Table], found: pa.Table | None) -> Iterator[pa.Table]:
+    """Score tables with what they lack of `found`."""
+    for table in tables:
+        yield table if found is None else joined(table, found)

@@ -1,0 +1,135 @@
+"""What OUT holds, read back as arrays: the rows of each scored policy, and what its numbers rest on.
+
+Promises: reads only committed Parquet parts and the manifest; loads no model and no tokenizer; policies come in
+natural order (step-9 before step-10). Does not look at the data files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo_score.config.checkpoint_glob import natural
+from dpo_score.errors import UsageError, nearest
+from dpo_score.metrics.arrays import collect
+from dpo_score.metrics.compare import Scored, Settings
+from dpo_score.storage.commits import CommitRecord, read_records
+from dpo_score.storage.io import Store, open_store
+from dpo_score.storage.manifest import Manifest, read_manifest
+
+STEP = re.compile(
+    r"""(?: [-_.]? (?:step|checkpoint|ckpt|iter|epoch) [-_.]?
+          | (?<! \d e) [-_]        # 5e-7 is one number
+          | (?<= [^\W\d_]) [.] )  # 0.05 is one, 1.2 a version
+        (\d+) $""",
+    re.IGNORECASE | re.VERBOSE,
+)
+"""The end of a checkpoint's name that tells its step: a whole number after a separator or a word such as step."""
+
+
+def open_out(out: str) -> tuple[Store, Manifest]:
+    """The store and manifest of a folder that a run wrote. Raises UsageError."""
+    store = open_store(out)
+    manifest = read_manifest(store)
+    if manifest is None:
+        raise UsageError(f"{out} holds no run: it has no manifest.json. Name a folder that `dpo-score run` wrote")
+    return store, manifest
+
+
+def policy_names(store: Store, manifest: Manifest) -> list[str]:
+    """Policies with at least one committed part, in natural order."""
+    return sorted((name for name in manifest.identities.policies if parts(store, name)), key=natural)
+
+
+def parts(store: Store, policy: str) -> list[str]:
+    """The score parts that a commit record vouches for, in block order."""
+    records = read_records(store, f"scores/{policy}").values()
+    names = [file.name for record in records if isinstance(record, CommitRecord) for file in record.files]
+    return sorted(name for name in names if name.startswith("scores/") and store.exists(name))
+
+
+def chosen_names(store: Store, manifest: Manifest, asked: str | None, out: str) -> list[str]:
+    """`--policies`: all, or a comma list. Raises UsageError for an unknown one, and when nothing is scored."""
+    known = policy_names(store, manifest)
+    if not known:
+        raise UsageError(f"{out} holds no scored policy yet: let `dpo-score run` finish one")
+    if asked in (None, "", "all"):
+        return known
+    names = [name.strip() for name in str(asked).split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{out} has no scored policy {name!r}; {nearest(name, known)}")
+    return list(dict.fromkeys(names))
+
+
+def read_scored(store: Store, manifest: Manifest, policy: str) -> Scored:
+    """All scored rows of one policy."""
+    return as_scored(manifest, policy, scored_rows(store, policy))
+
+
+def scored_rows(store: Store, policy: str) -> pa.Table:
+    """The stored columns of the rows that have scores, but for lists of token values and ids."""
+    return _scored_rows(store.read_table(name, _bare_columns(store, name)) for name in parts(store, policy))
+
+
+def as_scored(manifest: Manifest, policy: str, table: pa.Table, slices: Sequence[str] = ()) -> Scored:
+    """Those rows as arrays. `slices`: further columns to group by."""
+    return Scored(
+        name=policy,
+        step=step_of(policy, str(manifest.notes.get("names", {}).get(policy, ""))),
+        row_ids=table["row_id"].to_pylist(),
+        pair_ids=table["pair_id"].to_pylist(),
+        rows=collect([table], slices=slices),
+        marks=table["marks"].to_pylist(),
+        settings=settings(manifest, policy),
+    )
+
+
+def _bare_columns(store: Store, name: str) -> list[str]:
+    """The columns of a part but for its lists of token values and ids, which are most of its bytes."""
+    with store.open_table(name) as file:
+        return [column for column in file.schema_arrow.names if not column.endswith(("_token_logps", "_ids"))]
+
+
+def _scored_rows(tables: Iterable[pa.Table]) -> pa.Table:
+    kept = []
+    for table in tables:
+        there = pc.and_(pc.is_valid(table["policy_chosen_logps"]), pc.is_valid(table["policy_rejected_logps"]))
+        kept.append(table.replace_schema_metadata(None).filter(there))
+    return pa.concat_tables(kept)
+
+
+def step_of(*names: str) -> int | None:
+    """The training step in the first of a checkpoint's names that has one, as STEP reads it."""
+    found = (STEP.search(name.rstrip("/")) for name in names)
+    return next((int(match[1]) for match in found if match), None)
+
+
+def settings(manifest: Manifest, policy: str) -> Settings:
+    """What must be equal for rewards of two policies to be subtracted."""
+    fields = manifest.identities.policies[policy]
+    reference = fields.get("reference") or manifest.identities.reference
+    text = dict(manifest.identities.text.get("text") or {})
+    loss = dict(fields["loss"])
+    return Settings(
+        reference=_short(reference.get("weights") or reference.get("columns")),
+        beta=float(loss.pop("beta")),
+        loss=json.dumps(loss, sort_keys=True),
+        truncation=f"{text.pop('truncation', None)}, max_length {text.pop('max_length', None)}",
+        template=json.dumps(text, sort_keys=True),
+        dtype=f"{_dtype(fields)}, reference {_dtype(reference)}",
+        has_reference=reference.get("weights") is not None or reference.get("columns") is not None,
+    )
+
+
+def _dtype(fields: Mapping[str, Any]) -> str:
+    return str((fields.get("numerics") or {}).get("dtype"))
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, list) else str(value)

@@ -1,0 +1,1 @@
+"""Proves an output folder: counts, checksums and derived columns."""

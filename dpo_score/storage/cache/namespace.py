@@ -1,0 +1,229 @@
+"""One namespace of the cache: adding blocks of entries, finding them again.
+
+Promises: a view sees exactly the files of its snapshot; adding is safe beside other processes and costs no listing;
+damage is quarantined with one warning and becomes misses; memory stays flat however many entries there are. Value
+files keep row order when the index is compacted: a run over the same data reads them in sequence, and a snapshot
+names them for as long as they exist.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_score.errors import DamageError, StorageError
+from dpo_score.storage.base import Store, WarningsTo
+from dpo_score.storage.cache import key_index as keyindex
+from dpo_score.storage.cache.blocks import KEY_BYTES, CacheEntry, EntryBlock, is_finite, keys_of, pack, to_table
+from dpo_score.storage.cache.contents import Contents, file_name
+from dpo_score.storage.cache.key_index import KeyIndex
+from dpo_score.storage.cache.value_files import ValueFiles
+from dpo_score.storage.fingerprint import digest
+
+DESCRIPTION = "namespace.json"
+GROUP_ROWS = 256
+UNINDEXED_FILES = 32
+INDEX_AT_ONCE = 1 << 21
+OUTWEIGHS = 4
+_UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
+
+
+class CacheSpace:
+    """Entries of one namespace. `folder` is its place inside the cache."""
+
+    def __init__(self, store: Store, folder: str, fields: Mapping[str, Any], warnings_to: WarningsTo) -> None:
+        self.store, self.warn = store, warnings_to
+        self.folder, self.fields = folder, fields
+        self._described = False
+        self._contents: Contents | None = None
+        self._whole: set[str] = set()
+
+    def snapshot(self) -> tuple[str, ...]:
+        """Names of the value files present now, sorted."""
+        found = (name.removeprefix(f"{self.folder}/") for name in self.store.list(self.folder))
+        return tuple(name for name in found if "/" not in name and name.endswith(".parquet"))
+
+    def add(self, name_hint: str, entries: Mapping[bytes, CacheEntry]) -> str | None:
+        """Store a block of entries in their order; its file name, None when there was nothing to store.
+
+        Entries that hold a value that is not finite are left out. Equal blocks under one name, from whatever process,
+        are one file; under several names they are, unless another process added one after this one had listed.
+        """
+        kept = {key: entry for key, entry in entries.items() if is_finite(entry)}
+        return self.add_block(name_hint, pack(kept)) if kept else None
+
+    def add_block(self, name_hint: str, block: EntryBlock) -> str:
+        """`add`, from arrays."""
+        content, contents = block.content_digest, self._listed()
+        found = contents.find(content)
+        if found is not None and self.store.exists(f"{self.folder}/{found}"):
+            return found
+        name = file_name(_UNSAFE.sub("-", name_hint)[:80] or "block", content)
+        self._describe()
+        table = to_table(block)
+        self.store.write_tables(f"{self.folder}/{name}", table.schema, [table], {"dpo_score": "cache 1"}, GROUP_ROWS)
+        contents.add(content, name)
+        return name
+
+    def _listed(self) -> Contents:
+        """Listed once: by the view that a run begins with, else before the first block."""
+        if self._contents is None:
+            self._contents = Contents(self.snapshot())
+        return self._contents
+
+    def _describe(self) -> None:
+        """Say in words what the folder is for, once."""
+        if not self._described:
+            self.store.write_json(f"{self.folder}/{DESCRIPTION}", self.fields, if_absent=True)
+            self._described = True
+
+    def view(self, snapshot: Sequence[str]) -> CacheView:
+        """The entries of the files named, whatever has been added since. Files that are gone are said once."""
+        listed = self.snapshot()
+        present, self._contents = set(listed), Contents(listed)
+        gone = sorted(set(snapshot) - present)
+        if gone:
+            self.warn(
+                f"{self.store.url(self.folder)}: {len(gone)} of {len(snapshot)} cache files this run began with are "
+                f"gone, the first is {gone[0]}; their sequences are computed again"
+            )
+        return CacheView(self, frozenset(present.intersection(snapshot)))
+
+    def compact(self) -> None:
+        """Index every value file; merge small indexes into large ones, so that their number grows logarithmically."""
+        files = set(self.snapshot())
+        indexes = self.indexes()
+        covered = {file for index in indexes.values() for file in index.files}
+        for group in self._groups(sorted(files - covered)):
+            self._write_index(group, files)
+        stale = {name for name, index in indexes.items() if not files.issuperset(index.files)}
+        self._merge_small(files, stale)
+
+    def _merge_small(self, files: set[str], stale: set[str]) -> None:
+        ordered = sorted(self.indexes().items(), key=lambda item: -len(item[1].slots))
+        while ordered and ordered[0][0] not in stale and _outweighs(ordered):
+            ordered.pop(0)
+        if len(ordered) > 1 or (ordered and ordered[0][0] in stale):
+            merged = self._write_index([index for _, index in ordered], files)
+            for name, _ in ordered:
+                if name != merged:
+                    self.store.remove(name)
+
+    def _write_index(self, indexes: Sequence[KeyIndex], files: set[str]) -> str:
+        parts, names, total = keyindex.merged(indexes, files)
+        name = f"{self.folder}/index/{digest(names)[:32]}.idx"
+        if not self.store.exists(name):
+            self.store.write_chunks(name, keyindex.encoded(parts, names, total))
+        return name
+
+    def _groups(self, files: Sequence[str]) -> Iterator[list[KeyIndex]]:
+        """Indexes of single files, in groups that are sorted in memory at once."""
+        group: list[KeyIndex] = []
+        for file in files:
+            keys = self.keys(file)
+            if keys is not None:
+                group.append(keyindex.in_memory([file], [keys]))
+            if sum(len(index.slots) for index in group) >= INDEX_AT_ONCE:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def keys(self, file: str) -> NDArray[np.uint8] | None:
+        """The keys of a value file, None after quarantining a damaged one."""
+        try:
+            return keys_of(self.store.read_table(f"{self.folder}/{file}", ["key"]))
+        except DamageError as error:
+            self.set_aside(f"{self.folder}/{file}", error)
+            return None
+
+    def indexes(self) -> dict[str, KeyIndex]:
+        """The index files that can be opened; damaged ones are quarantined."""
+        found: dict[str, KeyIndex] = {}
+        for name in self.store.list(f"{self.folder}/index"):
+            try:
+                found[name] = self._index(name)
+            except DamageError as error:
+                self.set_aside(name, error)
+            except StorageError:
+                continue  # merged away by another process since it was listed: its files count as unindexed
+        return found
+
+    def _index(self, name: str) -> KeyIndex:
+        path = self.store.local_copy(name)
+        if name not in self._whole and not keyindex.is_whole(path):
+            raise DamageError(f"{self.store.url(name)}: damaged index of keys")
+        self._whole.add(name)
+        return keyindex.opened(path)
+
+    def damaged_indexes(self) -> list[str]:
+        """One sentence per index file that is not whole."""
+        names = self.store.list(f"{self.folder}/index")
+        return [
+            f"{self.store.url(name)}: damaged index of keys"
+            for name in names
+            if not keyindex.is_whole(self.store.local_copy(name))
+        ]
+
+    def set_aside(self, name: str, error: DamageError) -> None:
+        """Quarantine a damaged file, with one warning; another process may have been faster."""
+        if self.store.exists(name):
+            self.warn(f"{error}; kept in quarantine, what it held is computed again")
+            self.store.quarantine(name)
+
+
+class CacheView:
+    """Lookups in the files of one snapshot. Several files may hold a key: the first by name that serves answers."""
+
+    def __init__(self, space: CacheSpace, files: frozenset[str]) -> None:
+        self._files = files
+        self._values = ValueFiles(space.store, space.folder, space.set_aside)
+        self._indexes = self._opened(space)
+
+    def lookup(self, keys: Sequence[bytes], wanted: Sequence[str] = ()) -> dict[bytes, CacheEntry]:
+        """Entries of the keys that are there and carry every statistic in `wanted`; the others are misses."""
+        places = self._places(keys)
+        found: dict[bytes, CacheEntry] = {}
+        depth = 0
+        while pending := {key: spots[depth] for key, spots in places.items() if depth < len(spots)}:
+            answers = self._values.read({key: spot for key, spot in pending.items() if key not in found})
+            found |= {key: entry for key, entry in answers.items() if set(wanted) <= set(entry.stats)}
+            depth += 1
+        return {key: found[key] for key in keys if key in found}
+
+    def _places(self, keys: Sequence[bytes]) -> dict[bytes, list[tuple[str, int]]]:
+        """(file, row) of each key in files of the snapshot, by file name."""
+        asked = list(dict.fromkeys(keys))
+        array = np.frombuffer(b"".join(asked), np.uint8).reshape(len(asked), KEY_BYTES)
+        places: dict[bytes, set[tuple[str, int]]] = {}
+        for index in self._indexes:
+            for query, file, row in index.find(array):
+                if index.files[file] in self._files:
+                    places.setdefault(asked[query], set()).add((index.files[file], row))
+        return {key: sorted(spots) for key, spots in places.items()}
+
+    def _opened(self, space: CacheSpace) -> list[KeyIndex]:
+        indexes = list(space.indexes().values())
+        missing = self._unindexed(indexes)
+        if len(missing) > UNINDEXED_FILES:
+            try:
+                space.compact()
+            except StorageError as error:
+                space.warn(f"the cache index cannot be written, so it is built in memory ({error})")
+            indexes = list(space.indexes().values())
+            missing = self._unindexed(indexes)
+        read = {file: space.keys(file) for file in missing}
+        held = {file: keys for file, keys in read.items() if keys is not None}
+        return [*indexes, keyindex.in_memory(list(held), list(held.values()))]
+
+    def _unindexed(self, indexes: Sequence[KeyIndex]) -> list[str]:
+        return sorted(self._files.difference(*(index.files for index in indexes)))
+
+
+def _outweighs(ordered: Sequence[tuple[str, KeyIndex]]) -> bool:
+    rest = sum(len(index.slots) for _, index in ordered[1:])
+    return len(ordered[0][1].slots) > OUTWEIGHS * rest

@@ -1,0 +1,124 @@
+"""What a run does with each block it finds: skip, redo, refuse or quarantine. The decision is pure.
+
+    record     identity   rows                                 files      action
+    none       ·          ·                                    ·          REDO (files without a record are deleted)
+    damaged    ·          ·                                    ·          QUARANTINE, then redo
+    there      differs    ·                                    ·          REFUSE
+    there      equal      another start, or other block count  ·          REFUSE
+    there      equal      ends earlier than asked (--limit)    ·          REDO
+    there      equal      ends where asked, or later           all sound  SKIP
+    there      equal      ends where asked, or later           missing or altered    QUARANTINE, then redo
+
+A block that holds more rows than a later --limit asks for is kept: committed work is never recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from dpo_score.errors import IdentityError
+from dpo_score.storage.commits import CommitRecord, DamagedRecord, StoredRecord
+from dpo_score.storage.io import FileRecord, Store
+
+
+class Action(Enum):
+    SKIP = "skip"
+    REDO = "redo"
+    REFUSE = "refuse"
+    QUARANTINE = "quarantine"
+
+
+class FileState(Enum):
+    """A file against its record."""
+
+    SOUND = "sound"
+    MISSING = "missing"
+    ALTERED = "altered"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRange:
+    """Rows [start, stop) of the whole data: block `block` of `blocks`."""
+
+    block: int
+    blocks: int
+    start: int
+    stop: int
+
+
+def next_action(identity: str, expected: BlockRange, record: StoredRecord | None, files: Sequence[FileState]) -> Action:
+    """The table above."""
+    if record is None:
+        return Action.REDO
+    if isinstance(record, DamagedRecord):
+        return Action.QUARANTINE
+    if record.identity != identity:
+        return Action.REFUSE
+    if (record.block, record.blocks, record.start) != (expected.block, expected.blocks, expected.start):
+        return Action.REFUSE
+    if record.stop < expected.stop:
+        return Action.REDO
+    return Action.SKIP if all(state is FileState.SOUND for state in files) else Action.QUARANTINE
+
+
+def file_state(store: Store, file: FileRecord) -> FileState:
+    """Compare one file with its record: size, then sha256."""
+    found = store.stat(file.name)
+    if found is None:
+        return FileState.MISSING
+    if found.size != file.size or store.sha256(file.name) != file.sha256:
+        return FileState.ALTERED
+    return FileState.SOUND
+
+
+def file_states(store: Store, record: StoredRecord | None) -> tuple[FileState, ...]:
+    """States of the files that `record` names, in its order."""
+    if not isinstance(record, CommitRecord):
+        return ()
+    return tuple(file_state(store, file) for file in record.files)
+
+
+def settle(store: Store, name: str, action: Action, record: StoredRecord | None, outputs: Sequence[str]) -> str | None:
+    """Bring a block to the state `action` asks for; after REDO and QUARANTINE it can be computed anew.
+
+    `name` is its record's name, `outputs` the data files it would write. The record goes before the files, so a
+    crash in between leaves files without a record. Returns a warning when something was quarantined.
+    Raises IdentityError on REFUSE.
+    """
+    if action is Action.SKIP:
+        return None
+    if action is Action.REFUSE:
+        raise IdentityError(_refusal(store, name, record))
+    if action is Action.QUARANTINE:
+        return _set_aside(store, name, record, outputs)
+    store.remove(name)
+    for output in _involved(record, outputs):
+        store.remove(output)
+    return None
+
+
+def _set_aside(store: Store, name: str, record: StoredRecord | None, outputs: Sequence[str]) -> str:
+    """Move the record and its damaged files to quarantine, delete the rest."""
+    known = {file.name: file for file in record.files} if isinstance(record, CommitRecord) else {}
+    altered = [n for n, file in known.items() if file_state(store, file) is FileState.ALTERED]
+    missing = [n for n, file in known.items() if not store.exists(n)]
+    kept = [store.quarantine(n) for n in [name, *altered] if store.exists(n)]
+    for output in _involved(record, outputs):
+        store.remove(output)
+    what = record.reason if isinstance(record, DamagedRecord) else f"damaged or missing: {', '.join(altered + missing)}"
+    return f"{store.url(name)}: {what}; kept {', '.join(kept)} for inspection, the block is computed again"
+
+
+def _involved(record: StoredRecord | None, outputs: Sequence[str]) -> tuple[str, ...]:
+    files = [file.name for file in record.files] if isinstance(record, CommitRecord) else []
+    return tuple(sorted({*files, *outputs}))
+
+
+def _refusal(store: Store, name: str, record: StoredRecord | None) -> str:
+    rows = f"rows {record.start} to {record.stop}" if isinstance(record, CommitRecord) else "unknown rows"
+    return (
+        f"{store.url(name)} was committed by another request ({rows}, another identity or cut into blocks otherwise), "
+        "though the manifest does not say so. Choose another output folder, or --restart to begin anew"
+    )

@@ -1,0 +1,1 @@
+"""From a typed row to token ids and the mask of scored tokens."""

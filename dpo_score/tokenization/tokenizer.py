@@ -1,0 +1,195 @@
+"""Tokenizers: loaded, told apart, and used a whole block at a time.
+
+`BatchEncoder` gives exactly the ids of `tokenizer(text)`, many texts a call. transformers is imported only inside the
+functions that need it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_score.data.types import Ids
+from dpo_score.errors import ModelError
+
+_PROBES = ("", "a", " The quick  brown\n\nfox 1234567.\t", "naïve — 東京 🙂", "<s>[INST] x </s>")
+BATCH_CHARACTERS = 1 << 20
+_NO_PROGRAM_STATE = ("truncation", "padding")
+
+
+def load_tokenizer(name_or_folder: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder or hub id. Raises ModelError if there is none, or it is not a fast one."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoTokenizer
+
+    if not trust_remote_code:
+        _refuse_remote_code(name_or_folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_folder, revision=revision, trust_remote_code=trust_remote_code, use_fast=True
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).split("\n", 1)[0][:300]
+        raise ModelError(
+            f"no tokenizer can be loaded from {name_or_folder}: {reason} Name another with --tokenizer."
+        ) from None
+    except (TypeError, ArithmeticError, LookupError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{name_or_folder}: its config.json or tokenizer holds a wrong value: {reason}") from None
+    return checked(tokenizer, name_or_folder)
+
+
+def checked(tokenizer: Any, name: str) -> Any:
+    """`tokenizer` itself, if it is one that batches of text can be encoded with exactly."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ModelError(
+            f"{name}: its tokenizer ({type(tokenizer).__name__}) is not a fast one (no tokenizer.json). "
+            "Convert it with transformers, or name another with --tokenizer."
+        )
+    return tokenizer
+
+
+def _refuse_remote_code(folder: str) -> None:
+    """Code that a tokenizer brings along is never run unless asked, even where it would not be needed."""
+    path = Path(folder) / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from None
+    if isinstance(config, dict) and "AutoTokenizer" in (config.get("auto_map") or {}):
+        raise ModelError(
+            f"{folder}: its tokenizer is code of its own (auto_map in tokenizer_config.json). If you have read and "
+            "trust it, say --trust-remote-code; otherwise name another with --tokenizer."
+        )
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 (hex) of all that decides text → ids: vocabulary, merges, rules, special tokens.
+
+    The chat template is not in it, nor is padding or truncation, which are settings of a call.
+    """
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    for key in _NO_PROGRAM_STATE:
+        rules.pop(key, None)
+    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    flags = {key: getattr(tokenizer, key, None) for key in ("add_bos_token", "add_eos_token", "split_special_tokens")}
+    text = json.dumps([rules, special, flags], sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def same_ids(reference: Any, other: Any, used_ids: Iterable[int]) -> list[tuple[int, str | None, str | None]]:
+    """The first three of `used_ids` that mean different tokens: (id, reference's token, other's). Empty = the same."""
+    ids = sorted({int(i) for i in used_ids})
+    mine, theirs = (_tokens(tokenizer, ids) for tokenizer in (reference, other))
+    return [(i, a, b) for i, a, b in zip(ids, mine, theirs, strict=True) if a != b][:3]
+
+
+def _tokens(tokenizer: Any, ids: Sequence[int]) -> list[str | None]:
+    backend = tokenizer.backend_tokenizer
+    return [backend.id_to_token(i) for i in ids]
+
+
+def special_texts(tokenizer: Any) -> frozenset[str]:
+    """The strings that become special tokens wherever they stand in a text."""
+    added = (str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return frozenset({*map(str, tokenizer.all_special_tokens), *added} - {""})
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    added = (int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset({*map(int, tokenizer.all_special_ids), *added})
+
+
+def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Runs of texts of about BATCH_CHARACTERS: the backend's own records of a token are many times its id."""
+    portion: list[str] = []
+    size = 0
+    for text in texts:
+        portion.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """Ids of one text, and where each token begins and ends in it (characters; [0, n) int64)."""
+
+    ids: Ids
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+
+class BatchEncoder:
+    """Texts → ids, a block at a time, straight through the fast backend.
+
+    The backend is compared with `tokenizer(text)` on probes once; a tokenizer that does more in Python is called
+    as it is.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._direct = all(self._agrees(special) for special in (True, False))
+
+    def ids(self, texts: Sequence[str], add_special_tokens: bool) -> list[Ids]:
+        """The ids of each text, as `tokenizer(text, add_special_tokens=…)` gives them."""
+        if not texts:
+            return []
+        if self._direct:
+            return self._backend_ids(texts, add_special_tokens)
+        found = self._called(list(texts), add_special_tokens)
+        return [np.asarray(ids, dtype=np.int32) for ids in found]
+
+    def target_ids(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of each text as a decoder's labels, as `tokenizer(text_target=…)` gives them."""
+        if self._one_side:
+            return self.ids(texts, add_special_tokens=True)
+        return [np.asarray(ids, dtype=np.int32) for ids in self._labels(texts)]
+
+    @cached_property
+    def _one_side(self) -> bool:
+        """Whether labels get the special tokens that other texts get; translation models mark the language apart."""
+        return self._labels(_PROBES) == self._called(list(_PROBES), True)
+
+    def _labels(self, texts: Sequence[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(text_target=list(texts), verbose=False)["input_ids"] if texts else []
+        return ids
+
+    def with_offsets(self, text: str, add_special_tokens: bool) -> Encoded:
+        """The ids of one text with their places: slower, for masks only."""
+        found = self.tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
+        offsets = np.asarray(found["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        return Encoded(np.asarray(found["input_ids"], dtype=np.int32), offsets[:, 0], offsets[:, 1])
+
+    def _backend_ids(self, texts: Sequence[str], add_special_tokens: bool) -> list[Ids]:
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        found: list[Ids] = []
+        for part in _portions(texts):
+            encodings = backend.encode_batch_fast(part, add_special_tokens=add_special_tokens)
+            found += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        return found
+
+    def _called(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        found = self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)
+        ids: list[list[int]] = found["input_ids"]
+        return ids
+
+    def _agrees(self, add_special_tokens: bool) -> bool:
+        slow = [self._called([text], add_special_tokens)[0] for text in _PROBES]
+        fast = self._backend_ids(_PROBES, add_special_tokens)
+        return all(list(a) == list(b) for a, b in zip(fast, slow, strict=True))

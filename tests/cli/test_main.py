@@ -1,0 +1,96 @@
+"""The command line: spellings, errors, exit codes, what is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dpo_score.cli.main import app, main
+from dpo_score.config.options import OPTIONS
+
+
+def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def test_help_lists_every_option() -> None:
+    shown = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    missing = [option.flag for option in OPTIONS if option.flag not in shown]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "unsaid"),
+    [
+        (("cache", "verify"), "Nothing is moved", "are set aside and"),
+        (("cache", "gc"), "written longer ago", "not used"),
+    ],
+)
+def test_help_says_what_is_done(command: tuple[str, ...], said: str, unsaid: str) -> None:
+    """`cache verify` leaves every file where it is, and `gc` asks for the age of files."""
+    shown = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    assert (said in shown, unsaid in shown) == (True, False), shown
+
+
+def test_underscores_and_dashes_are_one_spelling(capsys: pytest.CaptureFixture[str]) -> None:
+    for spelling in ("--max_length=-3", "--max-length=-3"):
+        code, _, said = run_cli(capsys, "run", "--data", "nowhere.parquet", spelling)
+        assert (code, "text.max_length" in said) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["run", "missing.yaml"], 2, "does not exist"),
+        (["run", "--data", "a.parquet", "--policy", "p=m"], 2, "no folder for the results"),
+        (["status", "no-such-folder"], 2, "holds no run"),
+        (["verify", "no-such-folder"], 2, "holds no run"),
+        (["rescore", "no-such-folder"], 2, "holds no run"),
+        (["cache", "gc"], 2, "removes nothing unasked"),
+    ],
+)
+def test_a_mistake_ends_with_its_code_and_one_paragraph(
+    arguments: list[str],
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found, _, error = run_cli(capsys, *arguments)
+    assert (found, said in error) == (code, True), error
+    assert "Traceback" not in error
+
+
+def test_untrusted_text_in_an_error_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, error = run_cli(capsys, "run", "\x1b]8;;evil\x07\u202e.yaml")
+    assert "\x1b" not in error
+    assert "\u202e" not in error
+
+
+LIGHT = ("--help", "formats", "status OUT", "verify OUT", "rescore OUT", "cache ls")
+
+
+@pytest.mark.parametrize("command", LIGHT)
+def test_commands_without_a_model_import_neither_torch_nor_transformers(command: str, tmp_path: Path) -> None:
+    arguments = command.replace("OUT", str(tmp_path)).split()
+    program = (
+        "import sys; from dpo_score.cli.main import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    environment = {"DPO_SCORE_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin"}
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False
+    )
+    assert found.returncode == 0, found.stderr

@@ -1,0 +1,142 @@
+"""Files are found, told apart by their splits and their bytes, and refused in one paragraph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpo_score.config.schema import DataSpec
+from dpo_score.data.dataset import open_datasets, read_pairs
+from dpo_score.data.files import locate, split_names
+from dpo_score.errors import DataError
+
+PAIRS = pa.table({"prompt": ["q"] * 50, "chosen": ["a"] * 50, "rejected": ["b"] * 50})
+
+
+def spec(path: Path | str, *split: str) -> DataSpec:
+    return DataSpec(name="set", path=str(path), split=split)
+
+
+def make(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(PAIRS, folder / name)
+
+
+def names(path: Path | str, *split: str) -> list[str]:
+    return [file.name for file in locate(spec(path, *split))]
+
+
+def test_folders_are_read_in_the_order_of_paths_without_hidden_files(tmp_path: Path) -> None:
+    make(tmp_path, "b/1.parquet", "a/2.parquet", "a/1.parquet", ".hidden.parquet", "_private/1.parquet", "x/.tmp-1")
+    (tmp_path / "README.md").write_text("text")
+    (tmp_path / "more.jsonl").write_text("{}")
+    assert names(tmp_path) == ["a/1.parquet", "a/2.parquet", "b/1.parquet"]
+
+
+def test_names_of_a_glob_start_below_its_fixed_part(tmp_path: Path) -> None:
+    make(tmp_path, "v1/train/1.parquet", "v1/test/1.parquet", "v2/train/1.parquet")
+    assert names(tmp_path / "v*/train/*.parquet") == ["v1/train/1.parquet", "v2/train/1.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("data/train-00000-of-00002.parquet", "train"),
+        ("data/train_prefs-00001-of-00002-0123abcd.parquet", "train_prefs"),
+        ("split=test/part.parquet", "test"),
+        ("test.parquet", "test"),
+        ("quickstart-test.parquet", "test"),
+        ("validation/1.jsonl.gz", "validation"),
+    ],
+)
+def test_a_path_says_its_split(name: str, split: str) -> None:
+    assert split in split_names(name)
+
+
+def test_a_split_selects_and_keeps_the_asked_order(tmp_path: Path) -> None:
+    make(tmp_path, "train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "train_prefs-00000-of-00001.parquet",
+         "test-00000-of-00001.parquet")  # fmt: skip
+    assert names(tmp_path, "train") == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
+    assert names(tmp_path, "test", "train_prefs") == [
+        "test-00000-of-00001.parquet",
+        "train_prefs-00000-of-00001.parquet",
+    ]
+
+
+def test_an_unknown_split_lists_those_found(tmp_path: Path) -> None:
+    make(tmp_path, "train-00000-of-00001.parquet", "test-00000-of-00001.parquet")
+    with pytest.raises(DataError, match=r"no split 'dev' in .*; found: test, train"):
+        locate(spec(tmp_path, "dev"))
+
+
+def test_several_splits_are_not_mixed_unasked(tmp_path: Path) -> None:
+    make(tmp_path, "train-00000-of-00001.parquet", "test-00000-of-00001.parquet")
+    with pytest.raises(DataError, match="holds the splits test, train; say --split NAME"):
+        locate(spec(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\0" * 100, "is empty"),
+        (b"prompt,chosen,rejected\nq,a,b\n", "is not Parquet: it begins with 'prompt,chosen"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer"),
+        (b"PAR1", "is cut off"),
+        (b"PAR1" + b"\0" * 100, "is cut off"),
+        (b"PAR1" + b"\0" * 100 + b"PAR1", "cannot be read as Parquet"),
+        (b"PARE" + b"\0" * 100 + b"PARE", "encrypted"),
+        (b"\x1b]8;;evil\x07", r"begins with '\\\\x1b\]8"),
+    ],
+)
+def test_what_is_not_parquet_is_said_in_one_paragraph(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        open_datasets([spec(path)])
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+def test_a_cut_file_is_refused(share: float, tmp_path: Path) -> None:
+    make(tmp_path, "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(DataError, match="is cut off"):
+        open_datasets([spec(tmp_path)])
+
+
+def test_a_flipped_byte_in_the_data_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(PAIRS, path, compression="zstd", write_page_checksum=True)
+    damaged = bytearray(path.read_bytes())
+    damaged[4:60] = bytes(56)
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read as Parquet"):
+        list(read_pairs(open_datasets([spec(path)]), 0, 50))
+
+
+def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        open_datasets([spec(tmp_path / "nothing.parquet")])
+    with pytest.raises(DataError, match=r"no \.parquet, \.jsonl or \.json file"):
+        open_datasets([spec(tmp_path / "*.parquet")])
+
+
+def test_an_unknown_scheme_is_one_sentence() -> None:
+    with pytest.raises(DataError, match="cannot open nowhere://x"):
+        open_datasets([spec("nowhere://x")])
+
+
+def test_a_json_file_without_objects_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{broken\n{broken\n")
+    with pytest.raises(DataError, match="none of the first 2 rows is a JSON object"):
+        open_datasets([spec(tmp_path / "a.jsonl")])
+    (tmp_path / "a.json").write_text("[1, 2")
+    with pytest.raises(DataError, match="is not one JSON array"):
+        open_datasets([spec(tmp_path / "a.json")])

@@ -1,0 +1,103 @@
+"""Where the values of one model come from and where they go: which device computes them, which namespace keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_score.config.schema import ComputeSpec
+from dpo_score.engine.context import Desk
+from dpo_score.engine.model_logprobs import ModelValues, overlaid, placed
+from dpo_score.engine.progress import Progress
+from dpo_score.errors import ConfigError
+from dpo_score.logprobs import matmul as gemm
+from dpo_score.logprobs import torch_settings as settings
+from dpo_score.logprobs.numerics import Numerics
+from dpo_score.models.loader import ModelShelf
+from dpo_score.models.resolve import Resolver
+from dpo_score.storage.cache.cache import open_cache
+from dpo_score.storage.io import open_store
+from dpo_score.storage.manifest import read_manifest
+from tests.run_fixtures import preference_rows, write_rows
+
+ON_GPU = Numerics("cuda:0", "cuda", "float16", "plain", "model", False, 4096, 1)
+
+
+def test_which_of_several_gpus_computes_is_no_other_identity_but_it_does_compute() -> None:
+    assert overlaid(ON_GPU, ComputeSpec(device="cuda:1")) == ON_GPU
+    assert placed(ON_GPU, "cuda:1").device == "cuda:1"
+    for asked in ("auto", "cuda", "cpu"):
+        assert placed(ON_GPU, asked) == ON_GPU
+    on_cpu = replace(ON_GPU, device="cpu", device_kind="cpu")
+    assert placed(on_cpu, "cuda:1") == on_cpu
+
+
+class Loaded(Exception):
+    """A model was asked for."""
+
+
+def scorer_of(runner: Any, tmp_path: Path, device: str) -> None:
+    desk = Desk(open_store(tmp_path / "out"), tmp_path / "cache", Progress(quiet=True), device=device)
+    source = Resolver(desk.cache_dir, desk.digests.sha256).resolve(str(runner.models["reference"]))
+    ModelValues(desk, source, ON_GPU).scorer()
+
+
+def test_the_model_is_loaded_on_the_gpu_that_is_asked_for(
+    runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_: Any, source: Any, numerics: Numerics) -> None:
+        raise Loaded(numerics.device)
+
+    monkeypatch.setattr(ModelShelf, "load", load)
+    monkeypatch.setattr(settings, "present", lambda _: True)
+    with pytest.raises(Loaded, match="cuda:1"):
+        scorer_of(runner, tmp_path, "cuda:1")
+    with pytest.raises(Loaded, match="cuda:0"):
+        scorer_of(runner, tmp_path, "auto")
+
+
+def test_a_device_that_is_not_here_is_refused_when_a_model_is_needed(runner: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cuda:99, and torch sees no such device here.*choose another --out"):
+        scorer_of(runner, tmp_path, "cuda:99")
+
+
+@contextmanager
+def fast_products(monkeypatch: pytest.MonkeyPatch, there: bool) -> Iterator[list[int]]:
+    """A processor whose oneDNN products are true fp32, or not; counts how often they are switched on."""
+    used: list[int] = []
+
+    @contextmanager
+    def switched() -> Iterator[None]:
+        used.append(1)
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gemm, "onednn_is_true_fp32", lambda: there)
+        patch.setattr(gemm, "_switched", switched)
+        yield used
+
+
+def test_values_of_another_kernel_are_kept_apart(runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def entries() -> dict[str, int]:
+        found: dict[str, int] = {}
+        for row in open_cache(tmp_path / "cache").ls():
+            found[row["fields"]["kernel"]] = found.get(row["fields"]["kernel"], 0) + row["entries"]
+        return found
+
+    data, out = write_rows(tmp_path / "pairs.parquet", preference_rows(70)), tmp_path / "out"
+    with fast_products(monkeypatch, there=True) as used:
+        runner(data, out, limit=64, path="plain")
+    assert used
+    assert entries() == {"model+onednn": 2 * 2 * 64}
+    with fast_products(monkeypatch, there=False) as used:
+        runner(data, out)
+    assert not used
+    assert entries() == {"model+onednn": 2 * 2 * 64, "model": 2 * 2 * 6}
+    found = read_manifest(open_store(out))
+    assert found is not None
+    assert found.numerics["run"]["kernel"] == "model+onednn"

@@ -1,0 +1,110 @@
+"""The tiled head against the full logits in float64: bias, scale, cap, statistics, tiles of every width."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dpo_score.logprobs import lm_head as tiled
+from dpo_score.logprobs.lm_head import Fold, token_values
+from dpo_score.logprobs.numerics import _can_compile
+from dpo_score.logprobs.padded import read_logits
+from dpo_score.logprobs.types import STATS
+from dpo_score.models.parts import Head
+
+
+def a_head(bias=False, scale=1.0, cap=None, dtype=torch.float32, plain=True):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(16, 301, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        linear.weight.mul_(8)
+    return Head(linear, linear.weight if plain else None, linear.bias if plain else None, scale, cap)
+
+
+def some_rows(rows=37, targets=60, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(rows, 16, generator=generator).to(dtype),
+        torch.randint(0, rows, (targets,), generator=generator),
+        torch.randint(0, 301, (targets,), generator=generator),
+    )
+
+
+def exact(head, hidden, source, target):
+    raw = hidden.double() @ head.module.weight.double().T
+    raw = (raw + head.module.bias.double() if head.module.bias is not None else raw) * head.scale
+    return read_logits((head.cap * torch.tanh(raw / head.cap) if head.cap else raw)[source], target, STATS)
+
+
+@pytest.mark.parametrize("tile", [(1, 1), (8, 64), (1024, 2048), (5, 301)])
+@pytest.mark.parametrize(("bias", "scale", "cap"), [(False, 1.0, None), (True, 0.25, None), (True, 3.0, 5.0)])
+@pytest.mark.parametrize("plain", [True, False])
+@torch.inference_mode()
+def test_equals_full_logits(monkeypatch, tile, bias, scale, cap, plain):
+    monkeypatch.setitem(tiled.TILES, "cpu", tile)
+    head, rows = a_head(bias, scale, cap, plain=plain), some_rows()
+    got, expected = token_values(head, *rows, STATS), exact(head, *rows)
+    for name in ("logp", *STATS):
+        torch.testing.assert_close(got[name].double(), expected[name].double(), atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_vocabulary_entry_of_minus_infinity_is_only_impossible():
+    """Some models forbid ids with a bias of −inf, a whole tile of them included."""
+    head, (hidden, source, target) = a_head(bias=True), some_rows()
+    head.module.bias[:256] = -torch.inf
+    target = target % 45 + 256
+    got, expected = token_values(head, hidden, source, target, STATS), exact(head, hidden, source, target)
+    assert torch.isfinite(got["entropy"]).all()
+    for name in ("logp", "log_sum_sq_probs", "entropy"):
+        torch.testing.assert_close(got[name].double(), expected[name].double(), atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_overflow_is_not_hidden():
+    hidden, source, target = some_rows()
+    hidden[source[0]] = torch.inf
+    got = token_values(a_head(), hidden, source, target)["logp"]
+    assert torch.equal(~torch.isfinite(got), source == source[0])
+
+
+@torch.inference_mode()
+def test_wide_hidden_states_meet_narrow_weights_in_fp32():
+    head, (hidden, source, target) = a_head(dtype=torch.float16), some_rows()
+    got, expected = token_values(head, hidden, source, target), exact(head, hidden, source, target)
+    torch.testing.assert_close(got["logp"].double(), expected["logp"], atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_no_rows_no_values():
+    empty = torch.zeros(0, dtype=torch.long)
+    assert len(token_values(a_head(), torch.zeros(0, 16), empty, empty, STATS)["entropy"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _can_compile("cpu"), reason="no C++ compiler here")
+@pytest.mark.parametrize(("bias", "scale", "cap"), [(False, 1.0, None), (True, 3.0, 5.0)])
+@torch.inference_mode()
+def test_compiled_code_folds_products_of_16_bits_as_the_eager_one_does(monkeypatch, bias, scale, cap):
+    folded = []
+    kept = Fold.add_products
+    monkeypatch.setattr(Fold, "add_products", lambda fold, *given: folded.append(1) or kept(fold, *given))
+    monkeypatch.setitem(tiled.COMPILED_TILES, "cpu", (32, 128))
+    head, rows = a_head(bias, scale, cap, dtype=torch.bfloat16), some_rows(dtype=torch.bfloat16)
+    if bias:
+        head.module.bias[:256] = -torch.inf  # two whole tiles
+        rows = (*rows[:2], rows[2] % 45 + 256)
+    rows[0][rows[1][0]] = torch.inf  # a row that has overflowed
+    got, expected = token_values(head, *rows, compiled=True)["logp"], token_values(head, *rows)["logp"]
+    overflowed = rows[1] == rows[1][0]
+    torch.testing.assert_close(got[~overflowed], expected[~overflowed], atol=1e-6, rtol=1e-6)
+    assert not torch.isfinite(got[overflowed]).any()
+    assert len(folded) == 2 * 3, "tiles"
+
+
+@torch.inference_mode()
+def test_what_compiled_code_does_not_know_is_folded_without_it(monkeypatch):
+    monkeypatch.delattr(Fold, "add_products")
+    token_values(a_head(), *some_rows(), compiled=True)
+    halves = a_head(dtype=torch.bfloat16), *some_rows(dtype=torch.bfloat16)
+    assert set(token_values(*halves, STATS, compiled=True)) == {"logp", *STATS}

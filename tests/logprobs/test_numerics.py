@@ -1,0 +1,77 @@
+"""`auto` becomes a concrete value once, and the record reads back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from dpo_score.config.schema import ComputeSpec
+from dpo_score.errors import ConfigError
+from dpo_score.logprobs import matmul as gemm
+from dpo_score.logprobs.numerics import Numerics, may_share, resolve_numerics
+from dpo_score.models import memory
+from tests.tiny import tiny_config
+
+LLAMA = tiny_config("llama").to_dict()
+
+
+def test_on_a_cpu_the_default_is_fp32_on_the_fast_path():
+    numerics = resolve_numerics(ComputeSpec(device="cpu"), LLAMA, 10**6, 100)
+    assert (numerics.device_kind, numerics.dtype, numerics.path) == ("cpu", "float32", "fast")
+    assert numerics.kernel == ("bmm+onednn" if gemm.onednn_is_true_fp32() else "sdpa")
+    assert numerics.batch_tokens == 4096
+    assert not numerics.compile
+
+
+def test_what_is_asked_for_is_kept():
+    asked = ComputeSpec(device="cpu", dtype="bfloat16", path="plain", batch_tokens=512, threads=3, compile="on")
+    numerics = resolve_numerics(asked, LLAMA, 10**9, 10**9)
+    assert numerics == Numerics("cpu", "cpu", "bfloat16", "plain", "model", False, 512, 3)
+
+
+def test_the_record_reads_back():
+    numerics = resolve_numerics(ComputeSpec(device="cpu"), LLAMA, None)
+    assert Numerics.from_json({**numerics.to_json(), "added_later": 1}) == numerics
+
+
+@pytest.mark.parametrize(("rows", "compiled"), [(100, False), (10**7, True)])
+def test_compilation_pays_for_long_jobs_only(monkeypatch, rows, compiled):
+    monkeypatch.setattr("dpo_score.logprobs.numerics._can_compile", lambda kind: True)
+    assert resolve_numerics(ComputeSpec(device="cpu"), LLAMA, 10**8, rows).compile is compiled
+
+
+def test_a_device_that_is_not_here_is_said():
+    with pytest.raises(ConfigError, match="not one of"):
+        resolve_numerics(ComputeSpec(device="tpu"), LLAMA, None)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "t5", "is_encoder_decoder": True},
+        {"model_type": "bloom"},
+        {"model_type": "falcon", "alibi": True},
+        {"model_type": "qwen3_next", "layer_types": ["linear_attention"]},
+        {"model_type": "llama", "attention_chunk_size": 128},
+        {"model_type": "never_heard_of"},
+    ],
+)
+def test_what_cannot_share_a_prompt_takes_the_plain_path(config):
+    assert not may_share(config)
+
+
+def test_memory_limits_the_budget(monkeypatch):
+    monkeypatch.setattr(memory, "total_memory", lambda device: 2**26)
+    small = memory.batch_tokens("cpu", "float32", {"hidden_size": 2048, "intermediate_size": 8192}, None)
+    assert small == 256
+    monkeypatch.setattr(memory, "total_memory", lambda device: 141 * 2**30)
+    config = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "head_dim": 128}
+    assert memory.batch_tokens("cuda:0", "float16", config, 8 * 10**9) == 16384
+    assert memory.batch_tokens("cuda:0", "float16", {"hidden_size": 576}, 135 * 10**6) == 65536
+
+
+def test_the_records_import_without_torch():
+    code = "import sys, dpo_score.logprobs.numerics, dpo_score.logprobs.types; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,282 @@
+"""Loading: the checkpoint's own weights in the asked dtype, one base at a time, nothing left at random."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
+
+from dpo_score.errors import ModelError
+from dpo_score.models.loader import ModelShelf
+from dpo_score.models.prefetch import Prefetch
+from tests.models.model_folders import IDS, Bf16, Fp32, logits, save_adapter, source, write_canary
+from tests.tiny import save_tiny, tiny_config, tiny_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("saved") / "model", tie_word_embeddings=True, attention_dropout=0.5)
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def test_a_loaded_model_gives_the_logits_of_the_one_that_was_saved(saved: Path) -> None:
+    loaded = ModelShelf().load(source(saved), Fp32())
+    assert torch.equal(logits(loaded.model), logits(tiny_model(tie_word_embeddings=True)))
+    assert loaded.source == source(saved)
+
+
+def test_a_loaded_model_is_tied_frozen_and_without_dropout(saved: Path) -> None:
+    model = ModelShelf().load(source(saved), Fp32()).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_dtype_and_attention_are_those_asked_for(saved: Path) -> None:
+    shelf = ModelShelf()
+    model = shelf.load(source(saved), Bf16(), "eager").model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "eager"
+    assert shelf.load(source(saved), Bf16(), "sdpa").model.config._attn_implementation == "sdpa"
+    assert shelf.bases_read == 1
+
+
+def test_equal_weights_are_read_once_other_weights_or_dtypes_again(saved: Path, folder: Path, tmp_path: Path) -> None:
+    shelf = ModelShelf()
+    first = shelf.load(source(saved), Fp32())
+    assert shelf.load(source(folder), Fp32()).model is first.model
+    shelf.load(source(folder, save_adapter(tmp_path / "adapter", folder)), Fp32())
+    assert shelf.bases_read == 1
+    shelf.load(source(folder), Bf16())
+    assert shelf.bases_read == 2
+    other = save_tiny(tmp_path / "other", seed=1)
+    shelf.load(source(other), Bf16())
+    assert shelf.bases_read == 3
+
+
+@pytest.mark.parametrize("what", ["base", "adapter"])
+def test_weights_that_change_after_they_were_resolved_are_not_loaded(
+    what: str, saved: Path, folder: Path, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "adapter", saved)
+    found = source(folder, adapter)
+    path = folder / "model.safetensors" if what == "base" else adapter / "adapter_model.safetensors"
+    save_file({key: value + 1 for key, value in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(ModelError, match="changed or vanished after this run began"):
+        ModelShelf().load(found, Fp32())
+    assert ModelShelf().load(source(folder, adapter), Fp32()).model is not None
+    path.unlink()
+    with pytest.raises(ModelError, match="changed or vanished"):
+        ModelShelf().load(found, Fp32())
+
+
+def test_clear_lets_go_of_the_model(saved: Path) -> None:
+    import weakref
+
+    shelf = ModelShelf()
+    gone = weakref.ref(shelf.load(source(saved), Fp32()).model)
+    shelf.clear()
+    assert gone() is None
+
+
+def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
+    path = folder / "model.safetensors"
+    weights = {**load_file(path), **{key.replace("__", "."): value for key, value in changes.items()}}
+    save_file({key: value for key, value in weights.items() if value is not None}, path, {"format": "pt"})
+
+
+def test_weights_that_the_checkpoint_lacks_are_named_not_drawn_at_random(folder: Path) -> None:
+    rewrite(folder, model__layers__0__mlp__up_proj__weight=None, model__norm__weight=None)
+    with pytest.raises(ModelError, match=r"2 missing from the checkpoint \(model\.layers\.0\.mlp\.up_proj\.weight, "):
+        ModelShelf().load(source(folder), Fp32())
+
+
+def test_weights_that_the_model_does_not_know_are_named_not_ignored(folder: Path) -> None:
+    rewrite(folder, model__layers__0__self_attn__q_proj__bias=torch.zeros(32))
+    with pytest.raises(ModelError, match=r"1 unknown to the model \(model\.layers\.0\.self_attn\.q_proj\.bias\)"):
+        ModelShelf().load(source(folder), Fp32())
+
+
+def test_weights_of_another_shape_are_refused(folder: Path) -> None:
+    rewrite(folder, model__norm__weight=torch.ones(31))
+    with pytest.raises(ModelError, match=r"could not be loaded|of another shape"):
+        ModelShelf().load(source(folder), Fp32())
+
+
+BESIDE = {
+    "a rotary buffer": "model.layers.0.self_attn.rotary_emb.inv_freq",
+    "a position buffer": "model.embeddings.position_ids",
+    "a mask buffer": "model.layers.0.self_attn.masked_bias",
+    "a value head": "v_head.summary.weight",
+}
+
+
+@pytest.mark.parametrize("key", BESIDE.values(), ids=BESIDE)
+def test_tensors_that_no_logit_depends_on_may_stand_beside(key: str, folder: Path) -> None:
+    twin = logits(ModelShelf().load(source(folder), Fp32()).model)
+    rewrite(folder, **{key.replace(".", "__"): torch.ones(4)})
+    assert torch.equal(logits(ModelShelf().load(source(folder), Fp32()).model), twin)
+
+
+@pytest.mark.parametrize(
+    "key", ["score.weight", "model.layers.0.self_attn.q_proj.lora_A.weight", "model.layers.7.mlp.up_proj.weight"]
+)
+def test_tensors_that_another_model_would_use_are_named(key: str, folder: Path) -> None:
+    rewrite(folder, **{key.replace(".", "__"): torch.ones(4)})
+    with pytest.raises(ModelError, match=rf"1 unknown to the model \({re.escape(key)}\)"):
+        ModelShelf().load(source(folder), Fp32())
+
+
+@pytest.mark.parametrize("change", [0.0, 1.0])
+def test_a_head_beside_tied_embeddings_is_taken_as_transformers_takes_it(change: float, folder: Path) -> None:
+    rewrite(folder, lm_head__weight=load_file(folder / "model.safetensors")["model.embed_tokens.weight"] + change)
+    model = ModelShelf().load(source(folder), Fp32()).model
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is (change == 0.0)
+    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert torch.equal(logits(model), logits(twin))
+
+
+def test_only_the_first_five_keys_are_listed(folder: Path) -> None:
+    rewrite(folder, **{f"extra__{i}": torch.zeros(1) for i in range(9)})
+    with pytest.raises(ModelError, match=r"9 unknown to the model \(extra\.0, .*extra\.4, …\)"):
+        ModelShelf().load(source(folder), Fp32())
+
+
+def test_an_untied_model_without_its_head_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "headless")
+    rewrite(folder, lm_head__weight=None)
+    with pytest.raises(ModelError, match=r"1 missing from the checkpoint \(lm_head\.weight\)"):
+        ModelShelf().load(source(folder), Fp32())
+
+
+def test_a_reward_model_is_refused_as_what_it_is(tmp_path: Path) -> None:
+    LlamaForSequenceClassification(tiny_config()).save_pretrained(tmp_path / "reward")
+    with pytest.raises(ModelError, match="is a classifier"):
+        ModelShelf().load(source(tmp_path / "reward"), Fp32())
+
+
+def test_an_architecture_that_transformers_does_not_know(folder: Path) -> None:
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"llama"', '"no_such_architecture"'))
+    with pytest.raises(ModelError, match=r"could not be loaded.*no_such_architecture"):
+        ModelShelf().load(source(folder), Fp32())
+
+
+@pytest.mark.parametrize(("key", "value"), [("vocab_size", "x"), ("num_attention_heads", 0), ("hidden_act", 3)])
+def test_a_configuration_with_an_impossible_value_is_named(folder: Path, key: str, value: Any) -> None:
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
+    with pytest.raises(ModelError, match=re.escape(str(folder)) + ".*could not be loaded"):
+        ModelShelf().load(source(folder), Fp32())
+
+
+@pytest.mark.parametrize("when", ["placed", "read"])
+def test_a_device_without_room_for_the_model_is_said_with_the_ways_out(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore lines")
+
+    method = "to" if when == "placed" else "from_pretrained"
+    monkeypatch.setattr(PreTrainedModel, method, full)
+    ways_out = "--dtype.*--quantization.*--tensor-parallel.*--device-map"
+    with pytest.raises(ModelError, match=rf"in float32 does not fit on cpu .*20\.00 GiB\).*{ways_out}") as error:
+        ModelShelf().load(source(saved), Fp32())
+    assert "\n" not in str(error.value)
+
+
+def test_an_allowed_pickle_loads_the_same_weights(folder: Path) -> None:
+    twin = logits(ModelShelf().load(source(folder), Fp32()).model)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    loaded = ModelShelf().load(source(folder, allow_pickle=True), Fp32())
+    assert torch.equal(logits(loaded.model), twin)
+
+
+def test_a_hostile_pickle_does_not_run_even_when_pickles_are_allowed(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    canary = write_canary(folder / "pytorch_model.bin", tmp_path / "canary")
+    with pytest.raises(ModelError, match="could not be loaded"):
+        ModelShelf().load(source(folder, allow_pickle=True), Fp32())
+    assert not canary.exists()
+
+
+def test_an_encoder_decoder_loads_with_its_decoder(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("t5", vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "t5")
+    found = source(tmp_path / "t5")
+    model = ModelShelf().load(found, Fp32()).model
+    assert found.is_encoder_decoder
+    with torch.inference_mode():
+        assert model(input_ids=IDS % 64, decoder_input_ids=IDS % 64).logits.shape[-1] == 64
+
+
+def test_a_vision_language_wrapper_scores_text(tmp_path: Path) -> None:
+    folder = save_vision_language(tmp_path / "vlm")
+    model = ModelShelf().load(source(folder), Fp32()).model
+    twin = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(logits(model), logits(twin.eval()))
+
+
+def save_vision_language(folder: Path) -> Path:
+    text: dict[str, Any] = {
+        "model_type": "llama",
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+        "projection_dim": 16,
+    }
+    config = AutoConfig.for_model("llava", text_config=text, vision_config=vision, image_token_index=299)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_quantization_needs_its_package(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install bitsandbytes"):
+        ModelShelf(quantization="nf4").load(source(saved), Fp32())
+
+
+def test_prefetch_reads_ahead_and_never_fails(saved: Path, tmp_path: Path) -> None:
+    shelf = ModelShelf()
+    shelf.prefetch(source(saved))
+    assert shelf.load(source(saved), Fp32()).model is not None
+    shelf.prefetch(source(saved))
+    shelf.clear()
+    Prefetch([tmp_path / "gone.safetensors"]).wait()
+    Prefetch([saved / "model.safetensors"]).stop()

@@ -1,0 +1,102 @@
+"""A lock or lease of a dead process or host never holds for ever: not of a run, not of a share, not of a turn."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from dpo_score.errors import StorageError, UsageError
+from dpo_score.storage import lease, locks
+from dpo_score.storage.io import Store, open_store
+
+
+def _hold(root: str, ready: object) -> None:
+    store = open_store(root)
+    with store.share("0-of-2"), store.turn(), locks.exclusive(Path(root) / ".work/lock", dict):
+        ready.set()  # type: ignore[attr-defined]
+        time.sleep(60)
+
+
+def test_every_lock_of_a_killed_process_is_free_at_once(tmp_path: Path) -> None:
+    context, root = multiprocessing.get_context("spawn"), str(tmp_path / "out")
+    ready = context.Event()
+    child = context.Process(target=_hold, args=(root, ready))
+    child.start()
+    assert ready.wait(60)
+    child.kill()
+    child.join()
+    store = open_store(root)
+    with store.lock():
+        pass
+    with store.share("0-of-2"), store.turn():
+        pass
+
+
+def test_a_moment_that_never_ends_is_an_error_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "MOMENT_SECONDS", 0.05)
+    path = tmp_path / "create.lock"
+    with (
+        locks.moment(path),
+        pytest.raises(StorageError, match=r"create\.lock: another process has held .* the same command resumes"),
+        locks.moment(path),
+    ):
+        pass
+    with locks.moment(path):
+        pass
+
+
+# leases
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    monkeypatch.setattr(lease, "SHARE_SECONDS", 0.0)
+    fsspec.filesystem("memory").store.clear()
+    yield open_store("memory://leases/out")
+    fsspec.filesystem("memory").store.clear()
+
+
+def dead_pid() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+def leave(store: Store, kind: str, host: str, renewed: float, pid: int = 1) -> None:
+    """A lease as a process of `host` left it."""
+    store.write_json(f".work/{kind}-000003.json", {"pid": pid, "host": host, "start": "then", "renewed": renewed})
+
+
+def take_all(store: Store) -> None:
+    """A whole run, then a share and its turn."""
+    with store.lock():
+        pass
+    with store.share("0-of-2"), store.turn():
+        store.write_json("a.json", 1)
+
+
+@pytest.mark.parametrize("kind", ["lease", "share-0-of-2", "turn"])
+@pytest.mark.parametrize("age", [lease.TAKEOVER_SECONDS + 1, 30 * 86_400.0, -2 * lease.TAKEOVER_SECONDS])
+def test_a_lease_of_a_host_that_is_silent_ends(store: Store, kind: str, age: float) -> None:
+    leave(store, kind, "a host that is gone", time.time() - age)
+    take_all(store)
+
+
+@pytest.mark.parametrize("kind", ["lease", "share-0-of-2", "turn"])
+def test_a_lease_of_a_dead_process_of_this_host_ends_at_once(store: Store, kind: str) -> None:
+    leave(store, kind, str(locks.owner()["host"]), time.time(), dead_pid())
+    take_all(store)
+
+
+@pytest.mark.parametrize("kind", ["lease", "share-0-of-2"])
+def test_a_lease_that_is_renewed_holds(store: Store, kind: str) -> None:
+    leave(store, kind, "another host", time.time() - 1)
+    with pytest.raises(UsageError, match="in use by another run"):
+        take_all(store)

@@ -1,0 +1,133 @@
+"""Tokenizers are loaded safely, told apart by what their ids mean, and batched without changing an id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_score.errors import ModelError
+from dpo_score.tokenization.tokenizer import (
+    BatchEncoder,
+    checked,
+    load_tokenizer,
+    same_ids,
+    special_ids,
+    special_texts,
+    tokenizer_digest,
+)
+from tests.tiny import byte_tokenizer
+
+BYTES = byte_tokenizer(bos=True)
+
+
+@given(st.lists(st.text(max_size=20), max_size=6), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_batch_gives_the_ids_of_single_calls(texts: list[str], special: bool) -> None:
+    encoder = BatchEncoder(BYTES)
+    assert [ids.tolist() for ids in encoder.ids(texts, special)] == [
+        BYTES(text, add_special_tokens=special)["input_ids"] for text in texts
+    ]
+
+
+def test_settings_left_on_the_tokenizer_do_not_reach_the_batch() -> None:
+    tokenizer = byte_tokenizer()
+    encoder = BatchEncoder(tokenizer)
+    tokenizer(["a", "bcd"], padding=True, truncation=True, max_length=2)
+    assert [len(ids) for ids in encoder.ids(["a", "bcd"], False)] == [1, 3]
+
+
+def test_a_tokenizer_that_does_more_in_python_is_called_as_it_is() -> None:
+    class Doubling:
+        """Adds a token that its backend knows nothing of."""
+
+        def __init__(self) -> None:
+            self.core = byte_tokenizer()
+            self.backend_tokenizer = self.core.backend_tokenizer
+
+        def __call__(self, texts: list[str], **kwargs: Any) -> dict[str, Any]:
+            return {"input_ids": [[1, *ids] for ids in self.core(texts, **kwargs)["input_ids"]]}
+
+    assert BatchEncoder(Doubling()).ids(["a"], True)[0].tolist() == [1, *byte_tokenizer()("a")["input_ids"]]
+
+
+def test_offsets_count_characters() -> None:
+    found = BatchEncoder(byte_tokenizer()).with_offsets("é<|im_end|>x", False)
+    assert list(zip(found.starts.tolist(), found.ends.tolist(), strict=True))[-2:] == [(1, 11), (11, 12)]
+
+
+def test_the_digest_follows_the_rules_and_not_the_settings() -> None:
+    base = tokenizer_digest(byte_tokenizer())
+    used = byte_tokenizer("another template")
+    used(["a", "b"], padding=True, truncation=True, max_length=3)
+    assert tokenizer_digest(used) == base
+    grown, moved = byte_tokenizer(), byte_tokenizer()
+    grown.add_tokens(["new"])
+    moved.eos_token = "<|pad|>"
+    assert (
+        len({base, tokenizer_digest(grown), tokenizer_digest(moved), tokenizer_digest(byte_tokenizer(bos=True))}) == 4
+    )
+
+
+def test_tokenizers_are_compared_on_the_ids_that_occur() -> None:
+    grown = byte_tokenizer()
+    grown.add_tokens(["new"])
+    assert same_ids(byte_tokenizer(), grown, [3, 1, 2, 259]) == []
+    assert same_ids(byte_tokenizer(), grown, [260]) == [(260, None, "new")]
+
+
+def test_the_first_three_differences_are_shown() -> None:
+    from tests.tiny import SPECIALS
+
+    other = byte_tokenizer()
+    names = {**other.get_vocab()}
+    assert [token for token, i in sorted(names.items(), key=lambda item: item[1])][-4:] == list(SPECIALS)
+    swapped = _with_vocabulary({0: 1, 1: 0, 2: 3, 3: 2})
+    assert [i for i, _, _ in same_ids(other, swapped, range(10))] == [0, 1, 2]
+
+
+def _with_vocabulary(renumbered: dict[int, int]) -> Any:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    rules = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    rules["model"]["vocab"] = {t: renumbered.get(i, i) for t, i in rules["model"]["vocab"].items()}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(rules)))
+
+
+def test_special_tokens_are_known_as_text_and_id() -> None:
+    assert {"<|im_end|>", "<|im_start|>"} <= special_texts(byte_tokenizer())
+    assert special_ids(byte_tokenizer()) == {256, 257, 258, 259}
+
+
+def test_a_folder_loads_with_its_template(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    found = load_tokenizer(str(tmp_path))
+    assert tokenizer_digest(found) == tokenizer_digest(load_tokenizer(str(tmp_path)))
+    assert found("a")["input_ids"] == byte_tokenizer()("a")["input_ids"]
+    assert found.chat_template
+
+
+def test_a_folder_without_one_is_refused_in_one_paragraph(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ModelError, match="--tokenizer") as error:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_code_that_comes_along_is_not_run_unasked(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
+    (tmp_path / "evil.py").write_text("raise SystemExit('this code ran')")
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    with pytest.raises(ModelError, match="not a fast one"):
+        checked(object(), "folder")
