@@ -31,3 +31,11 @@ def _escape(character: str) -> str:
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def seen(value: object, limit: int = 200) -> str:
+    """A value as it may be shown anywhere: at most `limit` characters, control and bidi characters escaped."""
+    text = value[:limit] if isinstance(value, str) else repr(value)[:limit]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode("ascii") for c in text)[
+        :limit
+    ]

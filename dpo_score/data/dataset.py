@@ -21,9 +21,8 @@ from dpo_score.data.formats.base import Reading
 from dpo_score.data.formats.detect import HH_SAMPLE, carried_columns, detect, refuse_undecided_preference
 from dpo_score.data.formats.registry import Format
 from dpo_score.data.formats.row import RowReader, rejected
-from dpo_score.data.formats.validate import Problem
 from dpo_score.data.row_reader import RawRow, RowFile, open_rows
-from dpo_score.data.types import Pair, Rejected, Source
+from dpo_score.data.types import Pair, Problem, Rejected, Source
 from dpo_score.errors import DataError, nearest
 
 PEEK = 16

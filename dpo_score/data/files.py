@@ -15,8 +15,8 @@ from pathlib import PurePosixPath
 from typing import Any, Literal, TypeAlias
 
 from dpo_score.config.schema import DataSpec
-from dpo_score.data.formats.validate import seen
 from dpo_score.errors import DataError, client_errors
+from dpo_score.escape import seen
 
 FileKind: TypeAlias = Literal["parquet", "lines", "array"]
 _PARQUET = (".parquet", ".pq")

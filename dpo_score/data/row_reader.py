@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 
 from dpo_score.data.column_types import Shapes, from_arrow, from_values
 from dpo_score.data.files import Located, kind_of, open_binary
-from dpo_score.data.formats.validate import Problem, seen
+from dpo_score.data.types import Problem
 from dpo_score.errors import DataError, client_errors
+from dpo_score.escape import seen
 
 BATCH_BYTES = 8 << 20
 BATCH_ROWS = 1024

@@ -86,6 +86,24 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a row, or one of the pairs it expands to, cannot be scored."""
+
+    code: str
+    reason: str
+    column: str | None = None
+    value: Any = None
+
+
+class Unusable(Exception):
+    """Carries a `Problem` from a cell up to where the row is read, which turns it into a `Rejected`."""
+
+    def __init__(self, code: str, reason: str, column: str | None = None, value: Any = None) -> None:
+        super().__init__(reason)
+        self.problem = Problem(code, reason, column, value)
+
+
+@dataclass(frozen=True, slots=True)
 class TokenIds:
     """A pre-tokenised row. Masks tell which tokens are scored; None means all of a response, none of a prompt."""
 

@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo_score.data.formats.validate import seen
 from dpo_score.engine.block_inputs import BlockText
 from dpo_score.engine.context import Desk
 from dpo_score.engine.model_logprobs import BlockValues, Values
 from dpo_score.engine.plan import SCHEMA_VERSION, Job, PolicyJob, ReferenceJob
 from dpo_score.errors import DataError
+from dpo_score.escape import seen
 from dpo_score.logprobs.types import Unscored
 from dpo_score.losses.columns import derive_table
 from dpo_score.results import noise

@@ -15,8 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from dpo_score.config.schema import TextSpec
-from dpo_score.data.formats.validate import Problem
-from dpo_score.data.types import Pair, Rejected
+from dpo_score.data.types import Pair, Problem, Rejected
 from dpo_score.export.exports import TEXTS
 from dpo_score.tokenization.arrange import arranged
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from dpo_score.config.schema import TextSpec
 from dpo_score.data.formats.base import ASSISTANT, hh_messages, wrapped_answer, wrapped_user
-from dpo_score.data.formats.validate import Problem
-from dpo_score.data.types import Message, Pair
+from dpo_score.data.types import Message, Pair, Problem
 from dpo_score.errors import ConfigError
 from dpo_score.tokenization.prompt import divided
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_score.config.schema import TextSpec
-from dpo_score.data.formats.validate import MAX_CHARACTERS, Problem, seen
-from dpo_score.data.types import Message, Source
+from dpo_score.data.formats.validate import MAX_CHARACTERS
+from dpo_score.data.types import Message, Problem, Source
 from dpo_score.errors import ConfigError, ModelError
+from dpo_score.escape import seen
 from dpo_score.tokenization.arrange import SYSTEM_ROLES
 from dpo_score.tokenization.deadline import template_deadline
 

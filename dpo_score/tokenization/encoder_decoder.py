@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_score.config.schema import TextSpec
-from dpo_score.data.formats.validate import Problem
-from dpo_score.data.types import EncodedPair, Pair, TokenIds
+from dpo_score.data.types import EncodedPair, Pair, Problem, TokenIds
 from dpo_score.errors import ConfigError
 from dpo_score.tokenization import flags as marks
 from dpo_score.tokenization.render import Part, PartIds, Rendered, Renderer

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dpo_score.data.formats.validate import seen
 from dpo_score.data.types import EncodedPair, Ids, Message, Pair, Text
+from dpo_score.escape import seen
 from dpo_score.tokenization.prompt import shared_length
 from dpo_score.tokenization.tokenizer import special_ids
 

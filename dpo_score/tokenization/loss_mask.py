@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dpo_score.data.formats.validate import Problem
-from dpo_score.data.types import Mask, Message, Pair
+from dpo_score.data.types import Mask, Message, Pair, Problem
 from dpo_score.errors import ConfigError
 from dpo_score.tokenization.chat_template import ChatTemplate
 from dpo_score.tokenization.tokenizer import BatchEncoder, Encoded

@@ -13,8 +13,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from dpo_score.data.formats.base import ASSISTANT, same_context
-from dpo_score.data.formats.validate import Problem, Unusable
-from dpo_score.data.types import Pair, Text
+from dpo_score.data.types import Pair, Problem, Text, Unusable
 
 
 def divided(pair: Pair, rule: Literal["auto", "marker", "trl"]) -> Pair | Problem:

@@ -16,8 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 from dpo_score.config.schema import TextSpec
 from dpo_score.data.formats.row import rejected
-from dpo_score.data.formats.validate import Problem
-from dpo_score.data.types import EncodedPair, Ids, Mask, Message, Pair, Rejected, Text, TokenIds
+from dpo_score.data.types import EncodedPair, Ids, Mask, Message, Pair, Problem, Rejected, Text, TokenIds
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.tokenization import flags as marks
 from dpo_score.tokenization.arrange import arranged, is_conversation

@@ -20,8 +20,7 @@ import numpy as np
 
 from dpo_score.config.schema import TextSpec
 from dpo_score.data.formats.base import wrapped_answer, wrapped_user
-from dpo_score.data.formats.validate import Problem
-from dpo_score.data.types import EncodedPair, Ids, Mask, Message, Pair, Text, TokenIds
+from dpo_score.data.types import EncodedPair, Ids, Mask, Message, Pair, Problem, Text, TokenIds
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.tokenization.prompt import divided
 from dpo_score.tokenization.render import PartIds, Rendered, Renderer, encoded_pair, unscorable

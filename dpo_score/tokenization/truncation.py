@@ -11,8 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from dpo_score.data.formats.validate import Problem
-from dpo_score.data.types import Ids, Mask, TokenIds
+from dpo_score.data.types import Ids, Mask, Problem, TokenIds
 
 
 def shared_ids(a: Ids, b: Ids) -> int:

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from dpo_score.config.schema import TextSpec
-from dpo_score.data.formats.validate import Problem
-from dpo_score.data.types import Pair, Source
+from dpo_score.data.types import Pair, Problem, Source
 from dpo_score.errors import ConfigError
 from dpo_score.tokenization.arrange import arranged
 from tests.data.formats.golden_rows import bot, user

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dpo_score.config.schema import TextSpec
-from dpo_score.data.formats.validate import Problem
+from dpo_score.data.types import Problem
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.tokenization.chat_template import ChatTemplate, chat_template, refuses_system
 from tests.data.formats.golden_rows import bot, user

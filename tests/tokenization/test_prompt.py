@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_score.data.formats.validate import Problem
-from dpo_score.data.types import Pair, Source
+from dpo_score.data.types import Pair, Problem, Source
 from dpo_score.tokenization.prompt import divided, shared_length
 from tests.data.formats.golden_rows import bot, user
 

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_score.data.formats.validate import Problem
-from dpo_score.data.types import EncodedPair, Pair, Source, TokenIds
+from dpo_score.data.types import EncodedPair, Pair, Problem, Source, TokenIds
 from dpo_score.tokenization.truncation import Cut, SideLimits, boundary, cut, cut_apart, scored_count, shared_ids
 
 id_lists = st.lists(st.integers(0, 3), max_size=12)

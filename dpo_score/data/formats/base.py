@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dpo_score.data.formats.validate import Problem, Unusable
-from dpo_score.data.types import Message, Text, TokenIds
+from dpo_score.data.types import Message, Problem, Text, TokenIds, Unusable
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")

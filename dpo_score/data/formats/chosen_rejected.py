@@ -17,8 +17,8 @@ from dpo_score.data.formats.base import (
     wrapped_answer,
     wrapped_user,
 )
-from dpo_score.data.formats.validate import Row, Unusable, answer, conversation, optional_text, struct_item, text_cell
-from dpo_score.data.types import Message
+from dpo_score.data.formats.validate import Row, answer, conversation, optional_text, struct_item, text_cell
+from dpo_score.data.types import Message, Unusable
 
 Binding: TypeAlias = dict[str, str]
 """Canonical name a reader uses → the column that holds it."""

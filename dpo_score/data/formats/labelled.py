@@ -14,9 +14,7 @@ from dpo_score.data.column_types import Shapes, is_messages, is_number, is_text
 from dpo_score.data.formats.base import Comparison, Reading, nemo_messages, ordered, same_context, wrapped_answer
 from dpo_score.data.formats.chosen_rejected import Binding, sides
 from dpo_score.data.formats.validate import (
-    Problem,
     Row,
-    Unusable,
     answer,
     checked_text,
     conversation,
@@ -24,10 +22,11 @@ from dpo_score.data.formats.validate import (
     label_cell,
     list_cell,
     number_cell,
-    seen,
     struct_item,
     text_cell,
 )
+from dpo_score.data.types import Problem, Unusable
+from dpo_score.escape import seen
 
 Found = Iterable[Comparison | Problem]
 

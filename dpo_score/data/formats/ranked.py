@@ -19,9 +19,7 @@ from dpo_score.data.column_types import Shape, Shapes, is_number, is_numbers, is
 from dpo_score.data.formats.base import Comparison, Reading, nemo_messages, tie, wrapped_answer
 from dpo_score.data.formats.chosen_rejected import Binding, sides, text_prompts
 from dpo_score.data.formats.validate import (
-    Problem,
     Row,
-    Unusable,
     checked_number,
     checked_text,
     list_cell,
@@ -29,7 +27,7 @@ from dpo_score.data.formats.validate import (
     struct_item,
     text_cell,
 )
-from dpo_score.data.types import Text
+from dpo_score.data.types import Problem, Text, Unusable
 
 Found = Iterable[Comparison | Problem]
 

@@ -17,7 +17,8 @@ from dpo_score.data.formats import ranked as lists
 from dpo_score.data.formats import token_ids as ids
 from dpo_score.data.formats.base import Comparison, Reading
 from dpo_score.data.formats.chosen_rejected import Binding
-from dpo_score.data.formats.validate import Problem, Row
+from dpo_score.data.formats.validate import Row
+from dpo_score.data.types import Problem
 
 
 @dataclass(frozen=True, slots=True)

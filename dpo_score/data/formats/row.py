@@ -11,8 +11,9 @@ from typing import Any
 from dpo_score.data.column_types import Shapes
 from dpo_score.data.formats.base import Comparison, Reading
 from dpo_score.data.formats.registry import Format
-from dpo_score.data.formats.validate import Problem, Row, Unusable, decoded_json, plain, seen
-from dpo_score.data.types import Pair, Rejected, Source, Text, TokenIds
+from dpo_score.data.formats.validate import Row, decoded_json, plain
+from dpo_score.data.types import Pair, Problem, Rejected, Source, Text, TokenIds, Unusable
+from dpo_score.escape import seen
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from dpo_score.data.column_types import Shapes, is_ids
 from dpo_score.data.formats.base import Comparison, Reading
 from dpo_score.data.formats.chosen_rejected import Binding
-from dpo_score.data.formats.validate import Row, Unusable, list_cell
-from dpo_score.data.types import Ids, Mask, TokenIds
+from dpo_score.data.formats.validate import Row, list_cell
+from dpo_score.data.types import Ids, Mask, TokenIds, Unusable
 
 IGNORED = -100
 _LARGEST_ID = 2**31 - 1

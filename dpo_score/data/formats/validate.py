@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from dpo_score.data.column_types import Shape
-from dpo_score.data.types import Message
+from dpo_score.data.types import Message, Unusable
+from dpo_score.escape import seen
 
 Row: TypeAlias = Mapping[str, Any]
 """Canonical column name → plain Python value."""
@@ -28,32 +28,6 @@ _SHAREGPT_ROLES = {
     "function_call": "assistant",
     "observation": "tool",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why a row, or one of the pairs it expands to, cannot be scored."""
-
-    code: str
-    reason: str
-    column: str | None = None
-    value: Any = None
-
-
-class Unusable(Exception):
-    """Carries a `Problem` from a cell to `formats.read_row`."""
-
-    def __init__(self, code: str, reason: str, column: str | None = None, value: Any = None) -> None:
-        super().__init__(reason)
-        self.problem = Problem(code, reason, column, value)
-
-
-def seen(value: Any, limit: int = 200) -> str:
-    """A value as it may be shown anywhere: at most `limit` characters, control and bidi characters escaped."""
-    text = value[:limit] if isinstance(value, str) else repr(value)[:limit]
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode("ascii") for c in text)[
-        :limit
-    ]
 
 
 def text_cell(row: Row, column: str) -> str:
