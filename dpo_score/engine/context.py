@@ -24,7 +24,7 @@ from dpo_score.storage.manifest import read_manifest, reopen_manifest
 
 if TYPE_CHECKING:
     from dpo_score.engine.plan import Job, PolicyJob, ReferenceJob
-    from dpo_score.models.loader import ModelShelf
+    from dpo_score.models.loader import ModelLoader
     from dpo_score.storage.commits import CommitRecord
 
 
@@ -74,10 +74,10 @@ class Desk:
         return FileDigests(self.cache_dir, lambda: self.stop.check())
 
     @cached_property
-    def shelf(self) -> ModelShelf:
-        from dpo_score.models.loader import ModelShelf
+    def shelf(self) -> ModelLoader:
+        from dpo_score.models.loader import ModelLoader
 
-        return ModelShelf(self.trust_remote_code, self.device_map, self.quantization, self.tensor_parallel)
+        return ModelLoader(self.trust_remote_code, self.device_map, self.quantization, self.tensor_parallel)
 
     def reopen(self) -> None:
         """State `running` again, before anything that a complete manifest vouches for is computed anew."""

@@ -31,8 +31,7 @@ from dpo_score.errors import ConfigError, DataError, ModelError
 from dpo_score.export.input_rows import fitted
 from dpo_score.logprobs.numerics import Numerics, resolve_numerics
 from dpo_score.losses.parse import parse_loss
-from dpo_score.models.policies import resolve_policy
-from dpo_score.models.resolve import ModelSource, Resolver
+from dpo_score.models.resolve import ModelSource, Resolver, resolve_policy
 from dpo_score.results.schemas import STATS, text_table
 from dpo_score.storage.fingerprint import Identities
 from dpo_score.tokenization.choose import REFERENCE, TokenGuard, choose_tokenizer, renderer_of

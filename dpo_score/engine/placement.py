@@ -11,8 +11,8 @@ from importlib.util import find_spec
 
 from dpo_score.config.schema import ComputeSpec
 from dpo_score.errors import ConfigError
+from dpo_score.models.parallel.sharding import refuse_undealt
 from dpo_score.models.resolve import ModelSource
-from dpo_score.models.sharding import refuse_undealt
 
 
 def check_placement(compute: ComputeSpec, sources: Iterable[ModelSource], say: Callable[[str], None]) -> None:

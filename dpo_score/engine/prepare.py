@@ -36,8 +36,7 @@ from dpo_score.engine.revisions import commit_lines, commits, names, pinned
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.logprobs.numerics import Numerics, resolve_numerics, with_own_softmax
 from dpo_score.losses.parse import parse_loss
-from dpo_score.models.policies import resolve_policy
-from dpo_score.models.resolve import ModelSource, Resolver
+from dpo_score.models.resolve import ModelSource, Resolver, resolve_policy
 from dpo_score.results.groups import check_slices
 from dpo_score.results.rewardbench import check_pairing
 from dpo_score.storage.fingerprint import Identities

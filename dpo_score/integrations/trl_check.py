@@ -26,7 +26,7 @@ from dpo_score.export.as_scored import as_scored
 from dpo_score.export.contract import NOISE_FLOOR, noise_floor
 from dpo_score.export.exports import rule_unlike_trl
 from dpo_score.integrations.trl_pass import VALUES, TrlRow, reference_pass
-from dpo_score.models.loader import ModelShelf
+from dpo_score.models.loader import ModelLoader
 from dpo_score.models.resolve import ModelSource, Resolver
 from dpo_score.results.run_folder import open_out
 from dpo_score.results.source_text import TextSource, stored_reader, text_source
@@ -201,7 +201,7 @@ def _scored_again(
         reader.tokenizer.chat_template = named_template(reader.tokenizer, config.text.chat_template)
     pairs = source.pairs(row.row_id for row in stored)
     as_given = [as_scored(pair, config.text) for pair in pairs.values()]
-    model = ModelShelf(config.trust_remote_code).load(reference, _Float32()).model
+    model = ModelLoader(config.trust_remote_code).load(reference, _Float32()).model
     limit = reader.renderer.limit
     return reference_pass([p for p in as_given if isinstance(p, Pair)], model, reader.tokenizer, config.text, limit)
 

@@ -19,7 +19,7 @@ from dpo_score.data.types import TokenSequence
 from dpo_score.errors import ModelError
 from dpo_score.logprobs.packing import prompt_groups
 from dpo_score.logprobs.padded import Values, pad, read_logits, split
-from dpo_score.models.parts import Anatomy
+from dpo_score.models.parts import ModelParts
 
 LOGITS = 2**26
 """Most logits of a microbatch (256 MB in fp32), unless a single row has more."""
@@ -35,7 +35,7 @@ class EncoderDecoderPath:
             raise ModelError(
                 f"{type(model).__name__} has no decoder_start_token_id in its config.json: nothing to begin with"
             )
-        self.anatomy = Anatomy(model, model.base_model, None, False)
+        self.anatomy = ModelParts(model, model.base_model, None, False)
         self.start = int(start)
         self.batch_tokens = batch_tokens
         self.label_tokens = max(1, LOGITS // int(model.get_output_embeddings().weight.shape[0]))

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dpo_score.logprobs.compiled_fold import compiled_fold
 from dpo_score.logprobs.padded import CHUNK_LOGITS, read_logits
+from dpo_score.models.parallel.process_group import Group
 from dpo_score.models.parts import Head
-from dpo_score.models.process_group import Group
 
 TILES = {"cpu": (1024, 2048), "cuda": (8192, 8192)}
 """(rows, vocabulary) of a tile: what stays in cache on a CPU, what keeps a GPU's matrix units busy."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from dpo_score.config.schema import ComputeSpec
 from dpo_score.errors import ConfigError
+from dpo_score.models.limits import text_config
 
 COMPILE_SECONDS = 180.0
 """Estimated seconds of the whole job from which per-layer compilation (about 15 s, once) is worth it."""
@@ -107,14 +108,6 @@ def may_share(config: Mapping[str, Any]) -> bool:
     if NOT_SHAREABLE & set(text.get("layer_types") or ()):
         return False
     return _uses_attention_interface(str(config.get("model_type", "")))
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a configuration that describes the language model (itself for text-only models)."""
-    for name in ("text_config", "llm_config", "language_config", "decoder"):
-        if isinstance(config.get(name), Mapping):
-            return dict(config[name])
-    return config
 
 
 def _uses_attention_interface(model_type: str) -> bool:

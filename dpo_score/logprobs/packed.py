@@ -22,13 +22,13 @@ from dpo_score.logprobs.lm_head import token_values
 from dpo_score.logprobs.numerics import Numerics
 from dpo_score.logprobs.packing import Layout, bucket, lay_out, pack_size, plan
 from dpo_score.logprobs.padded import Values, split
-from dpo_score.models.parts import Anatomy
+from dpo_score.models.parts import ModelParts
 
 
 class FastPath:
     """Scores packs with a model whose attention is taken over while a pack runs."""
 
-    def __init__(self, anatomy: Anatomy, numerics: Numerics, stats: Sequence[str] = ()) -> None:
+    def __init__(self, anatomy: ModelParts, numerics: Numerics, stats: Sequence[str] = ()) -> None:
         if anatomy.head is None:
             raise attention.Unshareable("its logits are not those of a linear head on its hidden states")
         self.anatomy = anatomy

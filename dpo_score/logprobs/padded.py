@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpo_score.data.types import TokenSequence
 from dpo_score.logprobs.types import Floats
-from dpo_score.models.parts import Anatomy
+from dpo_score.models.parts import ModelParts
 
 CHUNK_LOGITS = 2**24
 """Logits held at once in fp32 (64 MB): rows per chunk = this over the vocabulary."""
@@ -31,7 +31,7 @@ class PlainPath:
     """
 
     def __init__(
-        self, anatomy: Anatomy, batch_tokens: int, stats: Sequence[str] = (), own_softmax: bool = False
+        self, anatomy: ModelParts, batch_tokens: int, stats: Sequence[str] = (), own_softmax: bool = False
     ) -> None:
         self.anatomy = anatomy
         self.batch_tokens = batch_tokens

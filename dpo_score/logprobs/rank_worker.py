@@ -1,6 +1,6 @@
 """A following rank: one process that loads, checks and computes what its leader does, at the same time.
 
-    python -m dpo_score.logprobs.rank_worker DESCRIPTOR      started by leader.py, with a pipe to it
+    python -m dpo_score.logprobs.rank_worker DESCRIPTOR      started by rank_zero.py, with a pipe to it
 
 Promises: never decides anything; what goes wrong is answered, not raised; ends when its leader does.
 """
@@ -25,19 +25,19 @@ from dpo_score.logprobs.self_check import verify_fast_path
 from dpo_score.logprobs.torch_settings import running
 from dpo_score.logprobs.upcast import widened
 from dpo_score.models import memory
-from dpo_score.models.loader import ModelShelf
-from dpo_score.models.process_group import Group
-from dpo_score.models.rank_zero import Failure
+from dpo_score.models.loader import ModelLoader
+from dpo_score.models.parallel.process_group import Group
+from dpo_score.models.parallel.rank_zero import Failure
 from dpo_score.models.resolve import ModelSource
 
 PARENT_SECONDS = 0.5
 
 
-class Follower:
+class RankWorker:
     """What the steps of a leader do here. `paths`: ways to compute of the loaded model, by the leader's number."""
 
-    def __init__(self, shelf: ModelShelf) -> None:
-        self._shelf = shelf
+    def __init__(self, loader: ModelLoader) -> None:
+        self._loader = loader
         self._model: Any = None
         self._paths: dict[int, tuple[Path, Numerics]] = {}
 
@@ -60,7 +60,7 @@ class Follower:
 
     def load(self, source: ModelSource, numerics: Numerics, attn_implementation: str | None) -> None:
         self._paths.clear()
-        self._model = self._shelf.load(source, numerics, attn_implementation).model
+        self._model = self._loader.load(source, numerics, attn_implementation).model
 
     def verify(self, numerics: Numerics) -> None:
         verify_fast_path(self._model, numerics)
@@ -80,10 +80,10 @@ def follow(connection: Connection) -> None:
     rank, size, device_kind, meeting, settings = connection.recv()
     connection.send(None)
     Group(rank, size, device_kind, meeting)
-    follower = Follower(ModelShelf(**settings))
+    worker = RankWorker(ModelLoader(**settings))
     while True:
         verb, *arguments = connection.recv()
-        connection.send(follower.do(verb, arguments))
+        connection.send(worker.do(verb, arguments))
 
 
 def main() -> None:

@@ -24,9 +24,9 @@ from dpo_score.logprobs.torch_settings import running
 from dpo_score.logprobs.types import STATS, SequenceLogps, Unscored
 from dpo_score.logprobs.upcast import CannotWiden, is_wide, widened
 from dpo_score.models import memory
-from dpo_score.models.parts import Anatomy, dissect
-from dpo_score.models.process_group import group_of
-from dpo_score.models.rank_zero import Leader
+from dpo_score.models.parallel.process_group import group_of
+from dpo_score.models.parallel.rank_zero import RankZero
+from dpo_score.models.parts import ModelParts, model_parts
 
 Result = SequenceLogps | Unscored
 
@@ -34,7 +34,7 @@ Result = SequenceLogps | Unscored
 class Path(Protocol):
     """One way to compute. `plan` is a pure function of the sequences; `compute` runs one of its packs."""
 
-    anatomy: Anatomy
+    anatomy: ModelParts
 
     @property
     def forwards(self) -> int: ...
@@ -151,7 +151,7 @@ def make_path(model: Any, numerics: Numerics, stats: Sequence[str] = (), plain: 
     Of a model that this process leads a group in holding, all ranks compute together.
     """
     group = group_of(model)
-    if isinstance(group, Leader):
+    if isinstance(group, RankZero):
         return LedPath(group, model, numerics, stats, plain)
     return _own_path(model, numerics, stats, plain)
 
@@ -159,8 +159,8 @@ def make_path(model: Any, numerics: Numerics, stats: Sequence[str] = (), plain: 
 class LedPath:
     """A path that every rank of a group has: a pack is computed by all of them, and its values are the leader's."""
 
-    def __init__(self, leader: Leader, model: Any, numerics: Numerics, stats: Sequence[str], plain: bool) -> None:
-        self._leader, self._number = leader, leader.number()
+    def __init__(self, leader: RankZero, model: Any, numerics: Numerics, stats: Sequence[str], plain: bool) -> None:
+        self._rank_zero, self._number = leader, leader.number()
         with leader.step("path", self._number, numerics, tuple(stats), plain, is_wide(model)):
             self._path = _own_path(model, numerics, stats, plain)
         self.anatomy = self._path.anatomy
@@ -172,14 +172,14 @@ class LedPath:
 
     def compute(self, sequences: Sequence[TokenSequence]) -> list[Values]:
         """One pack, on all ranks; in fp32 on all of them where it is here."""
-        with self._leader.step("compute", self._number, list(sequences), is_wide(self.anatomy.model)):
+        with self._rank_zero.step("compute", self._number, list(sequences), is_wide(self.anatomy.model)):
             return self._path.compute(sequences)
 
 
 def _own_path(model: Any, numerics: Numerics, stats: Sequence[str], plain: bool) -> Path:
     if model.config.is_encoder_decoder:
         return EncoderDecoderPath(model, numerics.batch_tokens, stats)
-    anatomy = dissect(model)
+    anatomy = model_parts(model)
     if numerics.path == "fast" and not plain:
         return FastPath(anatomy, numerics, stats)
     return PlainPath(anatomy, numerics.batch_tokens, stats, own_softmax=numerics.kernel == OWN_SOFTMAX)

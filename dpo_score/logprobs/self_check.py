@@ -25,8 +25,8 @@ from dpo_score.logprobs.padded import log_softmax
 from dpo_score.logprobs.torch_settings import running
 from dpo_score.logprobs.upcast import CannotWiden, widened
 from dpo_score.models.memory import is_out_of_memory, room_for
-from dpo_score.models.parts import dissect
-from dpo_score.models.rank_zero import led
+from dpo_score.models.parallel.rank_zero import group_step
+from dpo_score.models.parts import model_parts
 
 Logps = NDArray[np.float32]
 FP32_BOUND = 1e-4
@@ -63,12 +63,12 @@ def verify_fast_path(model: Any, numerics: Numerics) -> Verdict:
     A device without room for the probe is no verdict, which would be remembered, but a ModelError.
     """
     room = room_for(f"the check of {type(model).__name__}'s fast path", numerics.device, numerics.dtype)
-    with led(model, "verify", numerics), room, torch.inference_mode():
+    with group_step(model, "verify", numerics), room, torch.inference_mode():
         return _verdict(model, numerics)
 
 
 def _verdict(model: Any, numerics: Numerics) -> Verdict:
-    anatomy = dissect(model)
+    anatomy = model_parts(model)
     sequences = probe(anatomy.model.config)
     with running(numerics):
         try:

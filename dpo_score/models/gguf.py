@@ -24,7 +24,7 @@ from typing import Any
 from uuid import uuid4
 
 from dpo_score.errors import ModelError
-from dpo_score.models.resolve import Say, silent
+from dpo_score.models.locate import ProgressLine, no_progress
 from dpo_score.models.weights import brief
 
 VERSION = 1
@@ -32,7 +32,7 @@ RECORD = "gguf.json"
 PROBE = "The quick brown fox jumps over 13 lazy dogs.\nWhy? Because it can: naïve, déjà vu, 東京 — 3.14!"
 
 
-def converted(path: Path, sha256: str, cache_dir: Path, say: Say = silent) -> Path:
+def converted(path: Path, sha256: str, cache_dir: Path, say: ProgressLine = no_progress) -> Path:
     """The model folder made from `path`, whose digest is `sha256`; converts it on first use.
 
     Raises ModelError when the gguf package is absent, the architecture is unknown, or the check fails.

@@ -13,6 +13,14 @@ from dpo_score.tokenization.truncation import SideLimits
 RELATIVE_POSITIONS = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "bloom"})
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a configuration that describes the language model (itself for text-only models)."""
+    for name in ("text_config", "llm_config", "language_config", "decoder"):
+        if isinstance(config.get(name), Mapping):
+            return dict(config[name])
+    return config
+
+
 def context_limit(config: Mapping[str, Any]) -> int | None:
     """The longest sequence (tokens) that a model's positions allow, or None where none is stated or none exists."""
     config = config.get("text_config") or config

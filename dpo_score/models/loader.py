@@ -21,14 +21,16 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 from dpo_score.errors import ModelError
 from dpo_score.models import memory
 from dpo_score.models.lora import AdapterSlot
-from dpo_score.models.prefetch import Prefetch
+from dpo_score.models.parallel.sharded_lora import ShardedSlot
 from dpo_score.models.quantized import keep_four_bits_unpacked, quantization_config
 from dpo_score.models.resolve import ModelSource
-from dpo_score.models.sharded_lora import ShardedSlot
 from dpo_score.models.weights import brief
 
 if TYPE_CHECKING:
-    from dpo_score.models.rank_zero import Leader
+    from dpo_score.models.parallel.rank_zero import RankZero
+import threading
+from collections.abc import Iterable
+from pathlib import Path
 
 FIRST_KEYS = 5
 BESIDE_THE_LOGITS = re.compile(r"(^|\.)(position_ids|masked_bias|rotary_emb\.inv_freq)$|^v_head\.")
@@ -65,21 +67,21 @@ class _Base:
 
 
 @dataclass(slots=True, eq=False)
-class ModelShelf:
+class ModelLoader:
     """Holds one base and at most one adapter on it; `bases_read` counts how often weights were read from disk.
 
     `device_map` and `quantization` go to transformers as they are (accelerate and bitsandbytes must be installed).
     `tensor_parallel` ranks hold the model between them: this process, and others that it starts at the first load and
-    leads until `close`; or it `follows` in a group that it has joined.
+    leads until `close`; or (`is_worker`) it is one of those others.
     """
 
     trust_remote_code: bool = False
     device_map: str | None = None
     quantization: Literal["int8", "nf4"] | None = None
     tensor_parallel: int = 1
-    follows: bool = False
+    is_worker: bool = False
     bases_read: int = 0
-    _leader: Leader | None = field(default=None, repr=False)
+    _rank_zero: RankZero | None = field(default=None, repr=False)
     _base: _Base | None = field(default=None, repr=False)
     _ahead: Prefetch | None = field(default=None, repr=False)
 
@@ -98,15 +100,15 @@ class ModelShelf:
 
     def _together(self, source: ModelSource, numerics: Placement, attn: str | None) -> AbstractContextManager[None]:
         """All ranks load, where this process leads a group; it is started at the first load."""
-        from dpo_score.models import rank_zero as leader
+        from dpo_score.models.parallel import rank_zero
 
-        if self.tensor_parallel == 1 or self.follows:
+        if self.tensor_parallel == 1 or self.is_worker:
             return nullcontext()
-        if self._leader is None:
+        if self._rank_zero is None:
             settings = {"tensor_parallel": self.tensor_parallel, "trust_remote_code": self.trust_remote_code}
             kind = numerics.device.split(":")[0]
-            self._leader = leader.Leader(self.tensor_parallel, kind, {**settings, "follows": True})
-        return self._leader.step("load", source, numerics, attn, seconds=leader.LOAD_SECONDS)
+            self._rank_zero = rank_zero.RankZero(self.tensor_parallel, kind, {**settings, "is_worker": True})
+        return self._rank_zero.step("load", source, numerics, attn, seconds=rank_zero.LOAD_SECONDS)
 
     def _load(self, source: ModelSource, numerics: Placement, attn_implementation: str | None) -> LoadedModel:
         source.refuse_changed()
@@ -144,9 +146,9 @@ class ModelShelf:
     def close(self) -> None:
         """As `clear`, and the end of the ranks that this process leads."""
         self.clear()
-        if self._leader is not None:
-            self._leader.close()
-            self._leader = None
+        if self._rank_zero is not None:
+            self._rank_zero.close()
+            self._rank_zero = None
 
     def _end_prefetch(self) -> None:
         if self._ahead is not None:
@@ -177,8 +179,8 @@ class ModelShelf:
 
     def _read_part(self, source: ModelSource, options: dict[str, Any]) -> Any:
         """This rank's part of the model."""
-        from dpo_score.models.process_group import own_group
-        from dpo_score.models.sharding import load_options, localized, refuse_undealt
+        from dpo_score.models.parallel.process_group import own_group
+        from dpo_score.models.parallel.sharding import load_options, localized, refuse_undealt
 
         refuse_undealt(source, self.tensor_parallel)
         with own_group().reading(), warnings.catch_warnings():
@@ -294,3 +296,33 @@ def _quiet(notices: Any) -> Iterator[None]:
         notices.set_verbosity(level)
         if bars:
             notices.enable_progress_bar()
+
+
+CHUNK = 8 * 2**20
+
+
+class Prefetch:
+    """A running read-ahead over `paths`, in order."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._read, args=(tuple(paths),), name="prefetch-weights", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def wait(self) -> None:
+        """Until everything is read."""
+        self._thread.join()
+
+    def _read(self, paths: tuple[Path, ...]) -> None:
+        buffer = memoryview(bytearray(CHUNK))
+        for path in paths:
+            try:
+                with path.open("rb", buffering=0) as file:
+                    while not self._stop.is_set() and file.readinto(buffer):
+                        pass
+            except OSError:
+                return

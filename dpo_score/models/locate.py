@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from dpo_score.config.checkpoint_glob import STATE_SUFFIXES
 from dpo_score.errors import ModelError
@@ -28,6 +29,14 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 UNWANTED = ("*/*.safetensors", "*/*.json", "*/*.txt", "*/*.bin", "consolidated*", "*.gguf")
 HUB_PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+
+
+ProgressLine: TypeAlias = Callable[[str], None]
+"""Called with one line of text that says what is being done."""
+
+
+def no_progress(line: str) -> None:
+    """The default where no progress line is wanted."""
 
 
 @dataclass(frozen=True, slots=True)

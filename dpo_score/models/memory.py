@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_score.errors import ModelError
-from dpo_score.models.wholeness import safetensors_header
+from dpo_score.models.limits import text_config
+from dpo_score.models.weights import safetensors_header
 
 if TYPE_CHECKING:
     from dpo_score.logprobs.numerics import Numerics
@@ -76,8 +77,6 @@ def token_bytes(config: Mapping[str, Any], dtype: str) -> int:
     Residual, norm and attention inputs and outputs, the two halves of the MLP with their product, and the fp32
     copies that norms make; experts count as many times as a token visits them.
     """
-    from dpo_score.logprobs.numerics import text_config
-
     text = text_config(config)
     hidden = _number(text, "hidden_size", "n_embd", "d_model", default=4096)
     heads = _number(text, "num_attention_heads", "n_head", "num_heads", default=32)

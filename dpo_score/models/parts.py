@@ -1,9 +1,9 @@
 """Where a causal language model keeps its body and its head, found once and checked against its own logits.
 
 The body turns ids into hidden states; the head turns hidden states into logits with what the model applies on the
-way: bias, a scale (Cohere, Granite, Falcon-H1, …), a soft cap (Gemma). Nothing is guessed by shape: `dissect`
+way: bias, a scale (Cohere, Granite, Falcon-H1, …), a soft cap (Gemma). Nothing is guessed by shape: `model_parts`
 compares the parts with `model(...).logits` on a few tokens, and a model that does not match is read through its
-own logits (`Anatomy.head` is None).
+own logits (`ModelParts.head` is None).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_score.errors import ModelError
-from dpo_score.models.process_group import Group, group_of
+from dpo_score.models.parallel.process_group import Group, group_of
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
@@ -70,7 +70,7 @@ def shaped(raw_NV: Tensor, scale: float, cap: float | None) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Anatomy:
+class ModelParts:
     """`model` as called for logits, `body` for hidden states, `head` None if only the model's own logits serve.
 
     `stateful`: recurrent or convolutional layers, for which padding is not to be trusted.
@@ -98,14 +98,14 @@ class Anatomy:
         return out.last_hidden_state.to(self.out_device)  # type: ignore[no-any-return]
 
 
-def dissect(model: Any) -> Anatomy:
+def model_parts(model: Any) -> ModelParts:
     """The anatomy of a loaded causal model (a PEFT model is seen through its adapter). Runs six tokens twice."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     body = model.base_model
     stateful = bool(getattr(model, "_is_stateful", False) or getattr(body, "_is_stateful", False))
-    anatomy = Anatomy(model, body, _head(model), stateful)
+    anatomy = ModelParts(model, body, _head(model), stateful)
     if body is model or anatomy.head is None or not _matches(anatomy):
-        return Anatomy(model, body, None, stateful)
+        return ModelParts(model, body, None, stateful)
     return anatomy
 
 
@@ -143,7 +143,7 @@ def _scale_and_cap(config: Any) -> tuple[float, float | None]:
 
 
 @torch.inference_mode()
-def _matches(anatomy: Anatomy) -> bool:
+def _matches(anatomy: ModelParts) -> bool:
     model, head = anatomy.model, anatomy.head
     assert head is not None
     embedding = model.get_input_embeddings()

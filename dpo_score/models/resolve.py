@@ -1,6 +1,6 @@
 """Which model is meant, where it lies, and what its numbers depend on. No torch, no transformers.
 
-    name ──locate──▶ folder ──weights.py: checked, never executed──▶ ModelSource(digest) ──ModelShelf.load──▶ model
+    name ──locate──▶ folder ──weights.py: checked, never executed──▶ ModelSource(digest) ──ModelLoader.load──▶ model
 
 Promises: a `ModelSource` is whole (no shard absent, no file cut), free of pickles and of foreign code unless those
 were allowed, and its digest changes with any byte of the weights and with any setting that changes numbers, never
@@ -10,26 +10,23 @@ Does not: load anything, or decide numerics (dtype and device belong to the scor
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from dpo_score.config.schema import PolicySpec
 from dpo_score.errors import HalfWrittenError, ModelError
 from dpo_score.models import weights as files
-from dpo_score.models.digest import adapter_digest, gguf_digest, model_digest
-from dpo_score.models.locate import Located, locate, stored_sha256
+from dpo_score.models.locate import Located, ProgressLine, locate, no_progress, stored_sha256
 
 Sha256: TypeAlias = Callable[[Path], str]
-Say: TypeAlias = Callable[[str], None]
 Stamp: TypeAlias = tuple[Path, int, int]
 """A file, its size and its time of change (ns) when its digest was taken."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
-
-
-def silent(line: str) -> None:
-    """Say nothing: the default where no progress line is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +92,7 @@ class Resolver:
     sha256: Sha256
     allow_pickle: bool = False
     trust_remote_code: bool = False
-    say: Say = silent
+    say: ProgressLine = no_progress
     quantization: str | None = None
 
     def resolve(self, model: str, *, revision: str | None = None, adapter: str | None = None) -> ModelSource:
@@ -185,7 +182,7 @@ class Resolver:
         except ModelError as error:
             raise ModelError(
                 f"adapter {adapter}: the base that its config names, {name!r}, is neither a folder nor in the hub "
-                "cache here. Say which base it stands on: `base:` of the policy, --policy-base reference, or "
+                "cache here. ProgressLine which base it stands on: `base:` of the policy, --policy-base reference, or "
                 "NAME=MODEL+ADAPTER"
             ) from error
         return self.full(name, place)
@@ -219,7 +216,7 @@ def resolve(
     sha256: Sha256,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
-    say: Say = silent,
+    say: ProgressLine = no_progress,
 ) -> ModelSource:
     """Find and check MODEL: a folder, a hub id, `package:NAME/FILE`, a .gguf file, or a PEFT folder.
 
@@ -249,3 +246,98 @@ def _stamp(path: Path) -> Stamp | None:
     except OSError:
         return None
     return path, found.st_size, found.st_mtime_ns
+
+
+def resolve_policy(
+    policy: PolicySpec, reference: ModelSource | None, policy_base: str | None, resolver: Resolver
+) -> ModelSource:
+    """The source of one policy. An adapter's base is, in this order: the policy's own model or `base:`,
+    `policy_base`, and what the adapter's config names; `reference` stands for the reference's base weights.
+
+    Raises ModelError when the base cannot be told.
+    """
+    if policy.model is not None and policy.adapter is None:
+        place = locate(policy.model, revision=policy.revision, allow_pickle=resolver.allow_pickle)
+        if files.is_state(place.path):
+            return _state(policy, place.path, policy_base, reference, resolver)
+        if not (place.path.is_dir() and files.is_adapter(place.path)):
+            return resolver.full(policy.model, place)
+        model = None
+    else:
+        revision = policy.revision if policy.model is None else None
+        place = locate(str(policy.adapter), revision=revision, allow_pickle=resolver.allow_pickle)
+        model = policy.model
+    base = _base(place.path, model or policy.base or policy_base, policy, reference, resolver)
+    return resolver.over(base, place, f"{base.name}+{policy.adapter or policy.model}")
+
+
+def _state(
+    policy: PolicySpec, path: Path, policy_base: str | None, reference: ModelSource | None, resolver: Resolver
+) -> ModelSource:
+    said = policy.base or policy_base
+    if said is None:
+        text = (
+            f"policy {policy.name!r}: {path} is a checkpoint without config.json, so its architecture and tokenizer "
+            "must come from a base: say `base: reference` in the policy (or --policy-base reference), or another MODEL"
+        )
+        # a folder of transformers' own file names may be one whose config.json is still to come
+        raise ModelError(text) if path.is_file() or files.lone_states(path) else HalfWrittenError(text, path)
+    return resolver.state_over(_base(path, said, policy, reference, resolver), path, str(policy.model))
+
+
+def _base(
+    folder: Path, said: str | None, policy: PolicySpec, reference: ModelSource | None, resolver: Resolver
+) -> ModelSource:
+    if said == "reference":
+        if reference is None:
+            raise ModelError(f"policy {policy.name!r} stands on `reference`, but the run has no reference model")
+        return without_adapter(reference)
+    if said is not None:
+        return resolver.resolve(said, revision=policy.revision if said == policy.model else None)
+    config = folder / files.ADAPTER_CONFIG
+    named = files.read_json(config).get("base_model_name_or_path") if config.is_file() else None
+    if reference is not None and reference.adapter is None and named == reference.name:
+        return reference
+    return resolver.named_base(folder)
+
+
+INERT_CONFIG = frozenset(
+    {
+        "_name_or_path",
+        "_model_name_or_path",
+        "_commit_hash",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+    }
+    | {"output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id"}
+)
+INERT_ADAPTER = frozenset(
+    {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "task_type", "auto_mapping"}
+)
+
+
+def model_digest(files: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    """`files`: name → sha256 of each weight file; `config`: config.json."""
+    return _digest("model", files, _live(config, INERT_CONFIG))
+
+
+def adapter_digest(base: str, files: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    """An adapter over the base whose digest is `base`; `config`: adapter_config.json."""
+    return _digest(f"adapter over {base}", files, _live(config, INERT_ADAPTER))
+
+
+def gguf_digest(file: str, converter: int) -> str:
+    """A .gguf file by its sha256, read by this version of the converter."""
+    return _digest("gguf", {"file": file, "converter": str(converter)}, {})
+
+
+def _live(config: Mapping[str, Any], inert: frozenset[str]) -> dict[str, Any]:
+    """A configuration without the keys that no number depends on, nested configurations included."""
+    return {k: _live(v, inert) if isinstance(v, dict) else v for k, v in config.items() if k not in inert}
+
+
+def _digest(kind: str, files: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    text = json.dumps([kind, dict(files), config], sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -21,9 +21,8 @@ from dpo_score.data.run_data import open_data
 from dpo_score.data.types import EncodedPair, Pair, Rejected, Text
 from dpo_score.engine.context import cache_folder
 from dpo_score.errors import DamageError, DpoScoreError, ModelError, UsageError
-from dpo_score.models.locate import locate
-from dpo_score.models.policies import resolve_policy
-from dpo_score.models.resolve import TOKENIZER_FILES, ModelSource, Resolver, silent
+from dpo_score.models.locate import locate, no_progress
+from dpo_score.models.resolve import TOKENIZER_FILES, ModelSource, Resolver, resolve_policy
 from dpo_score.storage.file_hashes import FileDigests
 from dpo_score.storage.io import Store
 from dpo_score.storage.manifest import Manifest
@@ -105,7 +104,7 @@ class Reader:
 
 
 def make_reader(
-    config: RunConfig, datasets: Sequence[Dataset], date: str | None = None, say: Callable[[str], None] = silent
+    config: RunConfig, datasets: Sequence[Dataset], date: str | None = None, say: Callable[[str], None] = no_progress
 ) -> Reader:
     """What turns pairs into ids, as a run makes it. `date`: the one that a run fixed. Raises UsageError."""
     text = text_of(config.rewardbench, config.text) if config.rewardbench else config.text

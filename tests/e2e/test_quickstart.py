@@ -76,12 +76,12 @@ def test_a_second_run_does_no_forward_pass_and_reads_no_weights(
     out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dpo_score.logprobs.scorer import PairScorer
-    from dpo_score.models.loader import ModelShelf
+    from dpo_score.models.loader import ModelLoader
 
     def refused(*_: Any, **__: Any) -> Any:
         raise AssertionError("a finished run needs no model")
 
-    monkeypatch.setattr(ModelShelf, "load", refused)
+    monkeypatch.setattr(ModelLoader, "load", refused)
     monkeypatch.setattr(PairScorer, "score", refused)
     before = {path: path.read_bytes() for path in (out / "scores").rglob("*.parquet")}
     main_ok("run", "pipelines/quickstart.yaml", "--quiet")

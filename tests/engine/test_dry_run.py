@@ -13,7 +13,7 @@ import pytest
 from dpo_score.engine import dry_run as preview
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import DataError
-from dpo_score.models.loader import ModelShelf
+from dpo_score.models.loader import ModelLoader
 from tests.engine.test_policies import save_adapter
 from tests.families import family
 from tests.run_fixtures import Runner, preference_rows, write_rows
@@ -43,13 +43,13 @@ def dry_run(runner: Runner, data: Path) -> Looked:
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the models that were loaded."""
     seen: list[str] = []
-    load = ModelShelf.load
+    load = ModelLoader.load
 
-    def noted(self: ModelShelf, source: Any, *how: Any) -> Any:
+    def noted(self: ModelLoader, source: Any, *how: Any) -> Any:
         seen.append(source.name)
         return load(self, source, *how)
 
-    monkeypatch.setattr(ModelShelf, "load", noted)
+    monkeypatch.setattr(ModelLoader, "load", noted)
     return seen
 
 

@@ -18,7 +18,7 @@ from dpo_score.errors import ConfigError
 from dpo_score.logprobs import matmul as gemm
 from dpo_score.logprobs import torch_settings as settings
 from dpo_score.logprobs.numerics import Numerics
-from dpo_score.models.loader import ModelShelf
+from dpo_score.models.loader import ModelLoader
 from dpo_score.models.resolve import Resolver
 from dpo_score.storage.cache.cache import open_cache
 from dpo_score.storage.io import open_store
@@ -53,7 +53,7 @@ def test_the_model_is_loaded_on_the_gpu_that_is_asked_for(
     def load(_: Any, source: Any, numerics: Numerics) -> None:
         raise Loaded(numerics.device)
 
-    monkeypatch.setattr(ModelShelf, "load", load)
+    monkeypatch.setattr(ModelLoader, "load", load)
     monkeypatch.setattr(settings, "present", lambda _: True)
     with pytest.raises(Loaded, match="cuda:1"):
         scorer_of(runner, tmp_path, "cuda:1")

@@ -79,17 +79,17 @@ def save_adapter(folder: Path, base: Path, seed: int, zero: bool = False) -> Pat
 def test_adapters_share_one_base_and_a_zero_adapter_is_the_reference(
     runner: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpo_score.models.loader import ModelShelf
+    from dpo_score.models.loader import ModelLoader
 
-    shelves: list[Any] = []
-    made = ModelShelf.__init__
-    monkeypatch.setattr(ModelShelf, "__init__", lambda self, *a, **k: (shelves.append(self), made(self, *a, **k))[1])
+    loaders: list[Any] = []
+    made = ModelLoader.__init__
+    monkeypatch.setattr(ModelLoader, "__init__", lambda self, *a, **k: (loaders.append(self), made(self, *a, **k))[1])
     base = runner.models["reference"]
     zero = save_adapter(tmp_path / "zero", base, 0, zero=True)
     moved = save_adapter(tmp_path / "moved", base, 1)
     policies = [PolicySpec(name=path.name, adapter=str(path), base="reference") for path in (zero, moved)]
     run_with(runner, data, tmp_path / "out", *policies)
-    assert sum(shelf.bases_read for shelf in shelves) == 1
+    assert sum(loader.bases_read for loader in loaders) == 1
     assert scores(tmp_path / "out", "zero")["margins_nats"].abs().max() < 1e-4
     assert scores(tmp_path / "out", "moved")["margins_nats"].abs().max() > 1e-2
 

@@ -82,12 +82,12 @@ def test_a_second_run_does_no_forward_pass_and_reads_no_weights(
 
 
 def refuse_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpo_score.models.loader import ModelShelf
+    from dpo_score.models.loader import ModelLoader
 
     def refused(*_: Any, **__: Any) -> Any:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(ModelShelf, "load", refused)
+    monkeypatch.setattr(ModelLoader, "load", refused)
 
 
 def test_only_new_sequences_are_computed(runner: Any, tmp_path: Path, forwards: list[int]) -> None:

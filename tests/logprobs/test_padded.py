@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dpo_score.logprobs.padded import microbatches, pad
 from dpo_score.logprobs.scorer import PairScorer
-from dpo_score.models.parts import dissect
+from dpo_score.models.parts import model_parts
 from tests.families import family
 from tests.logprobs.engine import numerics_for, sums
 from tests.logprobs.sequences import awkward
@@ -43,7 +43,7 @@ def test_a_head_that_does_more_than_we_know_is_read_through_its_own_logits():
         return out
 
     model.forward = squared
-    anatomy = dissect(model)
+    anatomy = model_parts(model)
     assert anatomy.head is None
     results = PairScorer(model, numerics_for(model, "plain")).score(awkward()[:1])
     ids = torch.from_numpy(np.concatenate([awkward()[0].prompt, awkward()[0].response]).astype(np.int64))

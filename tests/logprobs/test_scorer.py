@@ -107,7 +107,7 @@ def test_no_room_to_look_at_the_model_is_an_error_with_ways_out(llama, monkeypat
     def full(*_args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("dpo_score.logprobs.scorer.dissect", full)
+    monkeypatch.setattr("dpo_score.logprobs.scorer.model_parts", full)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM in float32 does not fit on cpu .*--device-map"):
         PairScorer(llama, numerics_for(llama, "fast"))
 

@@ -14,7 +14,7 @@ from dpo_score.logprobs import self_check as verify
 from dpo_score.logprobs.attention import interface as attention
 from dpo_score.logprobs.packing import Segment, lay_out
 from dpo_score.logprobs.self_check import probe, settle, smallest_window, verify_fast_path
-from dpo_score.models.parts import Anatomy, dissect
+from dpo_score.models.parts import ModelParts, model_parts
 from tests.families import family
 from tests.logprobs.engine import numerics_for
 
@@ -67,10 +67,10 @@ def logit_scale_dropped(monkeypatch):
 
 def changed_head(monkeypatch, **changes):
     def dissect_wrongly(model):
-        anatomy = dissect(model)
-        return Anatomy(anatomy.model, anatomy.body, replace(anatomy.head, **changes), anatomy.stateful)
+        anatomy = model_parts(model)
+        return ModelParts(anatomy.model, anatomy.body, replace(anatomy.head, **changes), anatomy.stateful)
 
-    monkeypatch.setattr(verify, "dissect", dissect_wrongly)
+    monkeypatch.setattr(verify, "model_parts", dissect_wrongly)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

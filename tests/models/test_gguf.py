@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_score.errors import ModelError
 from dpo_score.models import gguf as conversion
 from dpo_score.models.limits import embedding_rows
-from dpo_score.models.loader import ModelShelf
+from dpo_score.models.loader import ModelLoader
 from dpo_score.models.resolve import ModelSource, resolve
 from tests.models.model_folders import IDS, Fp32, logits, sha256
 from tests.tiny import CHATML
@@ -96,7 +96,7 @@ def test_conversion_keeps_logits_tokens_and_template_of_the_file(file: Path, tmp
     found = resolved(str(file), tmp_path / "cache")
     place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     twin = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
-    assert torch.equal(logits(ModelShelf().load(found, Fp32()).model), logits(twin))
+    assert torch.equal(logits(ModelLoader().load(found, Fp32()).model), logits(twin))
     ours, theirs = AutoTokenizer.from_pretrained(found.folder), AutoTokenizer.from_pretrained(**place)
     assert ours("Ünï 12").input_ids == theirs("Ünï 12").input_ids
     assert ours.chat_template == CHATML
@@ -202,6 +202,6 @@ def test_the_quickstart_model(tmp_path: Path) -> None:
     record = json.loads((found.folder / conversion.RECORD).read_text())
     assert record["converter"] == conversion.VERSION
     assert embedding_rows(found) == 49152
-    model = ModelShelf().load(found, Fp32()).model
+    model = ModelLoader().load(found, Fp32()).model
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert logits(model).shape == (*IDS.shape, 49152)

@@ -21,8 +21,7 @@ from transformers import (
 )
 
 from dpo_score.errors import ModelError
-from dpo_score.models.loader import ModelShelf
-from dpo_score.models.prefetch import Prefetch
+from dpo_score.models.loader import ModelLoader, Prefetch
 from tests.models.model_folders import IDS, Bf16, Fp32, logits, save_adapter, source, write_canary
 from tests.tiny import save_tiny, tiny_config, tiny_model
 
@@ -43,38 +42,38 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 def test_a_loaded_model_gives_the_logits_of_the_one_that_was_saved(saved: Path) -> None:
-    loaded = ModelShelf().load(source(saved), Fp32())
+    loaded = ModelLoader().load(source(saved), Fp32())
     assert torch.equal(logits(loaded.model), logits(tiny_model(tie_word_embeddings=True)))
     assert loaded.source == source(saved)
 
 
 def test_a_loaded_model_is_tied_frozen_and_without_dropout(saved: Path) -> None:
-    model = ModelShelf().load(source(saved), Fp32()).model
+    model = ModelLoader().load(source(saved), Fp32()).model
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_dtype_and_attention_are_those_asked_for(saved: Path) -> None:
-    shelf = ModelShelf()
-    model = shelf.load(source(saved), Bf16(), "eager").model
+    loader = ModelLoader()
+    model = loader.load(source(saved), Bf16(), "eager").model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.config._attn_implementation == "eager"
-    assert shelf.load(source(saved), Bf16(), "sdpa").model.config._attn_implementation == "sdpa"
-    assert shelf.bases_read == 1
+    assert loader.load(source(saved), Bf16(), "sdpa").model.config._attn_implementation == "sdpa"
+    assert loader.bases_read == 1
 
 
 def test_equal_weights_are_read_once_other_weights_or_dtypes_again(saved: Path, folder: Path, tmp_path: Path) -> None:
-    shelf = ModelShelf()
-    first = shelf.load(source(saved), Fp32())
-    assert shelf.load(source(folder), Fp32()).model is first.model
-    shelf.load(source(folder, save_adapter(tmp_path / "adapter", folder)), Fp32())
-    assert shelf.bases_read == 1
-    shelf.load(source(folder), Bf16())
-    assert shelf.bases_read == 2
+    loader = ModelLoader()
+    first = loader.load(source(saved), Fp32())
+    assert loader.load(source(folder), Fp32()).model is first.model
+    loader.load(source(folder, save_adapter(tmp_path / "adapter", folder)), Fp32())
+    assert loader.bases_read == 1
+    loader.load(source(folder), Bf16())
+    assert loader.bases_read == 2
     other = save_tiny(tmp_path / "other", seed=1)
-    shelf.load(source(other), Bf16())
-    assert shelf.bases_read == 3
+    loader.load(source(other), Bf16())
+    assert loader.bases_read == 3
 
 
 @pytest.mark.parametrize("what", ["base", "adapter"])
@@ -86,19 +85,19 @@ def test_weights_that_change_after_they_were_resolved_are_not_loaded(
     path = folder / "model.safetensors" if what == "base" else adapter / "adapter_model.safetensors"
     save_file({key: value + 1 for key, value in load_file(path).items()}, path, {"format": "pt"})
     with pytest.raises(ModelError, match="changed or vanished after this run began"):
-        ModelShelf().load(found, Fp32())
-    assert ModelShelf().load(source(folder, adapter), Fp32()).model is not None
+        ModelLoader().load(found, Fp32())
+    assert ModelLoader().load(source(folder, adapter), Fp32()).model is not None
     path.unlink()
     with pytest.raises(ModelError, match="changed or vanished"):
-        ModelShelf().load(found, Fp32())
+        ModelLoader().load(found, Fp32())
 
 
 def test_clear_lets_go_of_the_model(saved: Path) -> None:
     import weakref
 
-    shelf = ModelShelf()
-    gone = weakref.ref(shelf.load(source(saved), Fp32()).model)
-    shelf.clear()
+    loader = ModelLoader()
+    gone = weakref.ref(loader.load(source(saved), Fp32()).model)
+    loader.clear()
     assert gone() is None
 
 
@@ -111,19 +110,19 @@ def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
 def test_weights_that_the_checkpoint_lacks_are_named_not_drawn_at_random(folder: Path) -> None:
     rewrite(folder, model__layers__0__mlp__up_proj__weight=None, model__norm__weight=None)
     with pytest.raises(ModelError, match=r"2 missing from the checkpoint \(model\.layers\.0\.mlp\.up_proj\.weight, "):
-        ModelShelf().load(source(folder), Fp32())
+        ModelLoader().load(source(folder), Fp32())
 
 
 def test_weights_that_the_model_does_not_know_are_named_not_ignored(folder: Path) -> None:
     rewrite(folder, model__layers__0__self_attn__q_proj__bias=torch.zeros(32))
     with pytest.raises(ModelError, match=r"1 unknown to the model \(model\.layers\.0\.self_attn\.q_proj\.bias\)"):
-        ModelShelf().load(source(folder), Fp32())
+        ModelLoader().load(source(folder), Fp32())
 
 
 def test_weights_of_another_shape_are_refused(folder: Path) -> None:
     rewrite(folder, model__norm__weight=torch.ones(31))
     with pytest.raises(ModelError, match=r"could not be loaded|of another shape"):
-        ModelShelf().load(source(folder), Fp32())
+        ModelLoader().load(source(folder), Fp32())
 
 
 BESIDE = {
@@ -136,9 +135,9 @@ BESIDE = {
 
 @pytest.mark.parametrize("key", BESIDE.values(), ids=BESIDE)
 def test_tensors_that_no_logit_depends_on_may_stand_beside(key: str, folder: Path) -> None:
-    twin = logits(ModelShelf().load(source(folder), Fp32()).model)
+    twin = logits(ModelLoader().load(source(folder), Fp32()).model)
     rewrite(folder, **{key.replace(".", "__"): torch.ones(4)})
-    assert torch.equal(logits(ModelShelf().load(source(folder), Fp32()).model), twin)
+    assert torch.equal(logits(ModelLoader().load(source(folder), Fp32()).model), twin)
 
 
 @pytest.mark.parametrize(
@@ -147,13 +146,13 @@ def test_tensors_that_no_logit_depends_on_may_stand_beside(key: str, folder: Pat
 def test_tensors_that_another_model_would_use_are_named(key: str, folder: Path) -> None:
     rewrite(folder, **{key.replace(".", "__"): torch.ones(4)})
     with pytest.raises(ModelError, match=rf"1 unknown to the model \({re.escape(key)}\)"):
-        ModelShelf().load(source(folder), Fp32())
+        ModelLoader().load(source(folder), Fp32())
 
 
 @pytest.mark.parametrize("change", [0.0, 1.0])
 def test_a_head_beside_tied_embeddings_is_taken_as_transformers_takes_it(change: float, folder: Path) -> None:
     rewrite(folder, lm_head__weight=load_file(folder / "model.safetensors")["model.embed_tokens.weight"] + change)
-    model = ModelShelf().load(source(folder), Fp32()).model
+    model = ModelLoader().load(source(folder), Fp32()).model
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is (change == 0.0)
     twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert torch.equal(logits(model), logits(twin))
@@ -162,27 +161,27 @@ def test_a_head_beside_tied_embeddings_is_taken_as_transformers_takes_it(change:
 def test_only_the_first_five_keys_are_listed(folder: Path) -> None:
     rewrite(folder, **{f"extra__{i}": torch.zeros(1) for i in range(9)})
     with pytest.raises(ModelError, match=r"9 unknown to the model \(extra\.0, .*extra\.4, …\)"):
-        ModelShelf().load(source(folder), Fp32())
+        ModelLoader().load(source(folder), Fp32())
 
 
 def test_an_untied_model_without_its_head_is_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "headless")
     rewrite(folder, lm_head__weight=None)
     with pytest.raises(ModelError, match=r"1 missing from the checkpoint \(lm_head\.weight\)"):
-        ModelShelf().load(source(folder), Fp32())
+        ModelLoader().load(source(folder), Fp32())
 
 
 def test_a_reward_model_is_refused_as_what_it_is(tmp_path: Path) -> None:
     LlamaForSequenceClassification(tiny_config()).save_pretrained(tmp_path / "reward")
     with pytest.raises(ModelError, match="is a classifier"):
-        ModelShelf().load(source(tmp_path / "reward"), Fp32())
+        ModelLoader().load(source(tmp_path / "reward"), Fp32())
 
 
 def test_an_architecture_that_transformers_does_not_know(folder: Path) -> None:
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"llama"', '"no_such_architecture"'))
     with pytest.raises(ModelError, match=r"could not be loaded.*no_such_architecture"):
-        ModelShelf().load(source(folder), Fp32())
+        ModelLoader().load(source(folder), Fp32())
 
 
 @pytest.mark.parametrize(("key", "value"), [("vocab_size", "x"), ("num_attention_heads", 0), ("hidden_act", 3)])
@@ -190,7 +189,7 @@ def test_a_configuration_with_an_impossible_value_is_named(folder: Path, key: st
     config = folder / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
     with pytest.raises(ModelError, match=re.escape(str(folder)) + ".*could not be loaded"):
-        ModelShelf().load(source(folder), Fp32())
+        ModelLoader().load(source(folder), Fp32())
 
 
 @pytest.mark.parametrize("when", ["placed", "read"])
@@ -204,15 +203,15 @@ def test_a_device_without_room_for_the_model_is_said_with_the_ways_out(
     monkeypatch.setattr(PreTrainedModel, method, full)
     ways_out = "--dtype.*--quantization.*--tensor-parallel.*--device-map"
     with pytest.raises(ModelError, match=rf"in float32 does not fit on cpu .*20\.00 GiB\).*{ways_out}") as error:
-        ModelShelf().load(source(saved), Fp32())
+        ModelLoader().load(source(saved), Fp32())
     assert "\n" not in str(error.value)
 
 
 def test_an_allowed_pickle_loads_the_same_weights(folder: Path) -> None:
-    twin = logits(ModelShelf().load(source(folder), Fp32()).model)
+    twin = logits(ModelLoader().load(source(folder), Fp32()).model)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    loaded = ModelShelf().load(source(folder, allow_pickle=True), Fp32())
+    loaded = ModelLoader().load(source(folder, allow_pickle=True), Fp32())
     assert torch.equal(logits(loaded.model), twin)
 
 
@@ -220,7 +219,7 @@ def test_a_hostile_pickle_does_not_run_even_when_pickles_are_allowed(folder: Pat
     (folder / "model.safetensors").unlink()
     canary = write_canary(folder / "pytorch_model.bin", tmp_path / "canary")
     with pytest.raises(ModelError, match="could not be loaded"):
-        ModelShelf().load(source(folder, allow_pickle=True), Fp32())
+        ModelLoader().load(source(folder, allow_pickle=True), Fp32())
     assert not canary.exists()
 
 
@@ -228,7 +227,7 @@ def test_an_encoder_decoder_loads_with_its_decoder(tmp_path: Path) -> None:
     config = AutoConfig.for_model("t5", vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4)
     AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "t5")
     found = source(tmp_path / "t5")
-    model = ModelShelf().load(found, Fp32()).model
+    model = ModelLoader().load(found, Fp32()).model
     assert found.is_encoder_decoder
     with torch.inference_mode():
         assert model(input_ids=IDS % 64, decoder_input_ids=IDS % 64).logits.shape[-1] == 64
@@ -236,7 +235,7 @@ def test_an_encoder_decoder_loads_with_its_decoder(tmp_path: Path) -> None:
 
 def test_a_vision_language_wrapper_scores_text(tmp_path: Path) -> None:
     folder = save_vision_language(tmp_path / "vlm")
-    model = ModelShelf().load(source(folder), Fp32()).model
+    model = ModelLoader().load(source(folder), Fp32()).model
     twin = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     assert torch.equal(logits(model), logits(twin.eval()))
 
@@ -269,14 +268,14 @@ def save_vision_language(folder: Path) -> Path:
 def test_quantization_needs_its_package(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match="pip install bitsandbytes"):
-        ModelShelf(quantization="nf4").load(source(saved), Fp32())
+        ModelLoader(quantization="nf4").load(source(saved), Fp32())
 
 
 def test_prefetch_reads_ahead_and_never_fails(saved: Path, tmp_path: Path) -> None:
-    shelf = ModelShelf()
-    shelf.prefetch(source(saved))
-    assert shelf.load(source(saved), Fp32()).model is not None
-    shelf.prefetch(source(saved))
-    shelf.clear()
+    loader = ModelLoader()
+    loader.prefetch(source(saved))
+    assert loader.load(source(saved), Fp32()).model is not None
+    loader.prefetch(source(saved))
+    loader.clear()
     Prefetch([tmp_path / "gone.safetensors"]).wait()
     Prefetch([saved / "model.safetensors"]).stop()

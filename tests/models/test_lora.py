@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_score.errors import ModelError
-from dpo_score.models.loader import ModelShelf
+from dpo_score.models.loader import ModelLoader
 from tests.models.model_folders import Bf16, Fp32, logits, save_adapter, sha256, source, unmerged_logits
 from tests.tiny import VOCAB, save_tiny, tiny_model
 
@@ -68,15 +68,15 @@ def test_merged_logits_are_those_of_the_unmerged_adapter(
 ) -> None:
     folder = tied_base if tied else base
     adapter = save_adapter(tmp_path / "adapter", folder, **VARIANTS[variant])
-    shelf = ModelShelf()
-    plain = shelf.load(source(folder), Fp32())
+    loader = ModelLoader()
+    plain = loader.load(source(folder), Fp32())
     before, reference = bits(plain.model), logits(plain.model)
 
-    worn = logits(shelf.load(source(folder, adapter), Fp32()).model)
+    worn = logits(loader.load(source(folder, adapter), Fp32()).model)
     assert relative(worn, unmerged_logits(folder, adapter)) <= 1e-5
     assert not torch.allclose(worn, reference, atol=1e-3)
 
-    again = shelf.load(source(folder), Fp32())
+    again = loader.load(source(folder), Fp32())
     assert same_bits(again.model, before)
     assert torch.equal(logits(again.model), reference)
 
@@ -98,11 +98,11 @@ def test_other_families_merge_and_restore_too(family: str, tmp_path: Path) -> No
     overrides, lora = FAMILIES[family]
     folder = save_tiny(tmp_path / "base", family, **overrides)
     adapter = save_adapter(tmp_path / "adapter", folder, **lora)
-    shelf = ModelShelf()
-    before = bits(shelf.load(source(folder), Fp32()).model)
-    worn = logits(shelf.load(source(folder, adapter), Fp32()).model)
+    loader = ModelLoader()
+    before = bits(loader.load(source(folder), Fp32()).model)
+    worn = logits(loader.load(source(folder, adapter), Fp32()).model)
     assert relative(worn, unmerged_logits(folder, adapter)) <= 1e-5
-    again = shelf.load(source(folder), Fp32()).model
+    again = loader.load(source(folder), Fp32()).model
     assert same_bits(again, before)
     assert not torch.equal(worn, logits(again))
 
@@ -111,28 +111,28 @@ def test_swapping_a_to_b_to_base_reads_the_base_once_and_restores_it(base: Path,
     a = save_adapter(tmp_path / "a", base, seed=1)
     b = save_adapter(tmp_path / "b", base, seed=2, use_dora=True, target_modules=["k_proj", "o_proj"])
     on_disk = sha256(base / "model.safetensors")
-    shelf = ModelShelf()
-    before = bits(shelf.load(source(base), Fp32()).model)
-    first = logits(shelf.load(source(base, a), Fp32()).model)
-    shelf.load(source(base, b), Fp32())
-    assert torch.equal(logits(shelf.load(source(base, a), Fp32()).model), first)
-    assert same_bits(shelf.load(source(base), Fp32()).model, before)
-    assert shelf.bases_read == 1
+    loader = ModelLoader()
+    before = bits(loader.load(source(base), Fp32()).model)
+    first = logits(loader.load(source(base, a), Fp32()).model)
+    loader.load(source(base, b), Fp32())
+    assert torch.equal(logits(loader.load(source(base, a), Fp32()).model), first)
+    assert same_bits(loader.load(source(base), Fp32()).model, before)
+    assert loader.bases_read == 1
     assert sha256(base / "model.safetensors") == on_disk
 
 
 def test_the_same_adapter_twice_is_not_merged_twice(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "a", base)
-    shelf = ModelShelf()
-    once = logits(shelf.load(source(base, adapter), Fp32()).model)
-    assert torch.equal(logits(shelf.load(source(base, adapter), Fp32()).model), once)
+    loader = ModelLoader()
+    once = logits(loader.load(source(base, adapter), Fp32()).model)
+    assert torch.equal(logits(loader.load(source(base, adapter), Fp32()).model), once)
 
 
 def test_a_zero_adapter_gives_the_exact_weights_of_the_base(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "zero", base, weight=0.0)
-    shelf = ModelShelf()
-    before = bits(shelf.load(source(base), Fp32()).model)
-    assert same_bits(shelf.load(source(base, adapter), Fp32()).model, before)
+    loader = ModelLoader()
+    before = bits(loader.load(source(base), Fp32()).model)
+    assert same_bits(loader.load(source(base, adapter), Fp32()).model, before)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -141,38 +141,38 @@ def test_in_16_bits_the_adapter_stays_unmerged_and_the_base_comes_back(
     variant: str, tied_base: Path, tmp_path: Path
 ) -> None:
     adapter = save_adapter(tmp_path / "adapter", tied_base, **VARIANTS[variant])
-    shelf = ModelShelf()
-    before = bits(shelf.load(source(tied_base), Bf16()).model)
-    worn = logits(shelf.load(source(tied_base, adapter), Bf16()).model)
+    loader = ModelLoader()
+    before = bits(loader.load(source(tied_base), Bf16()).model)
+    worn = logits(loader.load(source(tied_base, adapter), Bf16()).model)
     twin = unmerged_logits(tied_base, adapter)
     assert relative(worn, twin) < 0.1
-    again = shelf.load(source(tied_base), Bf16()).model
+    again = loader.load(source(tied_base), Bf16()).model
     assert same_bits(again, before)
     assert relative(logits(again), worn) > 1e-3
 
 
 def test_in_16_bits_small_deltas_survive(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "small", base, weight=1e-3)
-    shelf = ModelShelf()
-    before = bits(shelf.load(source(base), Bf16()).model)
-    reference = logits(shelf.load(source(base), Bf16()).model)
-    model = shelf.load(source(base, adapter), Bf16()).model
+    loader = ModelLoader()
+    before = bits(loader.load(source(base), Bf16()).model)
+    reference = logits(loader.load(source(base), Bf16()).model)
+    model = loader.load(source(base, adapter), Bf16()).model
     assert any("lora_A" in name for name in model.state_dict())
     assert not torch.equal(logits(model), reference)
-    again = shelf.load(source(base), Bf16()).model
+    again = loader.load(source(base), Bf16()).model
     assert same_bits(again, before)
     assert torch.equal(logits(again), reference)
 
 
 def test_added_tokens_resize_the_base_first_and_shrink_it_again_after(base: Path, tmp_path: Path) -> None:
     adapter = grown_adapter(tmp_path / "grown", base, extra=3)
-    shelf = ModelShelf()
-    before = bits(shelf.load(source(base), Fp32()).model)
-    model = shelf.load(source(base, adapter), Fp32()).model
+    loader = ModelLoader()
+    before = bits(loader.load(source(base), Fp32()).model)
+    model = loader.load(source(base, adapter), Fp32()).model
     assert logits(model).shape[-1] == VOCAB + 3 == model.config.vocab_size
     twin = grown_twin(base, adapter, VOCAB + 3)
     assert relative(logits(model), twin) <= 1e-5
-    again = shelf.load(source(base), Fp32()).model
+    again = loader.load(source(base), Fp32()).model
     assert again.config.vocab_size == VOCAB
     assert same_bits(again, before)
 
@@ -203,17 +203,17 @@ def test_added_tokens_without_their_head_rows_are_refused(base: Path, tmp_path: 
     weights = {key: value for key, value in weights.items() if "lm_head" not in key}
     save_file(weights, adapter / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="saves only one of the two embeddings"):
-        ModelShelf().load(source(base, adapter), Fp32())
+        ModelLoader().load(source(base, adapter), Fp32())
 
 
 def test_an_adapter_of_another_shape_is_refused_and_the_base_stays_usable(base: Path, tmp_path: Path) -> None:
     wide = tiny_folder_adapter(tmp_path, hidden_size=64, head_dim=16)
-    shelf = ModelShelf()
-    before = bits(shelf.load(source(base), Fp32()).model)
+    loader = ModelLoader()
+    before = bits(loader.load(source(base), Fp32()).model)
     with pytest.raises(ModelError, match="does not fit its base"):
-        shelf.load(source(base, wide), Fp32())
-    assert same_bits(shelf.load(source(base), Fp32()).model, before)
-    assert shelf.bases_read == 1
+        loader.load(source(base, wide), Fp32())
+    assert same_bits(loader.load(source(base), Fp32()).model, before)
+    assert loader.bases_read == 1
 
 
 def tiny_folder_adapter(tmp_path: Path, **overrides: Any) -> Path:
@@ -231,12 +231,12 @@ def test_adapter_tensors_that_are_absent_or_too_many_are_named(base: Path, tmp_p
     gone = sorted(weights)[0]
     save_file({key: value for key, value in weights.items() if key != gone}, path)
     with pytest.raises(ModelError, match=r"lacks 1 tensors.*lora_A"):
-        ModelShelf().load(source(base, adapter), Fp32())
+        ModelLoader().load(source(base, adapter), Fp32())
     save_file(
         {**weights, "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": weights[gone].clone()}, path
     )
     with pytest.raises(ModelError, match=r"without a place in the base, 1 tensors.*layers\.9"):
-        ModelShelf().load(source(base, adapter), Fp32())
+        ModelLoader().load(source(base, adapter), Fp32())
 
 
 def test_adapters_that_change_the_input_are_refused(base: Path, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_adapters_that_change_the_input_are_refused(base: Path, tmp_path: Path) 
     wrapped = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     wrapped.save_pretrained(tmp_path / "prompt")
     with pytest.raises(ModelError, match="PROMPT_TUNING adapter"):
-        ModelShelf().load(source(base, tmp_path / "prompt"), Fp32())
+        ModelLoader().load(source(base, tmp_path / "prompt"), Fp32())
 
 
 def test_without_peft_the_error_says_how_to_install_it(
@@ -254,7 +254,7 @@ def test_without_peft_the_error_says_how_to_install_it(
     adapter = source(base, save_adapter(tmp_path / "a", base))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else sys.modules)
     with pytest.raises(ModelError, match=r'pip install "dpo-score\[adapters\]"'):
-        ModelShelf().load(adapter, Fp32())
+        ModelLoader().load(adapter, Fp32())
 
 
 def test_an_adapter_config_that_peft_cannot_read_is_one_paragraph(base: Path, tmp_path: Path) -> None:
@@ -262,4 +262,4 @@ def test_an_adapter_config_that_peft_cannot_read_is_one_paragraph(base: Path, tm
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "NOT_A_TYPE"}))
     with pytest.raises(ModelError, match=r"peft does not read its adapter_config\.json"):
-        ModelShelf().load(source(base, adapter), Fp32())
+        ModelLoader().load(source(base, adapter), Fp32())

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dpo_score.models import memory
-from dpo_score.models.loader import ModelShelf
+from dpo_score.models.loader import ModelLoader
 from tests.models.model_folders import Fp32, save_adapter, source
 from tests.tiny import save_tiny, tiny_config
 
@@ -95,10 +95,10 @@ def test_clones_are_those_that_merging_adapters_leaves(tmp_path, targets):
     adapters = [
         save_adapter(tmp_path / name, base, seed=seed, target_modules=targets) for seed, name in enumerate("ab")
     ]
-    shelf = ModelShelf()
+    loader = ModelLoader()
     for adapter in adapters:
-        shelf.load(source(adapter), Fp32())
-    kept = sum(clone.nbytes for clone in shelf._base.slot._pristine.values())
+        loader.load(source(adapter), Fp32())
+    kept = sum(clone.nbytes for clone in loader._base.slot._pristine.values())
     files = [path for adapter in adapters for path in source(adapter).adapter_files]
     assert memory.clone_bytes(source(base).weights, files, 10**9) == kept
 

@@ -14,8 +14,7 @@ import pytest
 from dpo_score.config.schema import PolicySpec
 from dpo_score.errors import ModelError
 from dpo_score.models.limits import context_limit, embedding_rows, side_limits
-from dpo_score.models.policies import resolve_policy
-from dpo_score.models.resolve import ModelSource, Resolver, resolve
+from dpo_score.models.resolve import ModelSource, Resolver, resolve, resolve_policy
 from dpo_score.tokenization.truncation import SideLimits
 from tests.models.model_folders import edit, sha256, source
 from tests.tiny import VOCAB, tiny_model

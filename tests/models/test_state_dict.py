@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 
 from dpo_score.config.schema import PolicySpec
 from dpo_score.errors import ModelError
-from dpo_score.models.loader import ModelShelf
-from dpo_score.models.policies import resolve_policy
-from dpo_score.models.resolve import ModelSource, Resolver
+from dpo_score.models.loader import ModelLoader
+from dpo_score.models.resolve import ModelSource, Resolver, resolve_policy
 from dpo_score.models.state_dict import own_names
 from tests.models.model_folders import Canary, Fp32, logits, sha256, source
 from tests.tiny import save_tiny, tiny_model
@@ -107,16 +106,16 @@ def test_a_checkpoint_gives_the_logits_of_the_model_it_was_saved_from(
     assert found.state
     assert found.folder == base
     assert found.digest == found.base_digest != source(base).digest
-    assert torch.equal(logits(ModelShelf().load(found, Fp32()).model), trained())
+    assert torch.equal(logits(ModelLoader().load(found, Fp32()).model), trained())
 
 
 def test_a_checkpoint_and_its_base_are_two_sets_of_weights(base: Path, state: State, tmp_path: Path) -> None:
     found = policy(torch_save(state, tmp_path / "policy.pt"), base)
-    shelf = ModelShelf()
-    shelf.load(source(base), Fp32())
-    assert torch.equal(logits(shelf.load(found, Fp32()).model), trained())
-    assert torch.equal(logits(shelf.load(source(base), Fp32()).model), logits(tiny_model()))
-    assert shelf.bases_read == 3
+    loader = ModelLoader()
+    loader.load(source(base), Fp32())
+    assert torch.equal(logits(loader.load(found, Fp32()).model), trained())
+    assert torch.equal(logits(loader.load(source(base), Fp32()).model), logits(tiny_model()))
+    assert loader.bases_read == 3
 
 
 def test_tensors_that_are_absent_or_left_over_are_listed(base: Path, state: State, tmp_path: Path) -> None:
@@ -125,13 +124,13 @@ def test_tensors_that_are_absent_or_left_over_are_listed(base: Path, state: Stat
     with pytest.raises(
         ModelError, match=r"1 missing from the checkpoint \(model\.norm\.weight\); 1 unknown .*value_head"
     ):
-        ModelShelf().load(found, Fp32())
+        ModelLoader().load(found, Fp32())
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(base: Path, tmp_path: Path) -> None:
     found = policy(torch_save({"state": {"foo.weight": torch.ones(1)}}, tmp_path / "policy.pt"), base)
     with pytest.raises(ModelError, match=r"holds no tensor that its base's architecture knows .*foo\.weight"):
-        ModelShelf().load(found, Fp32())
+        ModelLoader().load(found, Fp32())
 
 
 def test_without_a_base_the_error_says_how_to_name_one(base: Path, state: State, tmp_path: Path) -> None:
@@ -155,7 +154,7 @@ def test_safetensors_need_no_permission(base: Path, state: State, tmp_path: Path
 def test_a_hostile_state_dict_does_not_run_even_when_pickles_are_allowed(base: Path, tmp_path: Path) -> None:
     path = torch_save({"state": Canary(tmp_path / "canary")}, tmp_path / "policy.pt")
     with pytest.raises(ModelError, match="is not a pickle of tensors alone"):
-        ModelShelf().load(policy(path, base), Fp32())
+        ModelLoader().load(policy(path, base), Fp32())
     assert not (tmp_path / "canary").exists()
 
 
@@ -165,7 +164,7 @@ def test_a_hostile_dcp_metadata_does_not_run_even_when_pickles_are_allowed(
     folder = save_dcp(tmp_path / "dcp", {"model": state})
     (folder / ".metadata").write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
     with pytest.raises(ModelError, match=r"names posix\.mkdir, which is no part of the format"):
-        ModelShelf().load(policy(folder, base), Fp32())
+        ModelLoader().load(policy(folder, base), Fp32())
     assert not (tmp_path / "canary").exists()
 
 
@@ -174,7 +173,7 @@ def test_a_dcp_folder_with_damaged_data_is_one_paragraph(base: Path, state: Stat
     next(folder.glob("*.distcp")).write_bytes(b"cut")
     found = policy(folder, base)
     with pytest.raises(ModelError, match="could not be read as a distributed checkpoint") as caught:
-        ModelShelf().load(found, Fp32())
+        ModelLoader().load(found, Fp32())
     assert "\n" not in str(caught.value)
 
 

@@ -13,7 +13,7 @@ from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from dpo_score.errors import ConfigError, ModelError
-from dpo_score.logprobs.numerics import text_config
+from dpo_score.models.limits import text_config
 from dpo_score.models.resolve import ModelSource
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def localized(model: Any) -> Any:
     import torch
     from torch.distributed.tensor import DTensor
 
-    from dpo_score.models.process_group import group_of
+    from dpo_score.models.parallel.process_group import group_of
 
     group = group_of(model)
     assert group is not None, "a model is dealt out to the ranks of a group"

@@ -19,7 +19,7 @@ from dpo_score.models.resolve import ModelSource
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dpo_score.models.process_group import Group
+    from dpo_score.models.parallel.process_group import Group
 
 UNDERSTOOD = frozenset(
     {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "fan_in_fan_out"}
@@ -53,7 +53,7 @@ class ShardedSlot:
             self._worn = wanted
 
     def _put_on(self, source: ModelSource) -> None:
-        from dpo_score.models.process_group import group_of
+        from dpo_score.models.parallel.process_group import group_of
 
         config = read_config(source)
         group = group_of(self.model)

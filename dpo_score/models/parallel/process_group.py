@@ -1,7 +1,7 @@
 """One process among several of this machine that hold one model between them: its rank, and what all ranks compute.
 
 Promises: every rank joins once, with a bound on how long it waits for the others; a sum is the same bits on all ranks.
-Does not: start processes, or say what they do (leader.py, follow.py).
+Does not: start processes, or say what they do (rank_zero.py, logprobs/rank_worker.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 COLLECTIVE_SECONDS = 300.0
-"""How long one rank waits for the others in a collective, and the leader for an answer once it is done itself."""
+"""How long one rank waits for the others in a collective, and rank 0 for an answer once it is done itself."""
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 """Ranks are on one machine: gloo need not know what else its network cards are called."""

@@ -20,9 +20,9 @@ from dpo_score.errors import GroupLostError, ModelError
 from dpo_score.logprobs.packed import FastPath
 from dpo_score.logprobs.padded import Values
 from dpo_score.logprobs.scorer import PairScorer
-from dpo_score.models import rank_zero as leading
-from dpo_score.models.loader import ModelShelf
-from dpo_score.models.rank_zero import Leader
+from dpo_score.models.loader import ModelLoader
+from dpo_score.models.parallel import rank_zero
+from dpo_score.models.parallel.rank_zero import RankZero
 from tests.logprobs.engine import numerics_for
 from tests.logprobs.sequences import awkward
 from tests.models.model_folders import source
@@ -31,17 +31,17 @@ from tests.tiny import save_tiny, tiny_model
 pytestmark = pytest.mark.slow
 CAUGHT = """
 import time
-from dpo_score.models import rank_zero as leader
-leader.CAUGHT_SECONDS = 1.0
-found = leader.Leader(2, "cpu", {"tensor_parallel": 2, "follows": True})
+from dpo_score.models.parallel import rank_zero
+rank_zero.CAUGHT_SECONDS = 1.0
+found = rank_zero.RankZero(2, "cpu", {"tensor_parallel": 2, "is_worker": True})
 with found.step("verify", None):
-    found._followers[0].process.kill()
+    found._workers[0].process.kill()
     time.sleep(60)  # stands for a collective that never ends
 """
 
 SCARCE = """
 from dpo_score.logprobs import rank_worker as follow
-from tests.models.test_rank_zero import scarce
+from tests.models.parallel.test_rank_zero import scarce
 scarce({most})
 follow.main()
 """
@@ -60,37 +60,37 @@ def scarce(most: int, patch: Callable[[Any, str, Any], None] = setattr) -> None:
 
 
 @pytest.fixture
-def leader() -> Iterator[Leader]:
-    found = Leader(2, "cpu", {"tensor_parallel": 2, "follows": True})
+def leader() -> Iterator[RankZero]:
+    found = RankZero(2, "cpu", {"tensor_parallel": 2, "is_worker": True})
     yield found
     found.close()
 
 
-def followers() -> list[psutil.Process]:
+def workers() -> list[psutil.Process]:
     found = psutil.Process().children(recursive=True)
     return [process for process in found if "dpo_score.logprobs.rank_worker" in process.cmdline()]
 
 
-def test_a_rank_that_fails_alone_falls_silent_or_dies_is_named(leader: Leader) -> None:
+def test_a_rank_that_fails_alone_falls_silent_or_dies_is_named(leader: RankZero) -> None:
     failed = r"rank 1: KeyError: 'dance'\): the same command resumes"
     with pytest.raises(GroupLostError, match=failed), leader.step("dance"):
         pass
     with pytest.raises(ModelError, match="group of its own already"):
-        Leader(2, "cpu", {})
-    (follower,) = followers()
-    follower.suspend()
-    silent = rf"rank 1 \(process {follower.pid}\).* no answer within 0.5 s"
+        RankZero(2, "cpu", {})
+    (worker,) = workers()
+    worker.suspend()
+    silent = rf"rank 1 \(process {worker.pid}\).* no answer within 0.5 s"
     with pytest.raises(GroupLostError, match=silent), leader.step("dance", seconds=0.5):
         pass
-    follower.kill()
-    died = rf"rank 1 \(process {follower.pid}\).* died \(exit status -9\)"
+    worker.kill()
+    died = rf"rank 1 \(process {worker.pid}\).* died \(exit status -9\)"
     with pytest.raises(GroupLostError, match=died), leader.step("dance"), leader.step("dance"):
         pass
-    named_first = rf"rank 1 \(process {follower.pid}\).* died \(exit status -9\); rank 0: RuntimeError: reset"
+    named_first = rf"rank 1 \(process {worker.pid}\).* died \(exit status -9\); rank 0: RuntimeError: reset"
     with pytest.raises(GroupLostError, match=named_first):
         leader._others(RuntimeError("reset"), 0.5)  # as a collective fails whose other end is gone
     leader.close()
-    assert followers() == []
+    assert workers() == []
 
 
 def test_a_leader_caught_in_a_collective_that_a_dead_rank_left_is_ended() -> None:
@@ -99,7 +99,7 @@ def test_a_leader_caught_in_a_collective_that_a_dead_rank_left_is_ended() -> Non
     assert "a process of a tensor-parallel group died: the same command resumes" in ended.stderr
 
 
-def test_a_process_that_led_a_group_is_none_of_many_afterwards(leader: Leader) -> None:
+def test_a_process_that_led_a_group_is_none_of_many_afterwards(leader: RankZero) -> None:
     before = dict(os.environ)
     with leader.reading():
         assert os.environ["LOCAL_RANK"] == "0"
@@ -112,11 +112,11 @@ def test_a_process_that_led_a_group_is_none_of_many_afterwards(leader: Leader) -
 def test_ranks_that_run_out_of_memory(elsewhere: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Together: smaller packs, the same values. One alone has left the others in a collective: the group is lost."""
     found = source(save_tiny(tmp_path / "llama", "llama"))
-    alone, split = numerics_for(tiny_model(), "fast"), ModelShelf(tensor_parallel=2)
-    theirs = PairScorer(ModelShelf().load(found, alone).model, alone).score(awkward())
+    alone, split = numerics_for(tiny_model(), "fast"), ModelLoader(tensor_parallel=2)
+    theirs = PairScorer(ModelLoader().load(found, alone).model, alone).score(awkward())
     command = (sys.executable, "-c", SCARCE.format(most=elsewhere))
-    monkeypatch.setattr(leading.Leader.__init__, "__defaults__", (command,))
-    monkeypatch.setattr(leading, "DESERTED_SECONDS", 5.0)
+    monkeypatch.setattr(rank_zero.RankZero.__init__, "__defaults__", (command,))
+    monkeypatch.setattr(rank_zero, "DESERTED_SECONDS", 5.0)
     numerics = replace(alone, tensor_parallel=2)
     try:
         scorer = PairScorer(split.load(found, numerics).model, numerics)

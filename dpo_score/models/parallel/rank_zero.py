@@ -1,11 +1,11 @@
-"""The leading rank: starts the others as its children and has them do, step by step, what it does itself.
+"""Rank 0 of a group: starts the others as its children and has them do, step by step, what it does itself.
 
-    leader ──(verb, arguments)──▶ every follower      all run the step, meeting in torch.distributed's collectives
-    leader ◀──None, or what went wrong── every follower
+    rank 0 ──(verb, arguments)──▶ every worker      all run the step, meeting in torch.distributed's collectives
+    rank 0 ◀──None, or what went wrong── every worker
 
-Promises: a follower that dies, fails alone or stays silent is a `GroupLostError` here; a leader caught in a collective
-that its followers left is ended; followers end with their leader. Steps and answers go through private pipes, so
-nothing that others can reach is unpickled. Does not: know what a verb means (follow.py).
+Promises: a worker that dies, fails alone or stays silent is a `GroupLostError` here; rank 0 caught in a collective
+that its workers left is ended; workers end with rank 0. Steps and answers go through private pipes, so
+nothing that others can reach is unpickled. Does not: know what a verb means (logprobs/rank_worker.py).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ import torch.distributed as dist
 
 from dpo_score.errors import GroupLostError, ModelError
 from dpo_score.models.memory import is_out_of_memory
-from dpo_score.models.process_group import BACKENDS, COLLECTIVE_SECONDS, Group, group_of, joined
+from dpo_score.models.parallel.process_group import BACKENDS, COLLECTIVE_SECONDS, Group, group_of, joined
 from dpo_score.models.weights import brief
 
 FOLLOW = (sys.executable, "-m", "dpo_score.logprobs.rank_worker")
 LOAD_SECONDS = 7200.0
 """How long ranks may be apart in starting and in reading weights."""
 DESERTED_SECONDS = 60.0
-"""How long a leader that failed waits for followers, which may be caught in a collective that it left."""
+"""How long rank 0 that failed waits for workers, which may be caught in a collective that it left."""
 CAUGHT_SECONDS = 15.0
-"""From a follower's death to the end of a leader that has not noticed: it hangs in a collective."""
+"""From a worker's death to the end of rank 0 that has not noticed: it hangs in a collective."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Follower:
+class _Worker:
     rank: int
     process: subprocess.Popen[bytes]
     connection: Connection
@@ -69,11 +69,11 @@ class _Follower:
         return f"rank {self.rank} (process {self.process.pid})"
 
 
-class Leader(Group):
-    """Rank 0, with its followers as child processes."""
+class RankZero(Group):
+    """Rank 0, with its workers as child processes."""
 
     def __init__(self, size: int, device_kind: str, shelf: Mapping[str, Any], command: Sequence[str] = FOLLOW) -> None:
-        """`shelf`: what a follower makes its `ModelShelf` of. `command` is given the descriptor of a pipe."""
+        """`shelf`: what a worker makes its `ModelLoader` of. `command` is given the descriptor of a pipe."""
         if device_kind not in BACKENDS:
             raise ModelError(f"--tensor-parallel needs CUDA devices or the CPU, not {device_kind}")
         if dist.is_initialized():
@@ -81,14 +81,14 @@ class Leader(Group):
         if device_kind == "cuda" and torch.cuda.device_count() < size:
             raise ModelError(f"--tensor-parallel {size}: only {torch.cuda.device_count()} CUDA devices are visible")
         self._folder = Path(tempfile.mkdtemp(prefix="dpo-score-ranks-"))
-        self._followers = [_started(command, rank) for rank in range(1, size)]
+        self._workers = [_started(command, rank) for rank in range(1, size)]
         self._closing, self._numbers = False, count()
         self._entered: float | None = None
         try:
             meeting = self._folder / "meeting"
-            for follower in self._followers:
-                self._tell(follower, (follower.rank, size, device_kind, meeting, dict(shelf)))
-            self._answers(LOAD_SECONDS)  # every follower stands, so that joining is a matter of moments
+            for worker in self._workers:
+                self._tell(worker, (worker.rank, size, device_kind, meeting, dict(shelf)))
+            self._answers(LOAD_SECONDS)  # every worker stands, so that joining is a matter of moments
             super().__init__(0, size, device_kind, meeting)
         except BaseException:
             self.close()
@@ -96,17 +96,17 @@ class Leader(Group):
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
 
     def number(self) -> int:
-        """One that this leader has not given out before."""
+        """One that this rank has not given out before."""
         return next(self._numbers)
 
     @contextmanager
     def step(self, verb: str, *arguments: Any, seconds: float = COLLECTIVE_SECONDS) -> Iterator[None]:
-        """Have all followers do `verb` while the body does the same here.
+        """Have all workers do `verb` while the body does the same here.
 
         Raises the body's own error where all ranks failed alike, else GroupLostError.
         """
-        for follower in self._followers:
-            self._tell(follower, (verb, *arguments))
+        for worker in self._workers:
+            self._tell(worker, (verb, *arguments))
         mine: Exception | None = None
         self._entered = time.monotonic()
         try:
@@ -118,13 +118,13 @@ class Leader(Group):
         self._settle(mine, self._others(mine, seconds))
 
     def _others(self, mine: Exception | None, seconds: float) -> list[Failure | None]:
-        """The answers of the followers, which may be waiting for this rank in vain where it failed."""
+        """The answers of the workers, which may be waiting for this rank in vain where it failed."""
         try:
             return self._answers(seconds if mine is None else min(seconds, DESERTED_SECONDS))
         except GroupLostError as lost:
             if mine is None:
                 raise
-            # the loss first: where a follower died, what rank 0 says (a connection reset) only follows from it
+            # the loss first: where a worker died, what rank 0 says (a connection reset) only is_worker from it
             raise GroupLostError(f"{lost.reason}; rank 0: {type(mine).__name__}: {brief(mine)}") from mine
 
     def _settle(self, mine: Exception | None, answers: Sequence[Failure | None]) -> None:
@@ -138,36 +138,36 @@ class Leader(Group):
         raise GroupLostError(f"a tensor-parallel group failed ({'; '.join(said)})") from mine
 
     @staticmethod
-    def _tell(follower: _Follower, message: Any) -> None:
+    def _tell(worker: _Worker, message: Any) -> None:
         try:
-            follower.connection.send(message)
+            worker.connection.send(message)
         except OSError:
-            raise _lost(follower) from None
+            raise _lost(worker) from None
 
     def _answers(self, seconds: float) -> list[Failure | None]:
         until = time.monotonic() + seconds
-        return [_answer(follower, until, seconds) for follower in self._followers]
+        return [_answer(worker, until, seconds) for worker in self._workers]
 
     def _watch(self) -> None:
-        """End this process when a follower is dead and that goes unnoticed: it is caught in a collective."""
+        """End this process when a worker is dead and that goes unnoticed: it is caught in a collective."""
         died: float | None = None
         while not self._closing:
             time.sleep(0.5)
             entered = self._entered
-            if died is None and any(follower.process.poll() is not None for follower in self._followers):
+            if died is None and any(worker.process.poll() is not None for worker in self._workers):
                 died = time.monotonic()
             if died and entered and time.monotonic() - max(died, entered) > CAUGHT_SECONDS:
                 print("a process of a tensor-parallel group died: the same command resumes", file=sys.stderr)
                 os._exit(70)
 
     def close(self) -> None:
-        """End the followers, and this process's membership."""
+        """End the workers, and this process's membership."""
         self._closing = True
         joined(None)
-        for follower in self._followers:
-            follower.connection.close()
-            follower.process.kill()
-            follower.process.wait()
+        for worker in self._workers:
+            worker.connection.close()
+            worker.process.kill()
+            worker.process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -183,29 +183,29 @@ def _usable_after(error: Exception, failure: Failure) -> bool:
     return failure.out_of_memory or not isinstance(error, RuntimeError)
 
 
-def _started(command: Sequence[str], rank: int) -> _Follower:
+def _started(command: Sequence[str], rank: int) -> _Worker:
     here, there = Pipe()
     with there:
         fd = there.fileno()
         process = subprocess.Popen([*command, str(fd)], pass_fds=[fd], stdin=subprocess.DEVNULL, stdout=2)
-    return _Follower(rank, process, here)
+    return _Worker(rank, process, here)
 
 
-def _answer(follower: _Follower, until: float, seconds: float) -> Failure | None:
+def _answer(worker: _Worker, until: float, seconds: float) -> Failure | None:
     try:
-        if not follower.connection.poll(max(until - time.monotonic(), 0.0)):
-            raise GroupLostError(f"{follower.name} of a tensor-parallel group gave no answer within {seconds:g} s")
-        answer: Failure | None = follower.connection.recv()
+        if not worker.connection.poll(max(until - time.monotonic(), 0.0)):
+            raise GroupLostError(f"{worker.name} of a tensor-parallel group gave no answer within {seconds:g} s")
+        answer: Failure | None = worker.connection.recv()
     except (EOFError, OSError):
-        raise _lost(follower) from None
+        raise _lost(worker) from None
     return answer
 
 
-def _lost(follower: _Follower) -> GroupLostError:
+def _lost(worker: _Worker) -> GroupLostError:
     with suppress(subprocess.TimeoutExpired):
-        follower.process.wait(5)
-    status = follower.process.returncode
-    return GroupLostError(f"{follower.name} of a tensor-parallel group died (exit status {status})")
+        worker.process.wait(5)
+    status = worker.process.returncode
+    return GroupLostError(f"{worker.name} of a tensor-parallel group died (exit status {status})")
 
 
 def _collectives() -> int:
@@ -216,7 +216,7 @@ def _collectives() -> int:
     return int(default._get_sequence_number_for_group())
 
 
-def led(model: Any, verb: str, *arguments: Any) -> AbstractContextManager[None]:
+def group_step(model: Any, verb: str, *arguments: Any) -> AbstractContextManager[None]:
     """A step of the group that holds `model`, where this process leads it; else nothing."""
     group = group_of(model)
-    return group.step(verb, *arguments) if isinstance(group, Leader) else nullcontext()
+    return group.step(verb, *arguments) if isinstance(group, RankZero) else nullcontext()

@@ -18,10 +18,10 @@ from dpo_score.logprobs.scorer import PairScorer
 from dpo_score.logprobs.self_check import verify_fast_path
 from dpo_score.logprobs.types import STATS, SequenceLogps
 from dpo_score.models import parts as anatomy
-from dpo_score.models.loader import LoadedModel, ModelShelf
+from dpo_score.models.loader import LoadedModel, ModelLoader
+from dpo_score.models.parallel.sharding import has_plan, key_value_heads
 from dpo_score.models.parts import Head
 from dpo_score.models.resolve import ModelSource
-from dpo_score.models.sharding import has_plan, key_value_heads
 from tests.logprobs.engine import numerics_for
 from tests.logprobs.sequences import awkward
 from tests.models.model_folders import save_adapter, sha256, source
@@ -40,9 +40,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def shelf() -> Iterator[ModelShelf]:
+def loader() -> Iterator[ModelLoader]:
     """Loads into two ranks, of which this process is one."""
-    found = ModelShelf(tensor_parallel=2)
+    found = ModelLoader(tensor_parallel=2)
     yield found
     found.close()
 
@@ -76,16 +76,16 @@ def refuse_differences(ours: list[Any], theirs: list[Any]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("path", ["fast", "plain"])
 def test_two_ranks_give_what_one_process_gives(
-    family: str, path: str, shelf: ModelShelf, folders: Mapping[str, Path]
+    family: str, path: str, loader: ModelLoader, folders: Mapping[str, Path]
 ) -> None:
     found = source(folders[family])
-    ours = scored(shelf.load(found, numerics(path)), numerics(path))
-    theirs = scored(ModelShelf().load(found, numerics(path, ways=1)), numerics(path, ways=1))
+    ours = scored(loader.load(found, numerics(path)), numerics(path))
+    theirs = scored(ModelLoader().load(found, numerics(path, ways=1)), numerics(path, ways=1))
     refuse_differences(ours, theirs)
 
 
-def test_a_rank_holds_its_part_and_no_more(shelf: ModelShelf, folders: Mapping[str, Path]) -> None:
-    model = shelf.load(source(folders["llama, tied, an odd vocabulary"]), numerics()).model
+def test_a_rank_holds_its_part_and_no_more(loader: ModelLoader, folders: Mapping[str, Path]) -> None:
+    model = loader.load(source(folders["llama, tied, an odd vocabulary"]), numerics()).model
     layer = model.model.layers[0]
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert tuple(model.lm_head.weight.shape) == (131, 32)
@@ -94,23 +94,23 @@ def test_a_rank_holds_its_part_and_no_more(shelf: ModelShelf, folders: Mapping[s
     assert all(type(parameter.data) is torch.Tensor for parameter in model.parameters())
 
 
-def test_ids_that_one_rank_forbids_altogether(shelf: ModelShelf, tmp_path: Path) -> None:
+def test_ids_that_one_rank_forbids_altogether(loader: ModelLoader, tmp_path: Path) -> None:
     """A bias of −inf over the whole part of the second rank: the first has all the mass."""
     model = tiny_model("phi")
     with torch.no_grad():
         model.lm_head.bias[130:] = -torch.inf
     model.save_pretrained(tmp_path / "phi")
     found = source(tmp_path / "phi")
-    ours = scored(shelf.load(found, numerics()), numerics())
-    theirs = scored(ModelShelf().load(found, numerics(ways=1)), numerics(ways=1))
+    ours = scored(loader.load(found, numerics()), numerics())
+    theirs = scored(ModelLoader().load(found, numerics(ways=1)), numerics(ways=1))
     assert [type(result) for result in ours] == [type(result) for result in theirs]
     both = [(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(a, SequenceLogps)]
     assert 0 < len(both) < len(ours)
     refuse_differences([a for a, _ in both], [b for _, b in both])
 
 
-def test_the_fast_path_is_verified_by_all_ranks(shelf: ModelShelf, folders: Mapping[str, Path]) -> None:
-    loaded = shelf.load(source(folders["gemma2"]), numerics())
+def test_the_fast_path_is_verified_by_all_ranks(loader: ModelLoader, folders: Mapping[str, Path]) -> None:
+    loaded = loader.load(source(folders["gemma2"]), numerics())
     verdict = verify_fast_path(loaded.model, numerics())
     assert verdict.ok, verdict.reason
     assert verdict.max_delta is not None
@@ -118,7 +118,7 @@ def test_the_fast_path_is_verified_by_all_ranks(shelf: ModelShelf, folders: Mapp
 
 
 def test_a_rank_that_reads_the_wrong_part_of_the_vocabulary_is_found_out(
-    shelf: ModelShelf, folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+    loader: ModelLoader, folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     true = anatomy._shared
 
@@ -126,7 +126,7 @@ def test_a_rank_that_reads_the_wrong_part_of_the_vocabulary_is_found_out(
         found = true(head, group)
         return replace(found, first=found.first + 1) if found is not None else None
 
-    loaded = shelf.load(source(folders["llama"]), numerics())
+    loaded = loader.load(source(folders["llama"]), numerics())
     monkeypatch.setattr(anatomy, "_shared", shifted)  # in the leader alone
     verdict = verify_fast_path(loaded.model, numerics())
     assert not verdict.ok
@@ -134,12 +134,14 @@ def test_a_rank_that_reads_the_wrong_part_of_the_vocabulary_is_found_out(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_sixteen_bits_are_as_noisy_as_on_one_device(dtype: str, shelf: ModelShelf, folders: Mapping[str, Path]) -> None:
+def test_sixteen_bits_are_as_noisy_as_on_one_device(
+    dtype: str, loader: ModelLoader, folders: Mapping[str, Path]
+) -> None:
     """The second pass of the noise floor widens every rank's part to fp32."""
     floors = []
     for ways in (1, 2):
         how = numerics(dtype=dtype, ways=ways)
-        loaded = (shelf if ways == 2 else ModelShelf()).load(source(folders["qwen3"]), how)
+        loaded = (loader if ways == 2 else ModelLoader()).load(source(folders["qwen3"]), how)
         floors.append(noise_floor(loaded.model, how, awkward(), scored(loaded, how)))
     assert floors[0].logp_mean is not None
     assert floors[1].logp_mean is not None, floors[1].reason
@@ -154,16 +156,16 @@ LORA = {
 
 @pytest.mark.parametrize("kind", LORA)
 def test_a_lora_adapter_beside_a_base_in_parts(
-    kind: str, shelf: ModelShelf, folders: Mapping[str, Path], tmp_path: Path
+    kind: str, loader: ModelLoader, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     base = folders["llama"]
     both = source(base, save_adapter(tmp_path / "adapter", base, **LORA[kind]))
-    bare = scored(shelf.load(source(base), numerics()), numerics())
-    ours = scored(shelf.load(both, numerics()), numerics())
-    refuse_differences(ours, scored(ModelShelf().load(both, numerics(ways=1)), numerics(ways=1)))
-    reads = shelf.bases_read
-    again = scored(shelf.load(source(base), numerics()), numerics())
-    assert shelf.bases_read == reads
+    bare = scored(loader.load(source(base), numerics()), numerics())
+    ours = scored(loader.load(both, numerics()), numerics())
+    refuse_differences(ours, scored(ModelLoader().load(both, numerics(ways=1)), numerics(ways=1)))
+    reads = loader.bases_read
+    again = scored(loader.load(source(base), numerics()), numerics())
+    assert loader.bases_read == reads
     assert all(np.array_equal(a.token_logps, b.token_logps) for a, b in zip(bare, again, strict=True))
     assert not all(np.array_equal(a.token_logps, b.token_logps) for a, b in zip(bare, ours, strict=True))
 
@@ -179,34 +181,34 @@ def test_a_lora_adapter_beside_a_base_in_parts(
     ],
 )
 def test_an_adapter_that_is_more_than_lora_is_refused_with_the_way_out(
-    lora: dict[str, Any], said: str, shelf: ModelShelf, folders: Mapping[str, Path], tmp_path: Path
+    lora: dict[str, Any], said: str, loader: ModelLoader, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     base = folders["llama"]
     adapter = save_adapter(tmp_path / "adapter", base, **lora)
     with pytest.raises(ModelError, match=f"{said}.*[Mm]erge"):
-        shelf.load(source(base, adapter), numerics())
+        loader.load(source(base, adapter), numerics())
 
 
-def test_a_checkpoint_without_config(shelf: ModelShelf, folders: Mapping[str, Path], tmp_path: Path) -> None:
+def test_a_checkpoint_without_config(loader: ModelLoader, folders: Mapping[str, Path], tmp_path: Path) -> None:
     from dpo_score.models.resolve import Resolver
 
     torch.save({"state": tiny_model(seed=3).state_dict()}, tmp_path / "policy.pt")
     resolver = Resolver(tmp_path / "cache", sha256, allow_pickle=True)
     found: ModelSource = resolver.state_over(source(folders["llama"]), tmp_path / "policy.pt", "policy")
-    ours = scored(shelf.load(found, numerics()), numerics())
-    refuse_differences(ours, scored(ModelShelf().load(found, numerics(ways=1)), numerics(ways=1)))
+    ours = scored(loader.load(found, numerics()), numerics())
+    refuse_differences(ours, scored(ModelLoader().load(found, numerics(ways=1)), numerics(ways=1)))
 
 
 def test_what_all_ranks_refuse_is_refused_as_one_process_does(
-    shelf: ModelShelf, folders: Mapping[str, Path], tmp_path: Path
+    loader: ModelLoader, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     """And the group goes on with the next model."""
     model = tiny_model()
     del model.model.layers[1].mlp.up_proj
     model.save_pretrained(tmp_path / "part")
     with pytest.raises(ModelError, match="missing from the checkpoint"):
-        shelf.load(source(tmp_path / "part"), numerics())
-    assert scored(shelf.load(source(folders["llama"]), numerics()), numerics())
+        loader.load(source(tmp_path / "part"), numerics())
+    assert scored(loader.load(source(folders["llama"]), numerics()), numerics())
 
 
 @pytest.mark.parametrize(
