@@ -1,9 +1,9 @@
-"""Stored log-probabilities → rewards, margins, loss: the derived columns of a score table.
+"""From stored log-probabilities to rewards, margins and loss: the derived columns of a score table.
 
-A pure function of the stored values, elementwise in float64: the same values give the same bits whatever the
-block, so rescore and verify reproduce them on one machine. (Another processor's exp and log may differ in the last
-bit.) Unknown is null. A loss that leaves the floating-point range is null with `loss_code` "overflow".
-Gradients come from the formulas by exact forward differentiation (dual.py), not by differences.
+A pure function of the stored values, elementwise in float64: the same values give the same bits in any block, so
+`rescore` and `verify` reproduce them on one machine. (Another processor's exp and log may differ in the last bit.) An
+unknown value is null. A loss that leaves the floating-point range is null, with `loss_code` "overflow". Gradients come
+from the formulas by exact forward differentiation (`ops.Dual`), not by finite differences.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from dpo_score.errors import ConfigError
 from dpo_score.losses.custom import evaluate_custom
-from dpo_score.losses.dual import Dual
-from dpo_score.losses.ops import Floats
-from dpo_score.losses.parse import Inputs, ResolvedLoss, evaluate, numbers
+from dpo_score.losses.ops import Dual, Floats
+from dpo_score.losses.parse import LossInputs, ResolvedLoss, evaluate, formula_inputs
 
 DERIVED = (
     "chosen_rewards",
@@ -101,13 +100,13 @@ def derive(
     return rewards | {"dpo_weight": weights, "loss": np.where(overflow, np.nan, values), "loss_code": code}
 
 
-def _inputs(columns: Mapping[str, Floats], loss: ResolvedLoss) -> Inputs:
+def _inputs(columns: Mapping[str, Floats], loss: ResolvedLoss) -> LossInputs:
     known = {name: columns[column] for name, column in COLUMN_OF_INPUT.items() if column in columns}
     for name in ("chosen_tokens", "rejected_tokens"):
         if name in known:
             known[name] = np.where(known[name] > 0, known[name], np.nan)
     offset = loss.modifiers.offset_column
-    return Inputs(**known, offset=None if offset is None else columns[offset])
+    return LossInputs(**known, offset=None if offset is None else columns[offset])
 
 
 def _complete(columns: Mapping[str, Floats], loss: ResolvedLoss) -> NDArray[np.bool_]:
@@ -120,10 +119,10 @@ def _complete(columns: Mapping[str, Floats], loss: ResolvedLoss) -> NDArray[np.b
     return np.asarray(complete, dtype=np.bool_)
 
 
-def _rewards(x: Inputs, loss: ResolvedLoss, has_reference: bool) -> dict[str, Floats]:
+def _rewards(x: LossInputs, loss: ResolvedLoss, has_reference: bool) -> dict[str, Floats]:
     """β·Δ where there is a reference, whatever the loss; else what trainers without a reference log."""
     plain = replace(loss, modifiers=replace(loss.modifiers, reference_free=False))
-    n = numbers(plain, x if has_reference else replace(x, ref_chosen=None, ref_rejected=None))
+    n = formula_inputs(plain, x if has_reference else replace(x, ref_chosen=None, ref_rejected=None))
     if has_reference:
         chosen, rejected = n.delta_chosen, n.delta_rejected
         nats = chosen - rejected
@@ -143,7 +142,7 @@ def _rewards(x: Inputs, loss: ResolvedLoss, has_reference: bool) -> dict[str, Fl
 
 
 def _loss_and_weight(
-    columns: Mapping[str, Floats], x: Inputs, loss: ResolvedLoss, complete: NDArray[np.bool_]
+    columns: Mapping[str, Floats], x: LossInputs, loss: ResolvedLoss, complete: NDArray[np.bool_]
 ) -> tuple[Floats, Floats]:
     """Loss per pair and −(∂loss/∂πc)/β, NaN where an input is missing."""
     rows = len(complete)
@@ -157,12 +156,12 @@ def _loss_and_weight(
     return values, weights
 
 
-def _take(x: Inputs, rows: NDArray[np.bool_]) -> Inputs:
-    fields = {name: getattr(x, name) for name in Inputs.__dataclass_fields__}
-    return Inputs(**{name: None if value is None else value[rows] for name, value in fields.items()})
+def _take(x: LossInputs, rows: NDArray[np.bool_]) -> LossInputs:
+    fields = {name: getattr(x, name) for name in LossInputs.__dataclass_fields__}
+    return LossInputs(**{name: None if value is None else value[rows] for name, value in fields.items()})
 
 
-def _seed(x: Inputs, side: str) -> Inputs:
+def _seed(x: LossInputs, side: str) -> LossInputs:
     """Differentiate with respect to the log-probability of one side.
 
     Under LD weighting a change of any of the first min(nc, nr) tokens moves the full and the shared sum alike.
@@ -171,7 +170,7 @@ def _seed(x: Inputs, side: str) -> Inputs:
     return replace(x, **{name: Dual.seed(getattr(x, name)) for name in names})
 
 
-def gradient(loss: ResolvedLoss, x: Inputs, side: str) -> Floats:
+def gradient(loss: ResolvedLoss, x: LossInputs, side: str) -> Floats:
     """∂loss/∂π of one side ("chosen" or "rejected") for every pair, exact."""
     with np.errstate(all="ignore"):
         result = evaluate(loss, _seed(x, side))

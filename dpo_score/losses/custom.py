@@ -2,10 +2,10 @@
 
     def my_loss(columns: dict[str, numpy.ndarray], beta: float) -> numpy.ndarray: ...
 
-`columns` are the numeric columns of a score table as float64, NaN where null; the result has one value per row.
-Naming the file on the command line or in one's own pipeline file is consent to run it: nothing else is ever imported
-from data. What runs is the bytes whose SHA-256 is its identity, never a compiled copy beside them; what it imports in
-turn is not covered. Derivatives are unknown, hence `dpo_weight` is null.
+`columns` are the numeric columns of a score table as float64, NaN where null; the result has one value a row. To name
+the file on the command line or in the pipeline file is consent to run it: code is never imported from data. The loss is
+identified by the SHA-256 of the file, and exactly these bytes are compiled and run; files that it imports are not part
+of its identity. Its derivative is unknown, hence `dpo_weight` is null.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`evaluate_pairs`: log-probabilities in, a dictionary of numbers out, for notebooks and exercises.
+"""`evaluate_pairs`: from log-probabilities to a dictionary of numbers, for notebooks and exercises.
 
-Takes lists, NumPy arrays, torch tensors or polars Series of one length. Computes in float64 NumPy; torch is never
-imported here (a tensor brings its own). Not differentiable: use `DPOLoss` for training.
+Takes lists, NumPy arrays, torch tensors or polars Series of one length. Computes in float64 NumPy and does not import
+torch. Not differentiable: use `DPOLoss` for training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dpo_score.config.schema import LossSpec
 from dpo_score.errors import DataError, UsageError
 from dpo_score.losses.columns import gradient
 from dpo_score.losses.ops import Floats, is_tensor
-from dpo_score.losses.parse import Inputs, ResolvedLoss, evaluate, parse_loss
+from dpo_score.losses.parse import LossInputs, ResolvedLoss, evaluate, parse_loss
 
 
 def evaluate_pairs(
@@ -47,10 +47,10 @@ def evaluate_pairs(
         rejected_tokens=rejected_tokens,
     )
     _check_computable(resolved, arrays)
-    return _numbers(resolved, Inputs(**arrays))
+    return _numbers(resolved, LossInputs(**arrays))
 
 
-def _numbers(loss: ResolvedLoss, x: Inputs) -> dict[str, Any]:
+def _numbers(loss: ResolvedLoss, x: LossInputs) -> dict[str, Any]:
     n = len(x.policy_chosen)
     delta_chosen, delta_rejected = x.policy_chosen - x.ref_chosen, x.policy_rejected - x.ref_rejected
     with np.errstate(all="ignore"):

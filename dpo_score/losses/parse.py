@@ -1,32 +1,119 @@
-"""From what a user asked for (`LossSpec`) to a loss that can be computed (`ResolvedLoss`).
+"""From the loss that a user asked for (`LossSpec`) to a loss that can be computed (`ResolvedLoss`).
 
-`sigmoid`, `0.8*sigmoid+0.2*bco_pair+1*sft` (a weighted sum) and `path.py:function` (custom.py) are the three forms.
-Formulas live in formulas.py, their table in registry.py. Everything a number depends on is in `identity()`.
-No torch: tensors are served when they are given.
+A name is `sigmoid`, a weighted sum such as `0.8*sigmoid+0.2*bco_pair+1*sft`, or `path.py:function` (custom.py). Keys
+and values of `--loss-param` are checked here; a key that the named loss does not read is refused too, because a
+parameter without effect is a mistake. `ResolvedLoss.identity()` holds everything that the numbers depend on.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dpo_score.config.schema import LossSpec
 from dpo_score.errors import ConfigError, nearest
 from dpo_score.losses.custom import CustomLoss, is_custom, load_custom
-from dpo_score.losses.formulas import Numbers, Settings, f_score
+from dpo_score.losses.formulas import LOSSES, FormulaInputs, Loss, LossSettings, f_score
 from dpo_score.losses.ops import Array, detached, exp
-from dpo_score.losses.params import Modifiers, check_keys, checked_number, parse_modifiers
-from dpo_score.losses.registry import LOSSES, Loss
 
-__all__ = ["LOSSES", "Inputs", "Loss", "ResolvedLoss", "Term", "evaluate", "numbers", "parse_loss"]
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+@dataclass(frozen=True, slots=True)
+class Modifiers:
+    """What may be laid over any loss. `ld_alpha` None and `wpo` False: off."""
+
+    f_divergence: str = "reverse_kl"
+    f_alpha: float = 0.5
+    ld_alpha: float | None = None
+    wpo: bool = False
+    reference_free: bool = False
+    offset_column: str | None = None
+
+
+def _not_negative(value: float) -> bool:
+    return value >= 0.0
+
+
+NUMBERS: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "gamma_beta_ratio": (_not_negative, "at least 0"),
+    "lambda": (_not_negative, "at least 0"),
+    "alpha": (_not_negative, "at least 0"),
+    "tau": (lambda value: value > 0.0, "above 0"),
+    "kl": (_not_negative, "at least 0 (a KL divergence in nats)"),
+    "f_alpha": (math.isfinite, "a finite number"),
+    "ld_alpha": (lambda value: 0.0 <= value <= 1.0, "between 0 and 1"),
+}
+FLAGS = ("wpo", "reference_free")
+KEYS = (*NUMBERS, *FLAGS, "f_divergence", "offset_column")
+
+
+def checked_number(key: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    allowed, words = NUMBERS[key]
+    if isinstance(value, bool) or not math.isfinite(number) or not allowed(number):
+        raise ConfigError(f"loss parameter {key}={value!r}: must be {words}")
+    return number
+
+
+def checked_flag(key: str, value: Any) -> bool:
+    known = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+    flag = known.get(str(value).lower())
+    if flag is None:
+        raise ConfigError(f"loss parameter {key}={value!r}: must be true or false")
+    return flag
+
+
+def _checked_divergence(value: Any) -> str:
+    if value not in DIVERGENCES:
+        raise ConfigError(f"loss parameter f_divergence={value!r}: {nearest(str(value), DIVERGENCES)}")
+    return str(value)
+
+
+def check_keys(params: Mapping[str, Any], losses: Sequence[Loss], name: str) -> None:
+    """Refuse unknown keys and those that no term of the loss reads."""
+    readable = {"ld_alpha", "wpo", "reference_free"}.union(*(loss.params for loss in losses))
+    readable |= {"f_divergence", "f_alpha"} if all(loss.f_divergence for loss in losses) else set()
+    readable |= {"offset_column"} if any(loss.offset for loss in losses) else set()
+    for key in params:
+        if key not in KEYS:
+            raise ConfigError(f"unknown loss parameter {key!r}: {nearest(key, KEYS)}")
+        if key not in readable and not (key == "f_divergence" and params[key] == "reverse_kl"):
+            raise ConfigError(
+                f"loss {name!r} does not read the parameter {key!r}; it reads {', '.join(sorted(readable))}"
+            )
+
+
+def parse_modifiers(params: Mapping[str, Any]) -> Modifiers:
+    """The modifiers among checked keys. `f_alpha` without alpha_divergence is refused."""
+    divergence = _checked_divergence(params.get("f_divergence", "reverse_kl"))
+    if "f_alpha" in params and divergence != "alpha_divergence":
+        raise ConfigError("loss parameter f_alpha is read only with f_divergence=alpha_divergence")
+    ld_alpha = params.get("ld_alpha")
+    column = params.get("offset_column")
+    return Modifiers(
+        f_divergence=divergence,
+        f_alpha=checked_number("f_alpha", params.get("f_alpha", 0.5)),
+        ld_alpha=None if ld_alpha is None else checked_number("ld_alpha", ld_alpha),
+        wpo=checked_flag("wpo", params.get("wpo", False)),
+        reference_free=checked_flag("reference_free", params.get("reference_free", False)),
+        offset_column=None if column is None else str(column),
+    )
+
+
+__all__ = ["LOSSES", "Loss", "LossInputs", "ResolvedLoss", "Term", "evaluate", "formula_inputs", "parse_loss"]
 
 _TERM = re.compile(r"(?:([0-9.eE+-]+)\*)?([A-Za-z_]\w*)")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Inputs:
+class LossInputs:
     """Stored per-sequence numbers, shape (pairs,), nats: what a score table holds. None = not stored."""
 
     policy_chosen: Array
@@ -48,7 +135,7 @@ class Inputs:
 class Term:
     weight: float
     loss: Loss
-    settings: Settings
+    settings: LossSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,13 +270,13 @@ def _check_smoothing_is_read(spec: LossSpec, losses: list[Loss]) -> None:
         raise ConfigError(f"loss {spec.name!r} has no label smoothing; the losses that have: {readers}")
 
 
-def _settings(spec: LossSpec, loss: Loss, beta: float) -> Settings:
+def _settings(spec: LossSpec, loss: Loss, beta: float) -> LossSettings:
     params = {key: checked_number(key, spec.params.get(key, default)) for key, default in loss.params.items()}
     if loss.label_smoothing is None:
-        return Settings(beta, 0.0, params)
+        return LossSettings(beta, 0.0, params)
     epsilon = loss.label_smoothing if spec.label_smoothing is None else float(spec.label_smoothing)
     _check_smoothing(epsilon, loss.name)
-    return Settings(beta, epsilon, params)
+    return LossSettings(beta, epsilon, params)
 
 
 def _check_smoothing(epsilon: float, name: str) -> None:
@@ -210,7 +297,7 @@ def _check_modifiers(modifiers: Modifiers, losses: list[Loss], name: str) -> Non
         raise ConfigError(f"{name!r}: a loss over the whole set stands alone, not in a sum")
 
 
-def numbers(loss: ResolvedLoss, x: Inputs) -> Numbers:
+def formula_inputs(loss: ResolvedLoss, x: LossInputs) -> FormulaInputs:
     """What the formulas read, after the LD weighting, the reference and the divergence of `loss`."""
     m = loss.modifiers
     chosen, rejected = (
@@ -226,11 +313,11 @@ def numbers(loss: ResolvedLoss, x: Inputs) -> Numbers:
         "offset": x.offset,
     }
     if x.ref_chosen is None and not m.reference_free:
-        return Numbers(**common)
+        return FormulaInputs(**common)
     ref_chosen = 0.0 * detached(chosen) if m.reference_free else _ld(x.ref_chosen, x.ref_chosen_shared, m)
     ref_rejected = 0.0 * detached(rejected) if m.reference_free else _ld(x.ref_rejected, x.ref_rejected_shared, m)
     delta_chosen, delta_rejected = chosen - ref_chosen, rejected - ref_rejected
-    return Numbers(
+    return FormulaInputs(
         **common,
         ref_chosen=ref_chosen,
         ref_rejected=ref_rejected,
@@ -253,12 +340,12 @@ def _wpo(full: Array, log_sum_sq: Array, tokens: Array) -> Array:
     return exp((detached(full) - log_sum_sq) / tokens)
 
 
-def evaluate(loss: ResolvedLoss, x: Inputs) -> Array:
+def evaluate(loss: ResolvedLoss, x: LossInputs) -> Array:
     """The loss of every pair, shape (pairs,), not reduced. Overflow stays inf or NaN here.
 
-    A custom loss reads columns, not `Inputs`: derive.py calls it.
+    A custom loss reads columns, not `LossInputs`: columns.py calls it.
     """
-    values = numbers(loss, x)
+    values = formula_inputs(loss, x)
     total: Array = None
     for term in loss.terms:
         value = term.loss.formula(values, term.settings)

@@ -1,8 +1,8 @@
 """DPO in training code: `DPOLoss` and `sequence_logps`, on torch tensors.
 
-`DPOLoss` has the signature and semantics of torchtune's class of that name and calls the formula that scoring
-uses. Batching, gathering across devices and reference models are the caller's. The only file of scores/ that
-imports torch.
+`DPOLoss` has the signature and semantics of torchtune's class of that name and calls the formula that scoring uses.
+Batching, gathering across devices and the reference model are the caller's. The only file of losses/ that imports torch
+when it is loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpo_score.config.schema import LossSpec
 from dpo_score.errors import UsageError
-from dpo_score.losses.parse import Inputs, evaluate, parse_loss
+from dpo_score.losses.parse import LossInputs, evaluate, parse_loss
 
 
 class DPOLoss(nn.Module):
@@ -44,7 +44,7 @@ class DPOLoss(nn.Module):
         _check_one_shape(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
         losses: Tensor = evaluate(
             self._loss,
-            Inputs(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps),
+            LossInputs(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps),
         )
         chosen_rewards = self.beta * (policy_chosen_logps - reference_chosen_logps).detach()
         rejected_rewards = self.beta * (policy_rejected_logps - reference_rejected_logps).detach()

@@ -15,8 +15,18 @@ from typing import TypeAlias
 import numpy as np
 
 from dpo_score.losses.ops import Floats
-from dpo_score.metrics.intervals import LEVEL, NO_SPREAD, Clusters, effective_size, mean_test, repeats, tango
-from dpo_score.metrics.student import normal_quantile, t_quantile, t_two_sided_p
+from dpo_score.metrics.intervals import (
+    LEVEL,
+    NO_SPREAD,
+    Clusters,
+    effective_size,
+    mean_test,
+    normal_quantile,
+    repeats,
+    t_quantile,
+    t_two_sided_p,
+    tango,
+)
 
 NOT_PAIRED = "fewer than two independent groups of pairs on both sides"
 NO_PAIR = "no pair that both sides rank"

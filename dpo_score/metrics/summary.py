@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from dpo_score.losses.ops import Floats
 from dpo_score.metrics.arrays import Rows, collect
-from dpo_score.metrics.diagnosis import diagnose
+from dpo_score.metrics.diagnostics import diagnose
 from dpo_score.metrics.intervals import Clusters, deviation, mean, mean_interval, quantiles, share_interval
 
 NO_REFERENCE = "scored without a reference"

@@ -19,8 +19,7 @@ from dpo_score.config.checkpoint_glob import natural
 from dpo_score.data.types import MARKS, EncodedPair, Pair
 from dpo_score.errors import UsageError, nearest
 from dpo_score.escape import safe
-from dpo_score.metrics.compare import Lineup, line_up
-from dpo_score.metrics.matchup import matchup
+from dpo_score.metrics.compare import Lineup, line_up, matchup
 from dpo_score.metrics.suspect_labels import label_audit
 from dpo_score.report.content import Facts
 from dpo_score.report.numbers import numbers

@@ -10,7 +10,7 @@ from typing import Any
 from dpo_score.metrics import sentences as verdict
 from dpo_score.metrics.compare import Lineup
 from dpo_score.metrics.suspect_labels import Audit
-from dpo_score.report import charts as figures
+from dpo_score.report import charts
 from dpo_score.report.selection import Selection
 
 Cell = Mapping[str, Any]
@@ -55,7 +55,7 @@ def palette(lineup: Lineup, found: Cell) -> Palette:
         else [found["baseline"] or names[0], found["best"] or names[-1], names[-1]]
     )
     key = tuple(name for name in names if name in wanted)[:KEY_POLICIES]
-    if len(names) <= figures.COLOURS:
+    if len(names) <= charts.COLOURS:
         return Palette({name: index for index, name in enumerate(names)}, key)
     return Palette({name: key.index(name) if name in key else NEUTRAL for name in names}, key)
 

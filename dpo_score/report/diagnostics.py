@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 
 from dpo_score.metrics.compare import Lineup, per_pair
-from dpo_score.metrics.diagnosis import diagnose
-from dpo_score.metrics.diagnostics import DEFINITIONS
+from dpo_score.metrics.diagnostics import DEFINITIONS, diagnose
 from dpo_score.metrics.summary import ranking, share
-from dpo_score.report import charts as figures
+from dpo_score.report import charts
 from dpo_score.report.content import NARROW, Cell, Facts, Palette, bounds, percent, signed
-from dpo_score.report.spread import dot_plot
+from dpo_score.report.sections import dot_plot
 
 LENGTH_BINS = (
     ("chosen much shorter", -np.inf, -0.5),
@@ -43,7 +42,7 @@ def calibration(facts: Facts, colours: Palette) -> dict[str, Any]:
         rows.append(
             {
                 "name": name,
-                "swatch": figures.swatch(colours.colours[name]),
+                "swatch": charts.swatch(colours.colours[name]),
                 "ece": _plain(cell["ece"]),
                 "brier": _plain(cell["brier"]),
                 "nll": _plain(cell["nll"]),
@@ -51,7 +50,7 @@ def calibration(facts: Facts, colours: Palette) -> dict[str, Any]:
                 "best_beta": _beta(cell["best_beta"]),
             }
         )
-    return {"rows": rows, "svg": figures.reliability(lines, "accuracy against confidence, by policy")}
+    return {"rows": rows, "svg": charts.reliability(lines, "accuracy against confidence, by policy")}
 
 
 def _beta(fit: Cell) -> str:
@@ -74,7 +73,7 @@ def length(facts: Facts, colours: Palette) -> dict[str, Any]:
         rows.append(
             {
                 "name": name,
-                "swatch": figures.swatch(colours.colours[name]),
+                "swatch": charts.swatch(colours.colours[name]),
                 "accuracy": percent(right["value"]),
                 "controlled": _shared(cell["length_controlled_accuracy"]),
                 "longer": _shared(alone["longer_wins"]),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_score.metrics.compare import Lineup, Scored
-from dpo_score.metrics.diagnosis import diagnose
+from dpo_score.metrics.diagnostics import diagnose
 from dpo_score.metrics.summary import ranking
 
 TITLES = {

@@ -18,10 +18,7 @@ from markupsafe import Markup
 from dpo_score.escape import safe
 from dpo_score.metrics.diagnostics import DEFINITIONS
 from dpo_score.metrics.sentences import sentences
-from dpo_score.report import curves, spread
-from dpo_score.report import diagnostics as causes
-from dpo_score.report import examples as passages
-from dpo_score.report import sections as standings
+from dpo_score.report import diagnostics, examples, sections
 from dpo_score.report.content import Facts, palette
 
 
@@ -32,20 +29,20 @@ def render(facts: Facts) -> str:
         {
             "facts": facts,
             "sentences": sentences(facts.found),
-            "tiles": standings.tiles(facts),
-            "levels": standings.levels(facts, colours),
-            "asides": standings.asides(facts),
-            "curves": curves.curves(facts),
-            "differences": standings.differences(facts),
-            "subsets": spread.subsets(facts, colours),
-            "slices": spread.slices(facts, colours),
-            "margins": spread.margins(facts, colours),
-            "calibration": causes.calibration(facts, colours),
-            "length": causes.length(facts, colours),
-            "health": causes.health(facts),
-            "noise": causes.noise(facts),
-            "changed": passages.changed(facts),
-            "listed": passages.listed(facts),
+            "tiles": sections.tiles(facts),
+            "levels": sections.levels(facts, colours),
+            "asides": sections.asides(facts),
+            "curves": sections.curves(facts),
+            "differences": sections.differences(facts),
+            "subsets": sections.subsets(facts, colours),
+            "slices": sections.slices(facts, colours),
+            "margins": sections.margins(facts, colours),
+            "calibration": diagnostics.calibration(facts, colours),
+            "length": diagnostics.length(facts, colours),
+            "health": diagnostics.health(facts),
+            "noise": diagnostics.noise(facts),
+            "changed": examples.changed(facts),
+            "listed": examples.listed(facts),
             "definitions": DEFINITIONS,
         }
     )

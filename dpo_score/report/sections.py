@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_score.metrics.compare import per_pair
+import numpy as np
+
+from dpo_score.metrics.compare import Scored, counted, per_pair
+from dpo_score.metrics.diagnostics import diagnose
 from dpo_score.metrics.sentences import p_value
-from dpo_score.metrics.summary import share
-from dpo_score.report import charts as figures
+from dpo_score.metrics.summary import measure, share
+from dpo_score.report import charts
+from dpo_score.report.charts import Dot, Series
 from dpo_score.report.content import Cell, Facts, Palette, bounds, percent, signed
+from dpo_score.report.tables import SLICE_METRICS
 
 HEADINGS = {"accuracy": "Accuracy", "margins": "Margin", "margins_nats": "Margin in nats", "loss": "Loss"}
 
@@ -44,7 +49,7 @@ def levels(facts: Facts, colours: Palette) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": policy["name"],
-                "swatch": figures.swatch(colour),
+                "swatch": charts.swatch(colour),
                 "best": policy["name"] == facts.found["best"],
                 "accuracy": percent(policy["accuracy"]["value"]),
                 "interval": bounds(policy["accuracy"]["ci95"], 100, 1),
@@ -53,7 +58,7 @@ def levels(facts: Facts, colours: Palette) -> list[dict[str, Any]]:
                 "margin": signed(policy["margins"]["mean"]),
                 "nats": signed(policy["margins_nats"]["mean"]),
                 "loss": "–" if policy["loss"]["mean"] is None else f"{policy['loss']['mean']:.3f}",
-                "histogram": figures.tiny_histogram(policy["histogram"], colour, title),
+                "histogram": charts.tiny_histogram(policy["histogram"], colour, title),
             }
         )
     return rows
@@ -108,4 +113,168 @@ def _difference(item: Cell, scale: float) -> dict[str, Any]:
         "won": item["won"] if unit else "",
         "lost": item["lost"] if unit else "",
         "detectable": "–" if item["detectable"] is None else f"{scale * item['detectable']:.2f}",
+    }
+
+
+SHOWN_HISTOGRAMS = 8
+
+
+def subsets(facts: Facts, colours: Palette) -> list[dict[str, Any]]:
+    """Dot plots: data sets where there are several, subsets where there are any."""
+    listed = []
+    for label, heading in (("dataset", "Data set"), ("subset", "Subset")):
+        groups = facts.found["subsets"][label]
+        if len(groups) >= (2 if label == "dataset" else 1):
+            listed.append({"heading": heading, **dot_plot(groups, colours)})
+    return listed
+
+
+def slices(facts: Facts, colours: Palette) -> list[dict[str, Any]]:
+    """For each slice: how it was cut, a dot plot of accuracy, and the means of every group."""
+    return [
+        {"heading": name, "how": one["cut"], "cells": _means(one["groups"], colours)}
+        | dot_plot(one["groups"], colours, ranked=False)
+        for name, one in facts.found["slices"].items()
+        if one["groups"]
+    ]
+
+
+def _means(groups: Cell, colours: Palette) -> list[dict[str, Any]]:
+    """A row for each group and key policy: means with their intervals."""
+    return [
+        {
+            "group": name,
+            "policy": policy,
+            "swatch": charts.swatch(colours.colours[policy]),
+            "means": [_mean(group["policies"][policy][metric]) for metric in SLICE_METRICS],
+        }
+        for name, group in groups.items()
+        for policy in colours.key
+    ]
+
+
+def _mean(cell: Cell) -> tuple[str, str]:
+    return signed(cell["mean"], 3), bounds(cell["ci95"], digits=3)
+
+
+def dot_plot(groups: Cell, colours: Palette, ranked: bool = True) -> dict[str, Any]:
+    """Accuracy of the key policies in each group. `ranked`: highest first, else in the order given."""
+    cells = {name: [group["policies"][policy]["accuracy"] for policy in colours.key] for name, group in groups.items()}
+    values = [
+        v for row in cells.values() for cell in row for v in (cell["value"], *(cell["ci95"] or ())) if v is not None
+    ]
+    low, high = min([0.5, *values]), max([0.5, *values])
+    low, high = max(0.0, np.floor(10 * low) / 10), min(1.0, np.ceil(10 * high + 1e-9) / 10)
+    high = high if high > low else low + 0.1
+    order = sorted(groups, key=lambda name: (-(cells[name][-1]["value"] or 0.0), name)) if ranked else list(groups)
+    rows = [
+        {
+            "name": name,
+            "pairs": groups[name]["pairs"],
+            "svg": _dots(name, cells[name], colours, low, high),
+            "values": [percent(cell["value"]) for cell in cells[name]],
+        }
+        for name in order
+    ]
+    legend = [(name, charts.swatch(colours.colours[name])) for name in colours.key]
+    means = [_mean_of([cell["value"] for cell in column]) for column in zip(*cells.values(), strict=True)]
+    return {"rows": rows, "axis": charts.dot_axis(low, high), "legend": legend, "means": means}
+
+
+def _mean_of(values: Sequence[float | None]) -> str:
+    """The macro mean: each group counting once."""
+    kept = [value for value in values if value is not None]
+    return percent(sum(kept) / len(kept) if kept else None)
+
+
+def _dots(name: str, cells: Sequence[Cell], colours: Palette, low: float, high: float) -> Any:
+    dots = []
+    for policy, cell in zip(colours.key, cells, strict=True):
+        least, most = cell["ci95"] or (None, None)
+        dots.append(Dot(cell["value"], least, most, colours.colours[policy]))
+    spoken = ", ".join(f"{policy} {percent(cell['value'])}" for policy, cell in zip(colours.key, cells, strict=True))
+    return charts.dot_row(dots, low, high, f"{name}: {spoken}", 0.5)
+
+
+def margins(facts: Facts, colours: Palette) -> list[dict[str, Any]]:
+    """Histograms on one scale, at most SHOWN_HISTOGRAMS policies, evenly drawn from all."""
+    edges = np.asarray(facts.found["margin_edges"])
+    policies = facts.lineup.policies
+    places = np.unique(np.linspace(0, len(policies) - 1, min(len(policies), SHOWN_HISTOGRAMS)).astype(int))
+    chosen = [policies[int(place)] for place in places]
+    top = max(max(counted(policy.margins, edges)) for policy in chosen)
+    return [_margin(policy, edges, top, colours) for policy in chosen]
+
+
+def _margin(policy: Scored, edges: Any, top: int, colours: Palette) -> dict[str, Any]:
+    kept = policy.margins[np.isfinite(policy.margins)]
+    below = float(np.mean(kept < 0)) if len(kept) else None
+    note = f"{percent(below)} below 0; median {signed(float(np.median(kept)) if len(kept) else None)}"
+    spoken = f"margins of {policy.name}: {note}"
+    svg = charts.histogram(counted(policy.margins, edges), edges.tolist(), spoken, colours.colours[policy.name], top)
+    return {"name": policy.name, "note": note, "svg": svg}
+
+
+def curves(facts: Facts) -> dict[str, Any]:
+    """Small charts over checkpoints; empty for a single policy."""
+    policies = facts.lineup.policies
+    if len(policies) < 2:
+        return {"charts": []}
+    steps = [policy.step for policy in policies]
+    by_step = None not in steps and len(set(steps)) == len(steps)
+    if by_step:
+        policies = tuple(sorted(policies, key=lambda policy: policy.step or 0))
+    x = [float(policy.step or 0) if by_step else float(index) for index, policy in enumerate(policies)]
+    names = [str(policy.step) if by_step else policy.name for policy in policies]
+    return {"charts": _charts(policies, x, names), "axis": "training step" if by_step else "policy"}
+
+
+def _charts(policies: Sequence[Scored], x: Sequence[float], names: Sequence[str]) -> list[dict[str, Any]]:
+    def measured(metric: str, label: str, colour: int = 0) -> Series:
+        cells = [measure(per_pair(policy.rows, metric), policy.rows.repeated) for policy in policies]
+        return _series(label, [cell["mean"] for cell in cells], cells, colour)
+
+    right = [share(per_pair(policy.rows, "accuracy"), policy.rows.repeated) for policy in policies]
+    accuracy = _series("accuracy", [cell["value"] for cell in right], right, 0)
+    health = [diagnose(policy.rows)["health"] for policy in policies]
+
+    def healthy(name: str, label: str, colour: int = 0) -> Series:
+        return _series(label, [cell[name]["value"] for cell in health], [cell[name] for cell in health], colour)
+
+    rewards = [measured("chosen_rewards", "chosen"), measured("rejected_rewards", "rejected", 1)]
+    drift = [healthy("drift_chosen", "chosen"), healthy("drift_rejected", "rejected", 1)]
+    drawn = [
+        ("Accuracy", "share of pairs ranked as labelled", [accuracy], charts.percent, 0.5),
+        ("Margin", "chosen reward minus rejected reward", [measured("margins", "margin")], charts.short, 0.0),
+        ("Rewards", "which side the margin comes from", rewards, charts.short, 0.0),
+        ("Loss", "mean loss", [measured("loss", "loss")], charts.short, None),
+        ("Drift", "nats per token against the reference", drift, charts.short, 0.0),
+        (
+            "Displacement",
+            "share of pairs whose chosen answer fell",
+            [healthy("displaced", "displaced")],
+            charts.percent,
+            None,
+        ),
+    ]
+    return [_chart(x, names, *one) for one in drawn if any(value is not None for s in one[2] for value in s.y)]
+
+
+def _series(label: str, values: Sequence[float | None], cells: Sequence[Cell], colour: int) -> Series:
+    pairs = [cell["ci95"] or (None, None) for cell in cells]
+    return Series(label, values, [low for low, _ in pairs], [high for _, high in pairs], colour)
+
+
+def _chart(
+    x: Sequence[float], names: Sequence[str], title: str, note: str, series: Sequence[Series], form: Any, across: Any
+) -> dict[str, Any]:
+    legend = [(one.label, charts.swatch(one.colour)) for one in series] if len(series) > 1 else []
+    spoken = f"{title} over checkpoints: " + "; ".join(
+        f"{one.label} " + ", ".join("none" if v is None else form(v) for v in one.y) for one in series
+    )
+    return {
+        "title": title,
+        "note": note,
+        "legend": legend,
+        "svg": charts.line_chart(x, names, series, spoken, form, across),
     }

@@ -17,8 +17,7 @@ from dpo_score.cli.console import console, print_json, table
 from dpo_score.data.types import Pair
 from dpo_score.escape import safe
 from dpo_score.metrics.compare import line_up
-from dpo_score.metrics.similar import near_duplicates, similarity
-from dpo_score.metrics.suspect_labels import Audit, Suspect, label_audit
+from dpo_score.metrics.suspect_labels import Audit, Suspect, label_audit, near_duplicates, similarity
 from dpo_score.results.run_folder import chosen_names, open_out, parts, read_scored
 from dpo_score.results.source_text import TextSource, plain_text, text_source
 from dpo_score.storage.io import Store

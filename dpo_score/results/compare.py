@@ -12,9 +12,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dpo_score.errors import ConfigError, FailIfError, UsageError, nearest
-from dpo_score.metrics.compare import Lineup, Scored, line_up
+from dpo_score.metrics.compare import Lineup, Scored, line_up, matchup
 from dpo_score.metrics.gate import firing, needs_baseline, parse_condition
-from dpo_score.metrics.matchup import matchup
 from dpo_score.results.groups import read_sliced
 from dpo_score.results.run_folder import chosen_names, open_out, read_scored
 

@@ -93,9 +93,9 @@ def test_what_needs_more_than_sums_says_so() -> None:
 
 
 LIGHT = """
-    losses.columns losses.custom losses.dual losses.evaluate losses.formulas losses.ops losses.params losses.parse
-    losses.registry metrics.arrays metrics.calibration metrics.health metrics.intervals metrics.length
-    metrics.paired_tests metrics.student metrics.summary
+    losses.columns losses.custom losses.evaluate losses.formulas losses.ops losses.parse metrics.arrays metrics.compare
+    metrics.diagnostics metrics.gate metrics.groups metrics.intervals metrics.paired_tests metrics.rewardbench
+    metrics.sentences metrics.summary metrics.suspect_labels
 """
 
 

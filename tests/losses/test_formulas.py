@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dpo_score.config.schema import LossSpec
 from dpo_score.losses.columns import gradient
 from dpo_score.losses.formulas import f_score
-from dpo_score.losses.parse import LOSSES, Inputs, ResolvedLoss, evaluate, parse_loss
+from dpo_score.losses.parse import LOSSES, LossInputs, ResolvedLoss, evaluate, parse_loss
 from tests.losses.trl_oracle import random_batch
 
 LN2 = 0.6931471805599453
@@ -26,12 +26,12 @@ def resolved(name: str, beta: float | None = None, epsilon: float | None = None,
     return parse_loss(LossSpec(name=name, beta=beta, label_smoothing=epsilon, params=EXTRA.get(name, {}) | params))
 
 
-def one(pc: float, pr: float, rc: float, rr: float, nc: float = 4, nr: float = 2, offset: float = 0.5) -> Inputs:
+def one(pc: float, pr: float, rc: float, rr: float, nc: float = 4, nr: float = 2, offset: float = 0.5) -> LossInputs:
     values = [np.array([float(v)]) for v in (pc, pr, rc, rr, nc, nr)]
-    return Inputs(*values, *values[:4], *values[:2], np.array([offset]))
+    return LossInputs(*values, *values[:4], *values[:2], np.array([offset]))
 
 
-def value(name: str, x: Inputs, beta: float | None = None, epsilon: float | None = None, **params: Any) -> float:
+def value(name: str, x: LossInputs, beta: float | None = None, epsilon: float | None = None, **params: Any) -> float:
     return float(evaluate(resolved(name, beta, epsilon, **params), x)[0])
 
 
@@ -119,9 +119,9 @@ def test_f_scores_by_hand() -> None:
     assert f_score(np.array([-1e6]), "alpha_divergence", 0.5)[0] == pytest.approx(-2 * (math.exp(80) - 1))
 
 
-def tensors(x: Inputs, **grad: bool) -> Inputs:
-    arrays = {name: getattr(x, name) for name in Inputs.__dataclass_fields__}
-    return Inputs(
+def tensors(x: LossInputs, **grad: bool) -> LossInputs:
+    arrays = {name: getattr(x, name) for name in LossInputs.__dataclass_fields__}
+    return LossInputs(
         **{
             name: None if v is None else torch.tensor(v, dtype=torch.float64, requires_grad=name in grad)
             for name, v in arrays.items()
@@ -129,11 +129,11 @@ def tensors(x: Inputs, **grad: bool) -> Inputs:
     )
 
 
-def drawn(seed: int) -> Inputs:
+def drawn(seed: int) -> LossInputs:
     batch = random_batch(seed, pairs=40)
     x = batch.inputs()
-    arrays = {name: getattr(x, name) for name in Inputs.__dataclass_fields__}
-    return Inputs(**arrays | {"offset": np.linspace(0, 2, 40)})
+    arrays = {name: getattr(x, name) for name in LossInputs.__dataclass_fields__}
+    return LossInputs(**arrays | {"offset": np.linspace(0, 2, 40)})
 
 
 VARIANTS: list[dict[str, Any]] = [{}, {"ld_alpha": 0.4}, {"wpo": True}, {"reference_free": True}]
@@ -162,22 +162,22 @@ def test_the_exact_derivative_is_torchs(name: str, params: dict[str, Any], side:
 @pytest.mark.parametrize("name", [name for name in ALL if LOSSES[name].f_divergence])
 def test_the_exact_derivative_through_a_divergence_is_torchs(name: str, divergence: str) -> None:
     x = drawn(3)
-    small = Inputs(**{k: v if v is None or k.endswith("tokens") else v / 8 for k, v in fields(x).items()})
+    small = LossInputs(**{k: v if v is None or k.endswith("tokens") else v / 8 for k, v in fields(x).items()})
     loss = resolved(name, f_divergence=divergence)
     for side in ("chosen", "rejected"):
         assert gradient(loss, small, side) == pytest.approx(torch_gradient(loss, small, side), rel=1e-8, abs=1e-12)
 
 
-def fields(x: Inputs) -> dict[str, Any]:
-    return {name: getattr(x, name) for name in Inputs.__dataclass_fields__}
+def fields(x: LossInputs) -> dict[str, Any]:
+    return {name: getattr(x, name) for name in LossInputs.__dataclass_fields__}
 
 
-def torch_gradient(loss: ResolvedLoss, x: Inputs, side: str) -> np.ndarray:
+def torch_gradient(loss: ResolvedLoss, x: LossInputs, side: str) -> np.ndarray:
     """∂Σloss/∂π by autograd; under LD weighting the full and the shared sum move together."""
     t = tensors(x)
     step = torch.zeros(len(x.policy_chosen), dtype=torch.float64, requires_grad=True)
     moved = {name: getattr(t, name) + step for name in (f"policy_{side}", f"policy_{side}_shared")}
-    total = evaluate(loss, Inputs(**fields(t) | moved)).sum() + 0.0 * step.sum()  # sft never reads rejected
+    total = evaluate(loss, LossInputs(**fields(t) | moved)).sum() + 0.0 * step.sum()  # sft never reads rejected
     (found,) = torch.autograd.grad(total, step)
     return found.numpy()
 
@@ -225,6 +225,6 @@ def test_a_shift_of_policy_and_reference_alike_changes_no_reference_loss(
 def test_aot_does_not_depend_on_the_order_of_pairs() -> None:
     x = drawn(4)
     order = np.random.default_rng(0).permutation(40)
-    shuffled = Inputs(**{name: None if v is None else v[order] for name, v in fields(x).items()})
+    shuffled = LossInputs(**{name: None if v is None else v[order] for name, v in fields(x).items()})
     for name in ("aot", "aot_unpaired"):
         assert np.array_equal(evaluate(resolved(name), x)[order], evaluate(resolved(name), shuffled))

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_score.losses.dual import Dual
-from dpo_score.losses.ops import clamp_max, exp, log1mexp, log_sigmoid, rank_partner, relu, sigmoid
+from dpo_score.losses.ops import Dual, clamp_max, exp, log1mexp, log_sigmoid, rank_partner, relu, sigmoid
 
 POINTS = np.array([-800.0, -40.0, -1.0, -1e-3, 0.0, 1e-3, 1.0, 40.0, 800.0])
 

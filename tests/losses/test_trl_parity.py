@@ -12,7 +12,7 @@ import torch
 
 from dpo_score.config.schema import LossSpec
 from dpo_score.losses.columns import derive_table
-from dpo_score.losses.parse import Inputs, evaluate, parse_loss
+from dpo_score.losses.parse import LossInputs, evaluate, parse_loss
 from dpo_score.metrics.summary import summarise
 from tests.losses.trl_oracle import Batch, random_batch, trl_compute, trl_loss
 
@@ -79,9 +79,9 @@ def test_alpha_divergence(name: str, f_alpha: float) -> None:
         assert float(found[i]) == pytest.approx(expected, rel=2e-6, abs=1e-30)
 
 
-def in_float32(inputs: Inputs) -> Inputs:
-    arrays = {name: getattr(inputs, name) for name in Inputs.__dataclass_fields__}
-    return Inputs(**{k: None if v is None else torch.as_tensor(v, dtype=torch.float32) for k, v in arrays.items()})
+def in_float32(inputs: LossInputs) -> LossInputs:
+    arrays = {name: getattr(inputs, name) for name in LossInputs.__dataclass_fields__}
+    return LossInputs(**{k: None if v is None else torch.as_tensor(v, dtype=torch.float32) for k, v in arrays.items()})
 
 
 def test_alpha_close_to_one_is_reverse_kl() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpo_score.losses.parse import Inputs
+from dpo_score.losses.parse import LossInputs
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Batch:
         m = np.minimum(*self.lengths)
         return np.where(np.arange(values.shape[1]) < m[:, None], values, 0.0).sum(1)
 
-    def inputs(self) -> Inputs:
+    def inputs(self) -> LossInputs:
         (pc, pr), (rc, rr), (sc, sr), (nc, nr) = self.fields
         sums = [x.sum(1) for x in (pc, pr, rc, rr)]
-        return Inputs(
+        return LossInputs(
             *sums,
             nc.astype(float),
             nr.astype(float),

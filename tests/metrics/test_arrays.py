@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from dpo_score.metrics.arrays import unquoted
-from dpo_score.metrics.compare import Lineup, line_up
+from dpo_score.metrics.compare import Lineup, line_up, matchup
 from dpo_score.metrics.gate import firing, parse_condition
-from dpo_score.metrics.matchup import matchup
 from dpo_score.metrics.summary import summarise
 from tests.metrics.scored import scored
 from tests.metrics.test_summary import scores

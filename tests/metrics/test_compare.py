@@ -1,7 +1,8 @@
-"""Joining policies by pair, and which numbers may be subtracted."""
+"""Policies on the same pairs: the join, what may be subtracted, and the comparison as JSON."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_score.metrics.compare import METRICS, line_up, refusal
-from tests.metrics.scored import SETTINGS, scored
+from dpo_score.metrics.compare import METRICS, counted, line_up, margin_edges, matchup, refusal
+from tests.metrics.scored import SETTINGS, policies, scored
 
 
 def test_the_k_th_occurrence_meets_the_k_th() -> None:
@@ -67,3 +68,100 @@ def test_like_settings_may_be_subtracted(metric: str) -> None:
 def test_unlike_settings_refuse_what_rests_on_them(field: str, refused: set[str]) -> None:
     other = replace(SETTINGS, **{field: 0.5 if field == "beta" else "other"})
     assert {metric for metric in METRICS if refusal(SETTINGS, other, metric)} == refused
+
+
+def test_a_better_policy_is_told_apart_and_equals_are_not() -> None:
+    lineup = line_up(policies(0, 400, {"weak": 0.0, "good": 0.6, "twin": 0.62}))
+    found = matchup(lineup, baseline="weak")
+    tied = {item["policy"]: item["tied"] for item in found["versus_best"]["accuracy"]}
+    assert found["best"] in ("good", "twin")
+    assert tied["weak"] is False
+    assert sum(tied.values()) == 1
+    assert {item["policy"] for item in found["versus_baseline"]["margins"]} == {"good", "twin"}
+    assert all(item["mean"] > 0 for item in found["versus_baseline"]["accuracy"])
+    assert "cannot be told from it" in found["sentence"]
+    assert "weak is worse" in found["sentence"]
+    assert "Against weak, " in found["sentence"]
+
+
+def test_the_result_is_strict_json() -> None:
+    found = matchup(line_up([scored("flat", [0.0, 0.0]), scored("a", [1.0, -1.0])]), baseline="flat")
+    json.dumps(found, allow_nan=False)
+
+
+def test_slices_have_levels_for_every_policy_and_their_own_clusters() -> None:
+    columns = {"lang": ["de", "fr", None, "de"]}
+    prompts = ["p", "q", "r", "p"]
+    made = [
+        scored(name, nats, prompts=prompts, slices=columns) for name, nats in (("a", [1, 2, 3, 4]), ("b", [-1] * 4))
+    ]
+    found = matchup(line_up(made), baseline="a")["slices"]["lang"]
+    assert found["cut"] == "each of its values"
+    assert {name: group["pairs"] for name, group in found["groups"].items()} == {"de": 2, "fr": 1, "(no value)": 1}
+    german = found["groups"]["de"]["policies"]
+    assert german["a"]["margins_nats"]["mean"] == 2.5
+    assert german["a"]["margins_nats"]["ci95"] is None, "one prompt is one cluster"
+    assert german["b"]["loss"]["mean"] == pytest.approx(np.log1p(np.exp(0.1)))
+    assert german["b"]["versus_baseline"]["mean"] == -1.0
+
+
+def test_won_and_lost_rows_add_up() -> None:
+    lineup = line_up([scored("a", [1, 1, -1, -1, 0]), scored("b", [1, -1, 1, -1, 1])])
+    item = matchup(lineup, baseline="a")["versus_baseline"]["accuracy"][0]
+    assert (item["won"], item["lost"], item["both_right"], item["both_wrong"]) == (1, 1, 1, 1)
+    assert item["n"] == 4
+
+
+def test_unlike_things_are_not_subtracted_but_accuracy_is() -> None:
+    a, b = scored("a", [1, -1, 2]), scored("b", [2, 1, 2], settings=replace(SETTINGS, beta=0.5))
+    found = matchup(line_up([a, b]), baseline="a")["versus_baseline"]
+    assert found["margins"][0]["mean"] is None
+    assert "β" in found["margins"][0]["reason"]
+    assert found["margins_nats"][0]["mean"] is not None
+    assert found["accuracy"][0]["mean"] is not None
+
+
+def test_only_ties_are_said_to_be_ties() -> None:
+    found = matchup(line_up([scored("same", [0.0, 0.0])]))
+    assert found["best"] is None
+    assert "tie" in found["sentence"]
+
+
+def test_a_baseline_of_ties_is_said_to_be_one() -> None:
+    """As the reference itself is: nothing can be said of differences to it, least of all that there are none."""
+    found = matchup(line_up([scored("base", [0.0] * 30), scored("dpo", [1.0] * 25 + [-1.0] * 5)]), baseline="base")
+    assert found["versus_baseline"]["accuracy"][0]["mean"] is None
+    assert "base ties on every pair, so no accuracy can be set against it." in found["sentence"]
+    assert "beyond noise" not in found["sentence"]
+    assert "highest" not in found["sentence"], "only one policy ranks anything"
+
+
+def test_a_baseline_that_shares_no_ranked_pair_is_not_called_equal() -> None:
+    halves = scored("base", [0.0] * 10 + [1.0] * 10), scored("dpo", [1.0] * 10 + [0.0] * 10)
+    found = matchup(line_up(halves), baseline="dpo")["sentence"]
+    assert "beyond noise" not in found
+    assert "No pair is without a tie in both base and another." in matchup(line_up(halves[::-1]), "base")["sentence"]
+
+
+def test_equal_rankings_do_not_make_the_smallest_differences_visible() -> None:
+    nats = [1.0] * 25 + [-1.0] * 5
+    found = matchup(line_up([scored("a", nats), scored("b", [2.0 * x for x in nats])]), baseline="a")
+    assert "difference of 0.0 points" not in found["sentence"]
+    assert "a true difference of 26.2 points" in found["sentence"]
+    few = matchup(line_up([scored("a", [1.0, -1.0]), scored("b", [2.0, -1.0])]))
+    assert "true difference" not in few["sentence"]
+
+
+def test_chance_is_named() -> None:
+    lineup = line_up([scored("coin", [1.0, -1.0] * 20)])
+    assert "cannot be told from guessing" in matchup(lineup)["sentence"]
+    assert "guessing would do better" in matchup(line_up([scored("bad", [-1.0] * 40)]))["sentence"]
+
+
+@pytest.mark.parametrize("nats", [[0.0], [1.0, 2.0, 3.0], [-5.0, 1e6], list(range(-50, 50))])
+def test_every_margin_falls_in_one_bin(nats: list[float]) -> None:
+    policy = scored("a", nats)
+    edges = margin_edges([policy])
+    assert edges[0] <= 0.0 <= edges[-1]
+    assert np.all(np.diff(edges) > 0)
+    assert sum(counted(policy.margins, edges)) == len(nats)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from dpo_score.metrics.intervals import t_quantile
 from dpo_score.metrics.paired_tests import (
     against,
     best_policy,
@@ -22,7 +23,6 @@ from dpo_score.metrics.paired_tests import (
     not_worse_than_best,
     paired_difference,
 )
-from dpo_score.metrics.student import t_quantile
 
 NAN = math.nan
 

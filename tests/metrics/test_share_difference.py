@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from dpo_score.metrics.intervals import tango
+from dpo_score.metrics.intervals import normal_quantile, t_quantile, tango
 from dpo_score.metrics.paired_tests import against, mcnemar, mcnemar_mid, not_worse_than_best, share_difference
-from dpo_score.metrics.student import normal_quantile, t_quantile
 
 NAN = math.nan
 

@@ -9,8 +9,8 @@ from statsmodels.stats.contingency_tables import mcnemar as their_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
+from dpo_score.metrics.diagnostics import logistic_regression
 from dpo_score.metrics.intervals import mean_interval, mean_test, wilson
-from dpo_score.metrics.length import logistic_regression
 from dpo_score.metrics.paired_tests import holm, mcnemar, paired_difference
 
 

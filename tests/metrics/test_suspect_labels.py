@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_score.metrics.compare import line_up
-from dpo_score.metrics.similar import NEAR, near_duplicates, similarity
-from dpo_score.metrics.suspect_labels import AGAINST, IDENTICAL, label_audit
+from dpo_score.metrics.suspect_labels import AGAINST, IDENTICAL, NEAR, label_audit, near_duplicates, similarity
 from tests.metrics.scored import scored
 
 

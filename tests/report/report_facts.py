@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_score.metrics.compare import Scored, line_up
-from dpo_score.metrics.matchup import matchup
+from dpo_score.metrics.compare import Scored, line_up, matchup
 from dpo_score.metrics.suspect_labels import label_audit
 from dpo_score.report.content import Facts
 from dpo_score.report.selection import select

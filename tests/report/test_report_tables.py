@@ -7,9 +7,8 @@ import io
 
 import pytest
 
-from dpo_score.metrics.compare import line_up
-from dpo_score.metrics.diagnosis import diagnose
-from dpo_score.metrics.matchup import matchup
+from dpo_score.metrics.compare import line_up, matchup
+from dpo_score.metrics.diagnostics import diagnose
 from dpo_score.report.numbers import numbers
 from dpo_score.report.tables import CSV_COLUMNS, FORMATS, grids, write
 from tests.metrics.scored import policies, scored

@@ -10,8 +10,7 @@ from dpo_score.cli.console_compare import compared, sparkline, verdict_lines
 from dpo_score.cli.main import main
 from dpo_score.config.checkpoint_glob import natural
 from dpo_score.errors import ConfigError, FailIfError, UsageError
-from dpo_score.metrics.compare import line_up
-from dpo_score.metrics.matchup import matchup
+from dpo_score.metrics.compare import line_up, matchup
 from dpo_score.results.compare import compare, raise_failed
 from dpo_score.results.run_folder import step_of
 from tests.engine.small_run import small_run

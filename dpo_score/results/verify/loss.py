@@ -14,8 +14,7 @@ from pathlib import Path
 from dpo_score.config.schema import LossSpec
 from dpo_score.errors import ConfigError
 from dpo_score.losses.custom import CustomLoss, is_custom, load_custom, not_run
-from dpo_score.losses.params import parse_modifiers
-from dpo_score.losses.parse import ResolvedLoss, parse_loss
+from dpo_score.losses.parse import ResolvedLoss, parse_loss, parse_modifiers
 from dpo_score.storage.faults import translated
 from dpo_score.storage.manifest import Manifest
 
