@@ -17,12 +17,12 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 
 def compared(found: Found, as_json: bool = False) -> None:
-    """Print a matchup."""
+    """Print a compare_policies."""
     if as_json:
         print_json(found)
         return
     screen = console()
-    for line in verdict_lines(found):
+    for line in summary_lines(found):
         screen.print(Text(safe(line)), soft_wrap=False)
     screen.print()
     screen.print(table(("policy", "accuracy", "ties", "margin", "nats", "loss", _span(found)), _levels(found)))
@@ -36,7 +36,7 @@ def compared(found: Found, as_json: bool = False) -> None:
         screen.print(Text(safe(line), style="bold"))
 
 
-def verdict_lines(found: Found) -> Iterator[str]:
+def summary_lines(found: Found) -> Iterator[str]:
     yield str(found["sentence"])
     note = f"{found['pairs']:,} pairs in common"
     if found["groups"] < found["pairs"]:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dpo_score.losses.ops import Floats
-from dpo_score.metrics.groups import LENGTH, Cut, by_length, cut_field, numbered
+from dpo_score.metrics.groups import LENGTH, Grouping, by_length, group_field, numbered
 from dpo_score.metrics.intervals import connected_clusters, repeats
 
 FLOATS = (
@@ -45,7 +45,7 @@ Rejects = Counter[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class ScoreArrays:
     """Scored rows as arrays of one length. `labels[name]` holds an index into `names[name]` for every row.
 
     `values`: FLOATS, and TOKENS kept as float32, NaN where null. `flags`: FLAGS. `cuts`: how each slice was cut, in
@@ -69,8 +69,8 @@ class Rows:
         """The clusters where some prompt or group repeats, else None: then rows are independent."""
         return self.clusters if repeats(self.clusters) else None
 
-    def take(self, rows: NDArray[np.int64]) -> Rows:
-        return Rows(
+    def take(self, rows: NDArray[np.int64]) -> ScoreArrays:
+        return ScoreArrays(
             values={name: values[rows] for name, values in self.values.items()},
             flags={name: values[rows] for name, values in self.flags.items()},
             labels={name: values[rows] for name, values in self.labels.items()},
@@ -88,7 +88,7 @@ class Rows:
         return sorted(found) if label in LABELS else found
 
 
-def collect(tables: Iterable[pa.Table], *, rejects: Iterable[pa.Table] = (), slices: Sequence[str] = ()) -> Rows:
+def collect(tables: Iterable[pa.Table], *, rejects: Iterable[pa.Table] = (), slices: Sequence[str] = ()) -> ScoreArrays:
     """Read score tables (and reject tables, for their counts) once, in order.
 
     `slices`: columns to group by besides LABELS, cut as slices.py says; "length" needs no column.
@@ -118,7 +118,7 @@ def collect(tables: Iterable[pa.Table], *, rejects: Iterable[pa.Table] = (), sli
     )
 
 
-def unquoted(rows: Rows) -> Rows:
+def without_texts(rows: ScoreArrays) -> ScoreArrays:
     """The rows with groups of texts numbered in their order: no text of the data is left in the name of a slice."""
     return replace(
         rows,
@@ -134,18 +134,18 @@ def _column(table: pa.Table, name: str) -> pa.Table:
     return kept.replace_schema_metadata(None)
 
 
-def _cut(name: str, columns: list[pa.Table], rows: Rows) -> Cut:
+def _cut(name: str, columns: list[pa.Table], rows: ScoreArrays) -> Grouping:
     table = pa.concat_tables(columns or [pa.table({name: pa.nulls(0)})], promote_options="permissive")
     if name == LENGTH and pa.types.is_null(table.field(0).type):
         return by_length(np.fmax(rows.values["chosen_tokens"], rows.values["rejected_tokens"]))
-    return cut_field(table.column(0), table.field(0))
+    return group_field(table.column(0), table.field(0))
 
 
-def _join(parts: list[dict[str, NDArray[Any]]], coders: dict[str, _Coder], rejected: Rejects) -> Rows:
+def _join(parts: list[dict[str, NDArray[Any]]], coders: dict[str, _Coder], rejected: Rejects) -> ScoreArrays:
     def joined(name: str, dtype: Any) -> NDArray[Any]:
         return np.concatenate([np.empty(0, dtype), *(part[name] for part in parts)])
 
-    return Rows(
+    return ScoreArrays(
         values={name: joined(name, np.float32 if name in TOKENS else np.float64) for name in (*FLOATS, *TOKENS)},
         flags={name: joined(name, np.bool_) for name in FLAGS},
         labels={name: joined(f"label:{name}", np.int32) for name in coders},

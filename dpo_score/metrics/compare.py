@@ -14,17 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_score.losses.ops import Floats
-from dpo_score.metrics.arrays import Rows
+from dpo_score.metrics.arrays import ScoreArrays
 from dpo_score.metrics.paired_tests import (
-    Versus,
+    PolicyDifference,
     against,
     best_policy,
+    differences_to_best,
     flips,
-    not_worse_than_best,
     paired_difference,
     share_difference,
 )
-from dpo_score.metrics.sentences import verdict
+from dpo_score.metrics.sentences import summary_sentence
 from dpo_score.metrics.summary import measure, order, share
 
 METRICS: Mapping[str, str] = {
@@ -40,7 +40,7 @@ LOWER_IS_BETTER = frozenset({"loss"})
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class ScoringSettings:
     """What rewards of a policy rest on besides its weights and the data."""
 
     reference: str
@@ -51,22 +51,22 @@ class Settings:
     dtype: str
     has_reference: bool = True
 
-    def differences(self, other: Settings) -> list[str]:
+    def differences(self, other: ScoringSettings) -> list[str]:
         """Names of the fields in which two settings differ."""
         return [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scored:
+class ScoredPolicy:
     """One policy's scored rows, in order: `row_ids`, `pair_ids`, `marks` and `rows` have one length."""
 
     name: str
     step: int | None
     row_ids: Sequence[str]
     pair_ids: Sequence[str]
-    rows: Rows
+    rows: ScoreArrays
     marks: Sequence[Sequence[str] | None]
-    settings: Settings
+    settings: ScoringSettings
 
     @property
     def margins(self) -> Floats:
@@ -83,10 +83,10 @@ class OneSided:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Lineup:
+class AlignedPolicies:
     """Policies whose rows are aligned: row i of each holds the same pair. `one_sided` only names those with any."""
 
-    policies: tuple[Scored, ...]
+    policies: tuple[ScoredPolicy, ...]
     one_sided: tuple[OneSided, ...]
 
     @property
@@ -94,13 +94,13 @@ class Lineup:
         return [policy.name for policy in self.policies]
 
     @property
-    def first(self) -> Scored:
+    def first(self) -> ScoredPolicy:
         return self.policies[0]
 
     def __len__(self) -> int:
         return len(self.first.rows)
 
-    def __getitem__(self, name: str) -> Scored:
+    def __getitem__(self, name: str) -> ScoredPolicy:
         return next(policy for policy in self.policies if policy.name == name)
 
     def values(self, metric: str) -> dict[str, Floats]:
@@ -117,7 +117,7 @@ class Lineup:
         return {name: rows.labels[label] == rows.names[label].index(name) for name in rows.present(label)}
 
 
-def per_pair(rows: Rows, metric: str) -> Floats:
+def per_pair(rows: ScoreArrays, metric: str) -> Floats:
     """One of METRICS for every row, NaN where it has none; accuracy is 1, 0, or NaN on a tie."""
     v = rows.values
     if metric == "accuracy":
@@ -125,7 +125,7 @@ def per_pair(rows: Rows, metric: str) -> Floats:
     return v["chosen_rewards"] - v["rejected_rewards"] if metric == "margins" else v[metric]
 
 
-def line_up(policies: Sequence[Scored]) -> Lineup:
+def align_policies(policies: Sequence[ScoredPolicy]) -> AlignedPolicies:
     """Join on pair_id. ValueError when no pair is common to all."""
     keys = [_numbered(policy.pair_ids) for policy in policies]
     common = set(keys[0]).intersection(*(set(found) for found in keys[1:]))
@@ -134,7 +134,7 @@ def line_up(policies: Sequence[Scored]) -> Lineup:
     ranked = {key: place for place, key in enumerate(key for key in keys[0] if key in common)}
     joined = [_taken(policy, found, ranked) for policy, found in zip(policies, keys, strict=True)]
     sides = [_one_sided(policy, found, ranked) for policy, found in zip(policies, keys, strict=True)]
-    return Lineup(tuple(joined), tuple(side for side in sides if side.pairs))
+    return AlignedPolicies(tuple(joined), tuple(side for side in sides if side.pairs))
 
 
 def _numbered(pair_ids: Sequence[str]) -> list[tuple[str, int]]:
@@ -147,7 +147,9 @@ def _numbered(pair_ids: Sequence[str]) -> list[tuple[str, int]]:
     return keys
 
 
-def _taken(policy: Scored, keys: Sequence[tuple[str, int]], ranked: Mapping[tuple[str, int], int]) -> Scored:
+def _taken(
+    policy: ScoredPolicy, keys: Sequence[tuple[str, int]], ranked: Mapping[tuple[str, int], int]
+) -> ScoredPolicy:
     """The policy's rows of the common pairs, in their order."""
     order_ = np.empty(len(ranked), np.int64)
     for row, key in enumerate(keys):
@@ -156,10 +158,10 @@ def _taken(policy: Scored, keys: Sequence[tuple[str, int]], ranked: Mapping[tupl
     return selected(policy, order_)
 
 
-def selected(policy: Scored, rows: NDArray[np.int64]) -> Scored:
+def selected(policy: ScoredPolicy, rows: NDArray[np.int64]) -> ScoredPolicy:
     """Some rows of a policy, in the order given."""
     taken = rows.tolist()
-    return Scored(
+    return ScoredPolicy(
         policy.name,
         policy.step,
         [policy.row_ids[row] for row in taken],
@@ -170,7 +172,9 @@ def selected(policy: Scored, rows: NDArray[np.int64]) -> Scored:
     )
 
 
-def _one_sided(policy: Scored, keys: Sequence[tuple[str, int]], ranked: Mapping[tuple[str, int], int]) -> OneSided:
+def _one_sided(
+    policy: ScoredPolicy, keys: Sequence[tuple[str, int]], ranked: Mapping[tuple[str, int], int]
+) -> OneSided:
     alone = [policy.row_ids[row] for row, key in enumerate(keys) if key not in ranked]
     return OneSided(policy.name, len(alone), tuple(alone[:3]))
 
@@ -180,7 +184,7 @@ REWARDS_REST_ON = (*NATS_REST_ON, "beta")
 _RESTS_ON = {"accuracy": (), "margins_nats": NATS_REST_ON, "loss": (*REWARDS_REST_ON, "loss")}
 
 
-def refusal(a: Settings, b: Settings, metric: str) -> str | None:
+def refusal(a: ScoringSettings, b: ScoringSettings, metric: str) -> str | None:
     """Why a metric of two policies must not be subtracted, or None. Accuracy may always be: it compares rankings."""
     rests_on = _RESTS_ON.get(metric, REWARDS_REST_ON)
     differing = [name for name in a.differences(b) if name in rests_on]
@@ -195,40 +199,40 @@ MEANS = tuple(metric for metric in METRICS if metric != "accuracy")
 HISTOGRAM_BINS = 24
 
 
-def matchup(lineup: Lineup, baseline: str | None = None) -> dict[str, Any]:
-    """Everything that `compare` says. `baseline`: a policy of the lineup, or None."""
-    best = best_policy(_rankable(lineup)) if _rankable(lineup) else None
-    edges = margin_edges(lineup.policies)
+def compare_policies(aligned: AlignedPolicies, baseline: str | None = None) -> dict[str, Any]:
+    """Everything that `compare` says. `baseline`: a policy among them, or None."""
+    best = best_policy(_rankable(aligned)) if _rankable(aligned) else None
+    edges = margin_edges(aligned.policies)
     found: dict[str, Any] = {
-        "pairs": len(lineup),
-        "groups": len(np.unique(lineup.clusters)),
+        "pairs": len(aligned),
+        "groups": len(np.unique(aligned.clusters)),
         "one_sided": [
-            {"policy": side.policy, "pairs": side.pairs, "first": list(side.first)} for side in lineup.one_sided
+            {"policy": side.policy, "pairs": side.pairs, "first": list(side.first)} for side in aligned.one_sided
         ],
-        "policies": [_levels(policy, edges) for policy in lineup.policies],
+        "policies": [_levels(policy, edges) for policy in aligned.policies],
         "margin_edges": edges.tolist(),
         "best": best,
         "baseline": baseline,
-        "versus_best": {} if best is None else _versus_best(lineup, best),
-        "versus_baseline": {} if baseline is None else _versus_all(lineup, baseline),
+        "versus_best": {} if best is None else _versus_best(aligned, best),
+        "versus_baseline": {} if baseline is None else _versus_all(aligned, baseline),
         "subsets": {
-            "dataset": _by_group(lineup, "dataset", baseline),
-            "subset": _by_group(lineup, "subset", baseline),
+            "dataset": _by_group(aligned, "dataset", baseline),
+            "subset": _by_group(aligned, "subset", baseline),
         },
         "slices": {
-            name: {"cut": how, "groups": _by_group(lineup, name, baseline)}
-            for name, how in lineup.first.rows.cuts.items()
+            name: {"cut": how, "groups": _by_group(aligned, name, baseline)}
+            for name, how in aligned.first.rows.cuts.items()
         },
     }
-    return found | {"sentence": verdict(found)}
+    return found | {"sentence": summary_sentence(found)}
 
 
-def _rankable(lineup: Lineup) -> dict[str, Floats]:
+def _rankable(aligned: AlignedPolicies) -> dict[str, Floats]:
     """Accuracy of the policies that have any pair without a tie."""
-    return {name: values for name, values in lineup.values("accuracy").items() if np.isfinite(values).any()}
+    return {name: values for name, values in aligned.values("accuracy").items() if np.isfinite(values).any()}
 
 
-def margin_edges(policies: Sequence[Scored]) -> Floats:
+def margin_edges(policies: Sequence[ScoredPolicy]) -> Floats:
     """Edges of one histogram for all: equal bins over the middle 99 % of all margins; 0 is an edge or inside."""
     margins = np.concatenate([policy.margins for policy in policies])
     margins = margins[np.isfinite(margins)]
@@ -248,7 +252,7 @@ def counted(margins: Floats, edges: Floats) -> list[int]:
     return [int(count) for count in np.histogram(kept, bins=edges)[0]]
 
 
-def _levels(policy: Scored, edges: Floats) -> dict[str, Any]:
+def _levels(policy: ScoredPolicy, edges: Floats) -> dict[str, Any]:
     rows = policy.rows
     accuracy = per_pair(rows, "accuracy")
     return {
@@ -262,31 +266,31 @@ def _levels(policy: Scored, edges: Floats) -> dict[str, Any]:
     }
 
 
-def _versus_best(lineup: Lineup, best: str) -> dict[str, Any]:
+def _versus_best(aligned: AlignedPolicies, best: str) -> dict[str, Any]:
     """Accuracy against the best, with what cannot be told from it."""
-    found = not_worse_than_best(_rankable(lineup), lineup.first.rows.repeated, differ=share_difference)
-    return {"accuracy": [_versus(lineup, item) for item in found if item.against == best]}
+    found = differences_to_best(_rankable(aligned), aligned.first.rows.repeated, differ=share_difference)
+    return {"accuracy": [_versus(aligned, item) for item in found if item.against == best]}
 
 
-def _versus_all(lineup: Lineup, baseline: str) -> dict[str, Any]:
-    return {metric: _versus_baseline(lineup, baseline, metric) for metric in DIFFERENCED}
+def _versus_all(aligned: AlignedPolicies, baseline: str) -> dict[str, Any]:
+    return {metric: _versus_baseline(aligned, baseline, metric) for metric in DIFFERENCED}
 
 
-def _versus_baseline(lineup: Lineup, baseline: str, metric: str) -> list[dict[str, Any]]:
+def _versus_baseline(aligned: AlignedPolicies, baseline: str, metric: str) -> list[dict[str, Any]]:
     """Every other policy minus the baseline; what must not be subtracted is null with the reason."""
-    anchor, values = lineup[baseline], lineup.values(metric)
-    refused = {policy.name: refusal(anchor.settings, policy.settings, metric) for policy in lineup.policies}
+    anchor, values = aligned[baseline], aligned.values(metric)
+    refused = {policy.name: refusal(anchor.settings, policy.settings, metric) for policy in aligned.policies}
     usable = {name: value for name, value in values.items() if refused[name] is None}
     differ = share_difference if metric == "accuracy" else paired_difference
-    found = {item.policy: item for item in against(baseline, usable, lineup.first.rows.repeated, differ=differ)}
+    found = {item.policy: item for item in against(baseline, usable, aligned.first.rows.repeated, differ=differ)}
     return [
-        _versus(lineup, found[name]) if name in found else {"policy": name, "mean": None, "reason": refused[name]}
-        for name in lineup.names
+        _versus(aligned, found[name]) if name in found else {"policy": name, "mean": None, "reason": refused[name]}
+        for name in aligned.names
         if name != baseline
     ]
 
 
-def _versus(lineup: Lineup, item: Versus) -> dict[str, Any]:
+def _versus(aligned: AlignedPolicies, item: PolicyDifference) -> dict[str, Any]:
     d = item.difference
     found: dict[str, Any] = {
         "policy": item.policy,
@@ -299,14 +303,14 @@ def _versus(lineup: Lineup, item: Versus) -> dict[str, Any]:
         "tied": item.tied,
         "detectable": d.detectable,
         "method": d.method,
-        **_flips(lineup, item.policy, item.against),
+        **_flips(aligned, item.policy, item.against),
     }
     return found if d.reason is None else found | {"reason": d.reason}
 
 
-def _flips(lineup: Lineup, policy: str, other: str) -> dict[str, Any]:
-    right = {name: per_pair(lineup[name].rows, "accuracy") for name in (policy, other)}
-    found = flips(right[policy], right[other], lineup.first.rows.repeated)
+def _flips(aligned: AlignedPolicies, policy: str, other: str) -> dict[str, Any]:
+    right = {name: per_pair(aligned[name].rows, "accuracy") for name in (policy, other)}
+    found = flips(right[policy], right[other], aligned.first.rows.repeated)
     return {
         "won": found.won,
         "lost": found.lost,
@@ -316,21 +320,21 @@ def _flips(lineup: Lineup, policy: str, other: str) -> dict[str, Any]:
     }
 
 
-def _by_group(lineup: Lineup, label: str, baseline: str | None) -> dict[str, Any]:
+def _by_group(aligned: AlignedPolicies, label: str, baseline: str | None) -> dict[str, Any]:
     """group → policy → its levels, with the accuracy difference to the baseline."""
-    groups = lineup.groups(label)
-    return {name: _group(lineup, mask, baseline) for name, mask in groups.items()}
+    groups = aligned.groups(label)
+    return {name: _group(aligned, mask, baseline) for name, mask in groups.items()}
 
 
-def _group(lineup: Lineup, mask: NDArray[np.bool_], baseline: str | None) -> dict[str, Any]:
-    clusters = lineup.clusters[mask]
-    right = {name: values[mask] for name, values in lineup.values("accuracy").items()}
+def _group(aligned: AlignedPolicies, mask: NDArray[np.bool_], baseline: str | None) -> dict[str, Any]:
+    clusters = aligned.clusters[mask]
+    right = {name: values[mask] for name, values in aligned.values("accuracy").items()}
     found: dict[str, Any] = {
         policy.name: {
             "accuracy": share(right[policy.name], clusters, "every pair is a tie"),
             **{metric: measure(per_pair(policy.rows, metric)[mask], clusters) for metric in MEANS},
         }
-        for policy in lineup.policies
+        for policy in aligned.policies
     }
     for item in against(baseline, right, clusters, differ=share_difference) if baseline else []:
         d = item.difference

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_score.losses.ops import Floats, log_sigmoid, sigmoid
-from dpo_score.metrics.arrays import Rows
+from dpo_score.metrics.arrays import ScoreArrays
 from dpo_score.metrics.intervals import (
     LEVEL,
     ONE_GROUP,
@@ -403,12 +403,12 @@ NOT_STORED = "a value that it needs is not stored for any pair"
 NO_VARIATION = "one of the two does not vary"
 
 
-def diagnose(rows: Rows) -> dict[str, Any]:
+def diagnose(rows: ScoreArrays) -> dict[str, Any]:
     """{"length": …, "calibration": …, "health": …} of one policy."""
     return {"length": _length(rows), "calibration": _calibration(rows), "health": _health(rows)}
 
 
-def _length(rows: Rows) -> dict[str, Any]:
+def _length(rows: ScoreArrays) -> dict[str, Any]:
     v, margins = rows.values, _margins(rows)
     chosen, rejected = v["chosen_tokens"].astype(np.float64), v["rejected_tokens"].astype(np.float64)
     controlled = length_controlled_accuracy(margins, chosen, rejected, rows.repeated)
@@ -427,13 +427,13 @@ def _length(rows: Rows) -> dict[str, Any]:
     return found
 
 
-def _calibration(rows: Rows) -> dict[str, Any]:
+def _calibration(rows: ScoreArrays) -> dict[str, Any]:
     found = asdict(calibration(_margins(rows)))
     fit = asdict(best_beta(rows.values["margins_nats"]))
     return _without_empty_reason(found) | {"best_beta": _without_empty_reason(fit)}
 
 
-def _health(rows: Rows) -> dict[str, Any]:
+def _health(rows: ScoreArrays) -> dict[str, Any]:
     v = rows.values
     delta_chosen = v["policy_chosen_logps"] - v["ref_chosen_logps"]
     delta_rejected = v["policy_rejected_logps"] - v["ref_rejected_logps"]
@@ -455,7 +455,7 @@ def _without_empty_reason(found: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key != "reason" or value is not None}
 
 
-def _margins(rows: Rows) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _margins(rows: ScoreArrays) -> np.ndarray[Any, np.dtype[np.float64]]:
     """β-scaled margins; a labelled tie has no right answer, so it is left out."""
     margins = rows.values["chosen_rewards"] - rows.values["rejected_rewards"]
     return np.where(rows.flags["tied"], np.nan, margins)

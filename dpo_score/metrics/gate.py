@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from dpo_score.errors import ConfigError, nearest
 from dpo_score.losses.ops import Floats
-from dpo_score.metrics.compare import LOWER_IS_BETTER, METRICS, Lineup, refusal
+from dpo_score.metrics.compare import LOWER_IS_BETTER, METRICS, AlignedPolicies, refusal
 from dpo_score.metrics.intervals import LEVEL, mean_interval, share_interval
 from dpo_score.metrics.paired_tests import paired_difference, share_difference
 
@@ -141,24 +141,24 @@ def needs_baseline(condition: Condition) -> bool:
     return any(test.left.diff or isinstance(test.right, str) for group in condition for test in group)
 
 
-def firing(condition: Condition, lineup: Lineup, baseline: str | None) -> list[str]:
+def failed_conditions(condition: Condition, aligned: AlignedPolicies, baseline: str | None) -> list[str]:
     """One sentence for each policy of which the condition holds; empty: the gate is open.
 
     ConfigError when a quantity cannot be had (an unknown group, too few pairs, unlike things to subtract), and when
     there is no policy besides the baseline.
     """
     found = []
-    for policy in _tested(lineup, baseline):
+    for policy in _tested(aligned, baseline):
         for group in condition:
-            sentences = [_holds(test, lineup, policy, baseline) for test in group]
+            sentences = [_holds(test, aligned, policy, baseline) for test in group]
             if all(sentences):
                 found.append(f"{policy}: " + " and ".join(str(sentence) for sentence in sentences))
                 break
     return found
 
 
-def _tested(lineup: Lineup, baseline: str | None) -> list[str]:
-    names = [name for name in lineup.names if name != baseline]
+def _tested(aligned: AlignedPolicies, baseline: str | None) -> list[str]:
+    names = [name for name in aligned.names if name != baseline]
     if not names:
         raise ConfigError(
             f"--fail-if: {baseline} is the baseline and the only policy, so none is left to test; "
@@ -167,15 +167,15 @@ def _tested(lineup: Lineup, baseline: str | None) -> list[str]:
     return names
 
 
-def _holds(test: Test, lineup: Lineup, policy: str, baseline: str | None) -> str | None:
+def _holds(test: Test, aligned: AlignedPolicies, policy: str, baseline: str | None) -> str | None:
     """What was found, if the test holds."""
-    left, note = _measured(test.left, lineup, policy, baseline)
+    left, note = _measured(test.left, aligned, policy, baseline)
     if isinstance(test.right, float):
         right, shown = test.right, f"{test.right:g}"
     else:
         assert baseline is not None
         same = Quantity(test.left.metric, False, test.left.group, test.right)
-        right, _ = _measured(same, lineup, baseline, None)
+        right, _ = _measured(same, aligned, baseline, None)
         shown = f"{baseline}'s {right:.4g}"
     return f"{test.left}{note} is {left:.4g}, {test.op} {shown}" if OPERATORS[test.op](left, right) else None
 
@@ -191,13 +191,13 @@ class Estimate:
     reason: str | None = None
 
 
-def _measured(quantity: Quantity, lineup: Lineup, policy: str, baseline: str | None) -> tuple[float, str]:
+def _measured(quantity: Quantity, aligned: AlignedPolicies, policy: str, baseline: str | None) -> tuple[float, str]:
     """The number, and for the worst subset a note that names it."""
-    sides = _sides(quantity, lineup, policy, baseline)
+    sides = _sides(quantity, aligned, policy, baseline)
     if quantity.group == WORST:
-        return _worst(quantity, _estimates(quantity.metric, sides, lineup))
-    mask = np.ones(len(lineup), np.bool_) if quantity.group is None else _named(quantity.group, lineup)
-    found = estimate(quantity.metric, [side[mask] for side in sides], lineup.clusters[mask])
+        return _worst(quantity, _estimates(quantity.metric, sides, aligned))
+    mask = np.ones(len(aligned), np.bool_) if quantity.group is None else _named(quantity.group, aligned)
+    found = estimate(quantity.metric, [side[mask] for side in sides], aligned.clusters[mask])
     if found is None:
         raise ConfigError(f"--fail-if {quantity}: no pair has this value")
     number: float | None = getattr(found, quantity.bound)
@@ -206,35 +206,35 @@ def _measured(quantity: Quantity, lineup: Lineup, policy: str, baseline: str | N
     return number, ""
 
 
-def _named(group: str, lineup: Lineup) -> NDArray[np.bool_]:
+def _named(group: str, aligned: AlignedPolicies) -> NDArray[np.bool_]:
     """The pairs of a subset, a data set or a group of a slice."""
     sliced = {
-        f"{label}={name}": mask for label in lineup.first.rows.cuts for name, mask in lineup.groups(label).items()
+        f"{label}={name}": mask for label in aligned.first.rows.cuts for name, mask in aligned.groups(label).items()
     }
-    groups = {**sliced, **lineup.groups("dataset"), **lineup.groups("subset")}
+    groups = {**sliced, **aligned.groups("dataset"), **aligned.groups("subset")}
     if group not in groups:
         raise ConfigError(f"--fail-if: no subset {group!r}; {nearest(group, groups)}")
     return groups[group]
 
 
-def _sides(quantity: Quantity, lineup: Lineup, policy: str, baseline: str | None) -> list[Floats]:
+def _sides(quantity: Quantity, aligned: AlignedPolicies, policy: str, baseline: str | None) -> list[Floats]:
     """The policy's values, and for a difference the baseline's."""
-    values = lineup.values(quantity.metric)
+    values = aligned.values(quantity.metric)
     if not quantity.diff:
         return [values[policy]]
     assert baseline is not None
-    reason = refusal(lineup[baseline].settings, lineup[policy].settings, quantity.metric)
+    reason = refusal(aligned[baseline].settings, aligned[policy].settings, quantity.metric)
     if reason is not None:
         raise ConfigError(f"--fail-if {quantity}: {policy} and {baseline} are {reason}")
     return [values[policy], values[baseline]]
 
 
-def _estimates(metric: str, sides: Sequence[Floats], lineup: Lineup) -> dict[str, Estimate]:
+def _estimates(metric: str, sides: Sequence[Floats], aligned: AlignedPolicies) -> dict[str, Estimate]:
     """Every subset's, as one of so many; those without a value are left out."""
     there = np.logical_and.reduce([np.isfinite(side) for side in sides])
-    masks = {name: mask & there for name, mask in lineup.groups("subset").items() if (mask & there).any()}
+    masks = {name: mask & there for name, mask in aligned.groups("subset").items() if (mask & there).any()}
     found = {
-        name: estimate(metric, [side[mask] for side in sides], lineup.clusters[mask], len(masks))
+        name: estimate(metric, [side[mask] for side in sides], aligned.clusters[mask], len(masks))
         for name, mask in masks.items()
     }
     return {name: one for name, one in found.items() if one is not None}

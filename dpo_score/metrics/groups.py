@@ -39,7 +39,7 @@ NO_VALUE, EMPTY, OTHERS = OWN_NAMES = ("(no value)", "(empty)", "(other values)"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Cut:
+class Grouping:
     """`codes`: for every row an index into `names`, which stand in the order to show them in. `how`: in words.
 
     `quotes`: whether the names are texts of the data.
@@ -56,29 +56,29 @@ def means(sentence: str) -> dict[bytes, bytes]:
     return {MEANS: sentence.encode()}
 
 
-def cut_field(column: pa.ChunkedArray, field: pa.Field) -> Cut:
+def group_field(column: pa.ChunkedArray, field: pa.Field) -> Grouping:
     """`cut`, with what the field says of itself."""
     found, said = cut(column), (field.metadata or {}).get(MEANS)
     return found if said is None else replace(found, how=f"{said.decode()}; {found.how}")
 
 
-def cut(column: pa.ChunkedArray) -> Cut:
+def cut(column: pa.ChunkedArray) -> Grouping:
     """Groups of a column of any type."""
     kind = column.type
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        return cut_numbers(column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))
-    return replace(cut_texts(_texts(column)), quotes=not pa.types.is_boolean(kind))
+        return group_numbers(column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))
+    return replace(group_texts(_texts(column)), quotes=not pa.types.is_boolean(kind))
 
 
-def by_length(longer: Floats) -> Cut:
+def by_length(longer: Floats) -> Grouping:
     """Doubling bins of the longer answer's scored tokens; NaN has no value."""
     names = [f"up to {LENGTH_EDGES[0]}", *(f"{edge // 2 + 1} to {edge}" for edge in LENGTH_EDGES[1:])]
     codes = np.searchsorted(np.array(LENGTH_EDGES), longer).astype(np.int32)
     codes[~np.isfinite(longer)] = len(LENGTH_EDGES) + 1
-    return Cut(codes, (*names, f"over {LENGTH_EDGES[-1]}", NO_VALUE), BUILT_IN[LENGTH])
+    return Grouping(codes, (*names, f"over {LENGTH_EDGES[-1]}", NO_VALUE), BUILT_IN[LENGTH])
 
 
-def cut_numbers(values: Floats) -> Cut:
+def group_numbers(values: Floats) -> Grouping:
     """Few different numbers are groups of their own; many are cut at their quartiles. NaN and inf have no value."""
     there = np.isfinite(values)
     different = np.unique(values[there])
@@ -91,7 +91,7 @@ def cut_numbers(values: Floats) -> Cut:
         names, how = _ranges(different, edges), "bins between its quartiles"
     codes = np.searchsorted(edges, values).astype(np.int32)
     codes[~there] = len(names)
-    return Cut(codes, (*names, NO_VALUE), how)
+    return Grouping(codes, (*names, NO_VALUE), how)
 
 
 def _ranges(different: Floats, edges: Floats) -> list[str]:
@@ -126,7 +126,7 @@ def _each(count: int) -> str:
     return "each of its values" if count != 1 else "its one value"
 
 
-def cut_texts(texts: Sequence[str | None]) -> Cut:
+def group_texts(texts: Sequence[str | None]) -> Grouping:
     """Each text is a group, in order; of more than MOST the most frequent, and the rest as one."""
     shown = [NO_VALUE if text is None else _name(text) for text in texts]
     counts = Counter(name for name in shown if name not in (NO_VALUE, OTHERS))  # a text may be just that
@@ -135,7 +135,7 @@ def cut_texts(texts: Sequence[str | None]) -> Cut:
     places = {name: place for place, name in enumerate(names)}
     codes = np.fromiter((places.get(name, len(names) - 2) for name in shown), np.int32, len(shown))
     how = _each(len(ranked)) if len(ranked) <= MOST else f"the {MOST} most frequent of its {len(ranked):,} values"
-    return Cut(codes, names, how)
+    return Grouping(codes, names, how)
 
 
 def _name(text: str) -> str:

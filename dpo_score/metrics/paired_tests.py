@@ -188,7 +188,7 @@ def flips(right_a: Floats, right_b: Floats, clusters: Clusters | None = None) ->
 
 
 @dataclass(frozen=True, slots=True)
-class Versus:
+class PolicyDifference:
     """One policy against a fixed one. `adjusted_p` is Holm's over the family; `tied` when it is not below 5 %."""
 
     policy: str
@@ -209,7 +209,7 @@ def against(
     *,
     family: int | None = None,
     differ: Differ = paired_difference,
-) -> list[Versus]:
+) -> list[PolicyDifference]:
     """Every other policy's paired difference to `baseline`, with Holm's adjustment over the p values that there are.
 
     `values`: policy → one number per pair, aligned, NaN where missing. `family`: the number of tests to adjust for
@@ -222,7 +222,7 @@ def against(
     padding = [1.0] * max(0, (family or 0) - len(raw))
     adjusted = dict(zip(tested, holm([*raw, *padding]), strict=False))
     return [
-        Versus(name, baseline, found[index], adjusted.get(index), adjusted.get(index, 1.0) >= 1.0 - LEVEL)
+        PolicyDifference(name, baseline, found[index], adjusted.get(index), adjusted.get(index, 1.0) >= 1.0 - LEVEL)
         for index, name in enumerate(others)
     ]
 
@@ -234,9 +234,9 @@ def best_policy(values: Mapping[str, Floats]) -> str:
     return max(means, key=lambda name: means[name])
 
 
-def not_worse_than_best(
+def differences_to_best(
     values: Mapping[str, Floats], clusters: Clusters | None = None, *, differ: Differ = paired_difference
-) -> list[Versus]:
+) -> list[PolicyDifference]:
     """Every policy against the best one; `tied` marks those that cannot be told from it.
 
     The best is picked from the same data, so p is adjusted as if all k(k−1)/2 pairs had been tested (Holm 1979).

@@ -1,4 +1,4 @@
-"""What a comparison says, in plain sentences. Pure: reads the dictionary that matchup.py makes, computes nothing new.
+"""What a comparison says, in plain sentences. Pure: reads the dictionary that compare.py makes, computes nothing new.
 
 It claims a difference only where the adjusted p is below 5 %, and says what the set is too small to show.
 """
@@ -13,8 +13,8 @@ NAMED = 3
 """More policies than this are counted, not named."""
 
 
-def verdict(found: Found) -> str:
-    """Two to five sentences on a matchup, as one paragraph."""
+def summary_sentence(found: Found) -> str:
+    """Two to five sentences on a compare_policies, as one paragraph."""
     return " ".join(sentences(found))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpo_score.losses.ops import Floats
-from dpo_score.metrics.arrays import Rows, collect
+from dpo_score.metrics.arrays import ScoreArrays, collect
 from dpo_score.metrics.diagnostics import diagnose
 from dpo_score.metrics.intervals import Clusters, deviation, mean, mean_interval, quantiles, share_interval
 
@@ -51,12 +51,12 @@ def summarise(
     }
 
 
-def counts(rows: Rows, rejected: int, by_code: dict[str, int] | None) -> dict[str, Any]:
+def counts(rows: ScoreArrays, rejected: int, by_code: dict[str, int] | None) -> dict[str, Any]:
     """n = scored + rejected."""
     return {"n": len(rows) + rejected, "scored": len(rows), "rejected": by_code}
 
 
-def cell(rows: Rows) -> dict[str, Any]:
+def cell(rows: ScoreArrays) -> dict[str, Any]:
     """All numbers of one group of scored rows."""
     v, clusters = rows.values, rows.repeated
     margins = v["chosen_rewards"] - v["rejected_rewards"]
@@ -113,7 +113,7 @@ def order(better: Floats, worse: Floats) -> Floats:
     return np.where(better > worse, 1.0, np.where(better < worse, 0.0, np.nan))
 
 
-def _accuracies(rows: Rows, margins: Floats) -> dict[str, Any]:
+def _accuracies(rows: ScoreArrays, margins: Floats) -> dict[str, Any]:
     v = rows.values
     labelled = rows.flags["tied"]
     outcomes = np.where(labelled, np.nan, order(v["chosen_rewards"], v["rejected_rewards"]))
@@ -124,7 +124,7 @@ def _accuracies(rows: Rows, margins: Floats) -> dict[str, Any]:
     }
 
 
-def ranking(rows: Rows) -> dict[str, Any]:
+def ranking(rows: ScoreArrays) -> dict[str, Any]:
     """How often a plain rule prefers chosen, ties left out: each model alone by sum and per token, and length.
 
     `flipped_right`, `flipped_wrong`: pairs that the policy's sum ranks right and the reference's wrong, and reverse.
@@ -149,7 +149,7 @@ def _flipped(now: Floats, before: Floats) -> int | None:
     return int(np.count_nonzero((now == 1.0) & (before == 0.0))) if both.any() else None
 
 
-def _without_truncated(rows: Rows, margins: Floats) -> dict[str, Any] | None:
+def _without_truncated(rows: ScoreArrays, margins: Floats) -> dict[str, Any] | None:
     """Accuracy and margin over the pairs that were not cut; null when none was."""
     whole = ~rows.flags["truncated"]
     if whole.all():
@@ -161,7 +161,7 @@ def _without_truncated(rows: Rows, margins: Floats) -> dict[str, Any] | None:
     }
 
 
-def _trl(rows: Rows, margins: Floats) -> dict[str, float | None]:
+def _trl(rows: ScoreArrays, margins: Floats) -> dict[str, float | None]:
     """The metrics that TRL's DPOTrainer logs, by its rules: a tie counts as 0 in rewards/accuracies."""
     v = rows.values
     right = np.where(np.isfinite(margins), (margins > 0.0) * 1.0, np.nan)
@@ -180,29 +180,29 @@ def _plain_mean(values: Floats) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _only(rows: Rows, label: str, name: str) -> Rows:
+def _only(rows: ScoreArrays, label: str, name: str) -> ScoreArrays:
     names = rows.names[label]
     inside = rows.labels[label] == (names.index(name) if name in names else -1)
     return rows if len(rows) and inside.all() else rows.take(np.flatnonzero(inside))
 
 
-def _groups(rows: Rows, label: str) -> dict[str, Any]:
+def _groups(rows: ScoreArrays, label: str) -> dict[str, Any]:
     """A cell for every name that occurs; rejects carry no subset, so they are not counted here."""
     groups = {name: _only(rows, label, name) for name in rows.present(label)}
     return {name: cell(group) | counts(group, 0, None) for name, group in groups.items()}
 
 
-def _all_datasets(rows: Rows) -> list[str]:
+def _all_datasets(rows: ScoreArrays) -> list[str]:
     return sorted({*rows.names["dataset"], *(dataset for dataset, _ in rows.rejected)})
 
 
-def _cell_of(rows: Rows, label: str, name: str) -> dict[str, Any]:
+def _cell_of(rows: ScoreArrays, label: str, name: str) -> dict[str, Any]:
     group = _only(rows, label, name)
     by_code = _by_code(rows, name)
     return cell(group) | counts(group, sum(by_code.values()), by_code)
 
 
-def _by_code(rows: Rows, dataset: str | None = None) -> dict[str, int]:
+def _by_code(rows: ScoreArrays, dataset: str | None = None) -> dict[str, int]:
     codes = sorted({code for _, code in rows.rejected})
     found = {
         code: sum(n for (name, c), n in rows.rejected.items() if c == code and dataset in (None, name))

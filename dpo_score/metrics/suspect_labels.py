@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_score.losses.ops import Floats, sigmoid
-from dpo_score.metrics.compare import Lineup
+from dpo_score.metrics.compare import AlignedPolicies
 from dpo_score.metrics.summary import order
 
 SHINGLE = 5
@@ -91,7 +91,7 @@ IDENTICAL = "identical_answers"
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """One pair. `row`: its place in the lineup; `copies`: how many rows hold this very pair."""
+    """One pair. `row`: its place among the aligned rows; `copies`: how many rows hold this very pair."""
 
     row: int
     row_id: str
@@ -117,42 +117,42 @@ class Audit:
         return sum(suspect.finding == AGAINST for suspect in self.suspects)
 
 
-def label_audit(lineup: Lineup) -> Audit:
+def label_audit(aligned: AlignedPolicies) -> Audit:
     """Every pair that all policies rank against the label (labelled ties left out), and every identical pair.
 
     A policy with margin 0 everywhere (the reference itself) ranks nothing and has no vote.
     """
-    margins = {policy.name: policy.margins for policy in lineup.policies if np.any(policy.margins != 0.0)}
-    against = _against(lineup, margins)
-    confidence = _confidence(margins, len(lineup))
-    identical = np.array(["identical_pair" in (marks or ()) for marks in lineup.first.marks], bool)
+    margins = {policy.name: policy.margins for policy in aligned.policies if np.any(policy.margins != 0.0)}
+    against = _against(aligned, margins)
+    confidence = _confidence(margins, len(aligned))
+    identical = np.array(["identical_pair" in (marks or ()) for marks in aligned.first.marks], bool)
     first = sorted(np.flatnonzero(against & ~identical).tolist(), key=lambda row: (-confidence[row], row))
-    copies = Counter(lineup.first.pair_ids)
-    agrees = _reference_ranks(lineup)
+    copies = Counter(aligned.first.pair_ids)
+    agrees = _reference_ranks(aligned)
 
     def suspect(row: int, finding: str) -> Suspect:
         return Suspect(
             row=row,
-            row_id=lineup.first.row_ids[row],
-            pair_id=lineup.first.pair_ids[row],
+            row_id=aligned.first.row_ids[row],
+            pair_id=aligned.first.pair_ids[row],
             finding=finding,
             confidence=float(confidence[row]) if finding == AGAINST else None,
             margins={name: float(values[row]) for name, values in margins.items()},
             reference_agrees=None if np.isnan(agrees[row]) else bool(agrees[row] == 1.0),
-            copies=copies[lineup.first.pair_ids[row]],
-            marks=tuple(lineup.first.marks[row] or ()),
+            copies=copies[aligned.first.pair_ids[row]],
+            marks=tuple(aligned.first.marks[row] or ()),
         )
 
     found = [suspect(row, AGAINST) for row in first]
     found += [suspect(int(row), IDENTICAL) for row in np.flatnonzero(identical)]
-    return Audit(tuple(found), len(lineup), len(margins))
+    return Audit(tuple(found), len(aligned), len(margins))
 
 
-def _against(lineup: Lineup, margins: Mapping[str, Floats]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _against(aligned: AlignedPolicies, margins: Mapping[str, Floats]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     if not margins:
-        return np.zeros(len(lineup), np.bool_)
+        return np.zeros(len(aligned), np.bool_)
     wrong = np.logical_and.reduce([values < 0.0 for values in margins.values()])
-    return np.asarray(wrong & ~lineup.first.rows.flags["tied"], np.bool_)
+    return np.asarray(wrong & ~aligned.first.rows.flags["tied"], np.bool_)
 
 
 def _confidence(margins: Mapping[str, Floats], rows: int) -> Floats:
@@ -162,7 +162,7 @@ def _confidence(margins: Mapping[str, Floats], rows: int) -> Floats:
     return least
 
 
-def _reference_ranks(lineup: Lineup) -> Floats:
+def _reference_ranks(aligned: AlignedPolicies) -> Floats:
     """1 where the reference alone ranks the pair as labelled, 0 against, NaN where it cannot be told."""
-    v = lineup.first.rows.values
+    v = aligned.first.rows.values
     return order(v["ref_chosen_logps"], v["ref_rejected_logps"])

@@ -19,7 +19,7 @@ from dpo_score.config.checkpoint_glob import natural
 from dpo_score.data.types import MARKS, EncodedPair, Pair
 from dpo_score.errors import UsageError, nearest
 from dpo_score.escape import safe
-from dpo_score.metrics.compare import Lineup, line_up, matchup
+from dpo_score.metrics.compare import AlignedPolicies, align_policies, compare_policies
 from dpo_score.metrics.suspect_labels import label_audit
 from dpo_score.report.content import Facts
 from dpo_score.report.numbers import numbers
@@ -40,7 +40,7 @@ Tokens = dict[tuple[int, str], dict[str, list[tuple[str, float]]]]
 def report(
     out: str, no_text: bool = False, baseline: str | None = None, slices: Sequence[str] = ()
 ) -> tuple[str, Mapping[str, Any]]:
-    """Write OUT/report.html; returns where it is and the matchup it shows. Raises UsageError, StorageError.
+    """Write OUT/report.html; returns where it is and the compare_policies it shows. Raises UsageError, StorageError.
 
     slices: columns to group pairs by; none: those that the run was asked for.
     """
@@ -73,16 +73,16 @@ def gather(
     """Everything the page needs."""
     summary = read_summary(store, out)
     names = [name for name in chosen_names(store, manifest, None, out) if name in summary["policies"]]
-    lineup, unsliced = sliced_lineup(store, manifest, names, out, slices)
-    lineup = numbered_groups(lineup) if no_text else lineup
+    aligned, unsliced = sliced_policies(store, manifest, names, out, slices)
+    aligned = numbered_groups(aligned) if no_text else aligned
     if baseline is not None and baseline not in names:
         raise UsageError(f"--baseline {baseline}: not among the scored policies {', '.join(names)}")
-    found, audit = matchup(lineup, baseline), label_audit(lineup)
-    selection = select(lineup, audit, found["best"])
-    texts, tokens, notes = _passages(store, manifest, lineup, selection, no_text)
+    found, audit = compare_policies(aligned, baseline), label_audit(aligned)
+    selection = select(aligned, audit, found["best"])
+    texts, tokens, notes = _passages(store, manifest, aligned, selection, no_text)
     return Facts(
         title=safe(out.rstrip("/").rsplit("/", 1)[-1], 120),
-        lineup=lineup,
+        aligned=aligned,
         found=found,
         audit=audit,
         selection=selection,
@@ -93,7 +93,7 @@ def gather(
         marks=_marks(summary),
         warnings=[safe(warning) for warning in manifest.warnings],
         notes=[*_skipped(summary), *unsliced, *notes],
-        provenance=_provenance(manifest, names, lineup),
+        provenance=_provenance(manifest, names, aligned),
     )
 
 
@@ -104,29 +104,31 @@ def read_summary(store: Store, out: str) -> Mapping[str, Any]:
     return summary
 
 
-def sliced_lineup(
+def sliced_policies(
     store: Store, manifest: Manifest, names: Sequence[str], out: str, slices: Sequence[str]
-) -> tuple[Lineup, list[str]]:
+) -> tuple[AlignedPolicies, list[str]]:
     """The policies, grouped by what was asked for now, else by what the run was asked for.
 
     Of the latter, what cannot be had any more is said in the second result instead of raised.
     """
     if slices or not store.exists("pipeline.yaml") or not (stored := stored_config(store).slices):
-        return lined_up(store, manifest, names, out, slices), []
+        return aligned_policies(store, manifest, names, out, slices), []
     try:
-        return lined_up(store, manifest, names, out, stored), []
+        return aligned_policies(store, manifest, names, out, stored), []
     except UsageError as error:
-        return lined_up(store, manifest, names, out), [f"No slices: {safe(error)}"]
+        return aligned_policies(store, manifest, names, out), [f"No slices: {safe(error)}"]
 
 
-def lined_up(store: Store, manifest: Manifest, names: Sequence[str], out: str, slices: Sequence[str] = ()) -> Lineup:
+def aligned_policies(
+    store: Store, manifest: Manifest, names: Sequence[str], out: str, slices: Sequence[str] = ()
+) -> AlignedPolicies:
     """The policies of one folder on their common pairs. Raises UsageError when there are none."""
     if not names:
         raise UsageError(f"{out} holds no finished policy yet: let `dpo-score run` finish one")
     first, *others = sorted(names, key=natural)
     scored = [read_sliced(store, manifest, first, slices), *(read_scored(store, manifest, name) for name in others)]
     try:
-        return line_up(scored)
+        return align_policies(scored)
     except ValueError:
         raise UsageError(f"{out}: no pair was scored by all of {', '.join(names)}") from None
 
@@ -135,7 +137,7 @@ def lined_up(store: Store, manifest: Manifest, names: Sequence[str], out: str, s
 
 
 def _passages(
-    store: Store, manifest: Manifest, lineup: Lineup, selection: Selection, no_text: bool
+    store: Store, manifest: Manifest, aligned: AlignedPolicies, selection: Selection, no_text: bool
 ) -> tuple[dict[int, dict[str, str]], Tokens, list[str]]:
     """Texts by row, tokens of the changed pairs, and what to say where something is left out."""
     if no_text or not selection.rows:
@@ -143,10 +145,10 @@ def _passages(
     source = text_source(store, manifest)
     if isinstance(source, str):
         return {}, {}, [f"Texts are left out: {safe(source)}."]
-    ids = {row: lineup.first.row_ids[row] for row in selection.rows}
+    ids = {row: aligned.first.row_ids[row] for row in selection.rows}
     pairs = source.pairs(ids.values())
     texts = {row: _texts(pairs[row_id], source) for row, row_id in ids.items() if row_id in pairs}
-    tokens, notes = _tokens(store, manifest, lineup, selection, source, pairs)
+    tokens, notes = _tokens(store, manifest, aligned, selection, source, pairs)
     return texts, tokens, notes
 
 
@@ -160,7 +162,7 @@ def _texts(pair: Pair, source: TextSource) -> dict[str, str]:
 def _tokens(
     store: Store,
     manifest: Manifest,
-    lineup: Lineup,
+    aligned: AlignedPolicies,
     selection: Selection,
     source: TextSource,
     pairs: Mapping[str, Pair],
@@ -173,7 +175,7 @@ def _tokens(
     tokens: Tokens = {}
     for name in (selection.before, selection.after):
         assert name is not None
-        policy = lineup[name]
+        policy = aligned[name]
         rows = _stored_rows(store, name, [policy.row_ids[row] for row in selection.changed])
         for row in selection.changed:
             stored = rows.get(policy.row_ids[row])
@@ -250,7 +252,7 @@ def _marks(summary: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _provenance(manifest: Manifest, names: Sequence[str], lineup: Lineup) -> list[tuple[str, str]]:
+def _provenance(manifest: Manifest, names: Sequence[str], aligned: AlignedPolicies) -> list[tuple[str, str]]:
     models = manifest.notes.get("names", {})
     numerics = manifest.numerics.get("run", {})
     identities = manifest.identities
@@ -280,6 +282,6 @@ def tables(out: str, form: str, baseline: str | None = None, slices: Sequence[st
     names = chosen_names(store, manifest, None, out)
     if baseline is not None and baseline not in names:
         raise UsageError(f"--baseline {baseline}: {nearest(baseline, names)}")
-    lineup, _ = sliced_lineup(store, manifest, names, out, slices)
-    lineup = numbered_groups(lineup) if no_text else lineup
-    return write(matchup(lineup, baseline), form, numbers(lineup))
+    aligned, _ = sliced_policies(store, manifest, names, out, slices)
+    aligned = numbered_groups(aligned) if no_text else aligned
+    return write(compare_policies(aligned, baseline), form, numbers(aligned))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_score.metrics import sentences as verdict
-from dpo_score.metrics.compare import Lineup
+from dpo_score.metrics.compare import AlignedPolicies
 from dpo_score.metrics.suspect_labels import Audit
 from dpo_score.report import charts
 from dpo_score.report.selection import Selection
@@ -22,10 +22,10 @@ NARROW = "\u00a0"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Facts:
-    """What a page is made of. `texts` by lineup row; `tokens` by (row, policy) → side → [(text, β·log-ratio)]."""
+    """What a page is made of. `texts` by row; `tokens` by (row, policy) → side → [(text, β·log-ratio)]."""
 
     title: str
-    lineup: Lineup
+    aligned: AlignedPolicies
     found: Cell
     audit: Audit
     selection: Selection
@@ -47,8 +47,8 @@ class Palette:
     key: tuple[str, ...]
 
 
-def palette(lineup: Lineup, found: Cell) -> Palette:
-    names = lineup.names
+def palette(aligned: AlignedPolicies, found: Cell) -> Palette:
+    names = aligned.names
     wanted = (
         list(names)
         if len(names) <= KEY_POLICIES

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_score.metrics.compare import Lineup, per_pair
+from dpo_score.metrics.compare import AlignedPolicies, per_pair
 from dpo_score.metrics.diagnostics import DEFINITIONS, diagnose
 from dpo_score.metrics.summary import ranking, share
 from dpo_score.report import charts
@@ -35,7 +35,7 @@ def calibration(facts: Facts, colours: Palette) -> dict[str, Any]:
     """Reliability of the key policies, and their numbers."""
     rows, lines = [], []
     for name in colours.key:
-        cell = diagnose(facts.lineup[name].rows)["calibration"]
+        cell = diagnose(facts.aligned[name].rows)["calibration"]
         lines.append(
             (name, colours.colours[name], [(b["confidence"], b["accuracy"], b["n"]) for b in cell["bins"] if b["n"]])
         )
@@ -46,7 +46,7 @@ def calibration(facts: Facts, colours: Palette) -> dict[str, Any]:
                 "ece": _plain(cell["ece"]),
                 "brier": _plain(cell["brier"]),
                 "nll": _plain(cell["nll"]),
-                "beta": f"{facts.lineup[name].settings.beta:g}",
+                "beta": f"{facts.aligned[name].settings.beta:g}",
                 "best_beta": _beta(cell["best_beta"]),
             }
         )
@@ -67,7 +67,7 @@ def length(facts: Facts, colours: Palette) -> dict[str, Any]:
     """What length alone explains, for the key policies, and accuracy by how much longer chosen is."""
     rows = []
     for name in colours.key:
-        policy = facts.lineup[name]
+        policy = facts.aligned[name]
         alone, cell = ranking(policy.rows), diagnose(policy.rows)["length"]
         right = share(per_pair(policy.rows, "accuracy"), policy.rows.repeated)
         rows.append(
@@ -84,7 +84,7 @@ def length(facts: Facts, colours: Palette) -> dict[str, Any]:
                 "flips": f"{_count(alone.get('flipped_right'))} / {_count(alone.get('flipped_wrong'))}",
             }
         )
-    return {"rows": rows, "plot": dot_plot(_by_length(facts.lineup), colours, ranked=False)}
+    return {"rows": rows, "plot": dot_plot(_by_length(facts.aligned), colours, ranked=False)}
 
 
 def _both(alone: Cell, model: str) -> str:
@@ -103,9 +103,9 @@ def _count(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"
 
 
-def _by_length(lineup: Lineup) -> dict[str, Any]:
+def _by_length(aligned: AlignedPolicies) -> dict[str, Any]:
     """bin of (nc − nr) / max → policy → accuracy; empty bins left out."""
-    v = lineup.first.rows.values
+    v = aligned.first.rows.values
     relative = (v["chosen_tokens"] - v["rejected_tokens"]) / np.maximum(v["chosen_tokens"], v["rejected_tokens"])
     groups = {}
     for name, low, high in LENGTH_BINS:
@@ -114,7 +114,7 @@ def _by_length(lineup: Lineup) -> dict[str, Any]:
             continue
         policies = {
             policy.name: {"accuracy": share(per_pair(policy.rows, "accuracy")[mask], policy.rows.clusters[mask])}
-            for policy in lineup.policies
+            for policy in aligned.policies
         }
         groups[name] = {"pairs": int(mask.sum()), "policies": policies}
     return groups
@@ -123,7 +123,7 @@ def _by_length(lineup: Lineup) -> dict[str, Any]:
 def health(facts: Facts) -> dict[str, Any]:
     """One row a policy, one column a sign of trouble."""
     rows = []
-    for policy in facts.lineup.policies:
+    for policy in facts.aligned.policies:
         found = diagnose(policy.rows)["health"]
         values = [
             "–" if found[name]["value"] is None else form(found[name]["value"]) for name, (_, form) in HEALTH.items()
@@ -135,9 +135,9 @@ def health(facts: Facts) -> dict[str, Any]:
 def noise(facts: Facts) -> list[dict[str, Any]]:
     """How far margins may be off by numerics alone, by policy."""
     rows = []
-    for name in facts.lineup.names:
+    for name in facts.aligned.names:
         cell = facts.noise.get(name) or {}
-        mean = facts.lineup[name].rows.values["margins_nats"]
+        mean = facts.aligned[name].rows.values["margins_nats"]
         kept = mean[np.isfinite(mean)]
         rows.append(
             {

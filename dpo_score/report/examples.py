@@ -52,7 +52,7 @@ def changed(facts: Facts) -> list[dict[str, Any]]:
 
 
 def _passage(facts: Facts, row: int) -> dict[str, Any]:
-    first, values = facts.lineup.first, facts.lineup.first.rows.values
+    first, values = facts.aligned.first, facts.aligned.first.rows.values
     text = facts.texts.get(row)
     label, names = first.rows.labels["subset"], first.rows.names["subset"]
     return {
@@ -60,8 +60,8 @@ def _passage(facts: Facts, row: int) -> dict[str, Any]:
         "subset": safe(names[label[row]], 80),
         "marks": [safe(mark) for mark in first.marks[row] or ()],
         "tokens": [_whole(values[f"{side}_tokens"][row]) for side in SIDES],
-        "margins": [(p.name, float(p.margins[row]), signed(float(p.margins[row]))) for p in facts.lineup.policies],
-        "judged": float(facts.lineup[facts.selection.worst_of].margins[row]),
+        "margins": [(p.name, float(p.margins[row]), signed(float(p.margins[row]))) for p in facts.aligned.policies],
+        "judged": float(facts.aligned[facts.selection.worst_of].margins[row]),
         "text": None if text is None else {side: cut(text[side]) for side in ("prompt", *SIDES)},
     }
 
@@ -72,7 +72,7 @@ def _whole(value: float) -> int | None:
 
 def _sides(facts: Facts, row: int, before: str, after: str) -> dict[str, Any]:
     """The change, and for both checkpoints each side as coloured tokens on one scale."""
-    margins = [float(facts.lineup[name].margins[row]) for name in (before, after)]
+    margins = [float(facts.aligned[name].margins[row]) for name in (before, after)]
     runs = {name: facts.tokens.get((row, name)) for name in (before, after)}
     found: dict[str, Any] = {
         "change": f"{abs(margins[1] - margins[0]):.2f}",

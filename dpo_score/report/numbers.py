@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_score.metrics.compare import Lineup, Scored
+from dpo_score.metrics.compare import AlignedPolicies, ScoredPolicy
 from dpo_score.metrics.diagnostics import diagnose
 from dpo_score.metrics.summary import ranking
 
@@ -31,12 +31,12 @@ class Number:
     ci95: Sequence[float] | None = None
 
 
-def numbers(lineup: Lineup) -> list[Number]:
+def numbers(aligned: AlignedPolicies) -> list[Number]:
     """Every number that explains the levels, policy by policy."""
-    return [number for policy in lineup.policies for number in _of(policy)]
+    return [number for policy in aligned.policies for number in _of(policy)]
 
 
-def _of(policy: Scored) -> Iterator[Number]:
+def _of(policy: ScoredPolicy) -> Iterator[Number]:
     found = diagnose(policy.rows)
     fit = found["calibration"].pop("best_beta")
     kinds = {"ranking": ranking(policy.rows), **found}

@@ -24,7 +24,7 @@ from dpo_score.report.content import Facts, palette
 
 def render(facts: Facts) -> str:
     """The whole page."""
-    colours = palette(facts.lineup, facts.found)
+    colours = palette(facts.aligned, facts.found)
     return page(
         {
             "facts": facts,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_score.metrics.compare import Scored, counted, per_pair
+from dpo_score.metrics.compare import ScoredPolicy, counted, per_pair
 from dpo_score.metrics.diagnostics import diagnose
 from dpo_score.metrics.sentences import p_value
 from dpo_score.metrics.summary import measure, share
@@ -66,7 +66,7 @@ def levels(facts: Facts, colours: Palette) -> list[dict[str, Any]]:
 
 def asides(facts: Facts) -> list[str]:
     """What the pairs that were cut, and labelled ties, change about the levels."""
-    flags, policies = facts.lineup.first.rows.flags, facts.lineup.policies
+    flags, policies = facts.aligned.first.rows.flags, facts.aligned.policies
     lines = []
     cut = flags["truncated"]
     if cut.any() and not cut.all():
@@ -199,14 +199,14 @@ def _dots(name: str, cells: Sequence[Cell], colours: Palette, low: float, high: 
 def margins(facts: Facts, colours: Palette) -> list[dict[str, Any]]:
     """Histograms on one scale, at most SHOWN_HISTOGRAMS policies, evenly drawn from all."""
     edges = np.asarray(facts.found["margin_edges"])
-    policies = facts.lineup.policies
+    policies = facts.aligned.policies
     places = np.unique(np.linspace(0, len(policies) - 1, min(len(policies), SHOWN_HISTOGRAMS)).astype(int))
     chosen = [policies[int(place)] for place in places]
     top = max(max(counted(policy.margins, edges)) for policy in chosen)
     return [_margin(policy, edges, top, colours) for policy in chosen]
 
 
-def _margin(policy: Scored, edges: Any, top: int, colours: Palette) -> dict[str, Any]:
+def _margin(policy: ScoredPolicy, edges: Any, top: int, colours: Palette) -> dict[str, Any]:
     kept = policy.margins[np.isfinite(policy.margins)]
     below = float(np.mean(kept < 0)) if len(kept) else None
     note = f"{percent(below)} below 0; median {signed(float(np.median(kept)) if len(kept) else None)}"
@@ -217,7 +217,7 @@ def _margin(policy: Scored, edges: Any, top: int, colours: Palette) -> dict[str,
 
 def curves(facts: Facts) -> dict[str, Any]:
     """Small charts over checkpoints; empty for a single policy."""
-    policies = facts.lineup.policies
+    policies = facts.aligned.policies
     if len(policies) < 2:
         return {"charts": []}
     steps = [policy.step for policy in policies]
@@ -229,7 +229,7 @@ def curves(facts: Facts) -> dict[str, Any]:
     return {"charts": _charts(policies, x, names), "axis": "training step" if by_step else "policy"}
 
 
-def _charts(policies: Sequence[Scored], x: Sequence[float], names: Sequence[str]) -> list[dict[str, Any]]:
+def _charts(policies: Sequence[ScoredPolicy], x: Sequence[float], names: Sequence[str]) -> list[dict[str, Any]]:
     def measured(metric: str, label: str, colour: int = 0) -> Series:
         cells = [measure(per_pair(policy.rows, metric), policy.rows.repeated) for policy in policies]
         return _series(label, [cell["mean"] for cell in cells], cells, colour)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_score.metrics.compare import Lineup, refusal
+from dpo_score.metrics.compare import AlignedPolicies, refusal
 from dpo_score.metrics.suspect_labels import AGAINST, Audit
 
 CHANGED, WORST, SUSPECTS = 6, 30, 50
@@ -16,7 +16,7 @@ CHANGED, WORST, SUSPECTS = 6, 30, 50
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Rows of a lineup. `before`, `after`: the checkpoints whose margins `changed` compares, None where unlike."""
+    """Rows of the aligned policies. `before`, `after`: whose margins `changed` compares, None where they are unlike."""
 
     before: str | None
     after: str | None
@@ -36,17 +36,17 @@ class Selection:
         return list(dict.fromkeys((*self.worst, *self.suspects)))
 
 
-def select(lineup: Lineup, audit: Audit, best: str | None) -> Selection:
+def select(aligned: AlignedPolicies, audit: Audit, best: str | None) -> Selection:
     """`best`: the policy whose worst pairs are shown; changes lead from the first checkpoint to it, or to the last."""
-    before = lineup.names[0]
-    judged = best or lineup.names[-1]
-    after = judged if judged != before else lineup.names[-1]
-    if before == after or refusal(lineup[before].settings, lineup[after].settings, "margins"):
+    before = aligned.names[0]
+    judged = best or aligned.names[-1]
+    after = judged if judged != before else aligned.names[-1]
+    if before == after or refusal(aligned[before].settings, aligned[after].settings, "margins"):
         changed: tuple[int, ...] = ()
     else:
-        changed = _extremes(lineup[after].margins - lineup[before].margins)
+        changed = _extremes(aligned[after].margins - aligned[before].margins)
     suspects = tuple(suspect.row for suspect in audit.suspects if suspect.finding == AGAINST)[:SUSPECTS]
-    worst = _lowest(lineup[judged].margins)
+    worst = _lowest(aligned[judged].margins)
     if not changed:
         return Selection(None, None, (), worst, judged, suspects)
     return Selection(before, after, changed, worst, judged, suspects)

@@ -46,7 +46,7 @@ class Grid:
 
 
 def grids(found: Cell, reasons: Sequence[Number] = ()) -> list[Grid]:
-    """Levels, differences, subsets and slices of a matchup, then what explains them."""
+    """Levels, differences, subsets and slices of a compare_policies, then what explains them."""
     return [_levels(found), *_differences(found), *_groups(found), *_slices(found), *_reasons(reasons)]
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from dpo_score.cli.console import console, print_json, table
 from dpo_score.data.types import Pair
 from dpo_score.escape import safe
-from dpo_score.metrics.compare import line_up
+from dpo_score.metrics.compare import align_policies
 from dpo_score.metrics.suspect_labels import Audit, Suspect, label_audit, near_duplicates, similarity
 from dpo_score.results.run_folder import chosen_names, open_out, parts, read_scored
 from dpo_score.results.source_text import TextSource, plain_text, text_source
@@ -52,7 +52,7 @@ def audit(out: str, policies: str | None = None, no_text: bool = False) -> dict[
     """Write OUT/audit.parquet, one row a suspect; returns counts, the file and the first ten rows."""
     store, manifest = open_out(out)
     names = chosen_names(store, manifest, policies, out)
-    found = label_audit(line_up([read_scored(store, manifest, name) for name in names]))
+    found = label_audit(align_policies([read_scored(store, manifest, name) for name in names]))
     pairs, reason = _pairs(store, manifest, found, no_text)
     rows = rows_of(found, pairs, _sources(store, names[0], found))
     store.write_table(FILE, pa.Table.from_pylist(rows, schema=SCHEMA), {})

@@ -12,8 +12,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dpo_score.errors import ConfigError, FailIfError, UsageError, nearest
-from dpo_score.metrics.compare import Lineup, Scored, line_up, matchup
-from dpo_score.metrics.gate import firing, needs_baseline, parse_condition
+from dpo_score.metrics.compare import AlignedPolicies, ScoredPolicy, align_policies, compare_policies
+from dpo_score.metrics.gate import failed_conditions, needs_baseline, parse_condition
 from dpo_score.results.groups import read_sliced
 from dpo_score.results.run_folder import chosen_names, open_out, read_scored
 
@@ -32,12 +32,12 @@ def compare(
     """
     conditions = [parse_condition(text) for text in fail_if]
     scored = _scored(outs, policies, baseline, slices)
-    lineup = _joined(scored)
-    baseline = _baseline(lineup, baseline, outs, scored)
+    aligned = _joined(scored)
+    baseline = _baseline(aligned, baseline, outs, scored)
     if baseline is None and any(needs_baseline(condition) for condition in conditions):
         raise ConfigError("--fail-if speaks of a baseline: say --baseline NAME, or compare two folders")
-    found = matchup(lineup, baseline)
-    failed = [sentence for condition in conditions for sentence in firing(condition, lineup, baseline)]
+    found = compare_policies(aligned, baseline)
+    failed = [sentence for condition in conditions for sentence in failed_conditions(condition, aligned, baseline)]
     return found | {"folders": list(outs), "failed": failed}
 
 
@@ -47,7 +47,9 @@ def raise_failed(found: dict[str, Any]) -> None:
         raise FailIfError("--fail-if holds: " + "; ".join(found["failed"]))
 
 
-def _scored(outs: Sequence[str], policies: str | None, baseline: str | None, slices: Sequence[str]) -> list[Scored]:
+def _scored(
+    outs: Sequence[str], policies: str | None, baseline: str | None, slices: Sequence[str]
+) -> list[ScoredPolicy]:
     """Groups follow the first policy's rows, so only those are read with the slices."""
     if len(outs) == 1:
         return _of_folder(outs[0], policies, baseline, slices)
@@ -55,11 +57,11 @@ def _scored(outs: Sequence[str], policies: str | None, baseline: str | None, sli
     return [replace(policy, name=name) for policy, name in zip(_flat(found), _labels(outs, found), strict=True)]
 
 
-def _flat(found: Sequence[Sequence[Scored]]) -> list[Scored]:
+def _flat(found: Sequence[Sequence[ScoredPolicy]]) -> list[ScoredPolicy]:
     return [policy for policies in found for policy in policies]
 
 
-def _of_folder(out: str, policies: str | None, baseline: str | None, slices: Sequence[str] = ()) -> list[Scored]:
+def _of_folder(out: str, policies: str | None, baseline: str | None, slices: Sequence[str] = ()) -> list[ScoredPolicy]:
     store, manifest = open_out(out)
     names = chosen_names(store, manifest, policies, out)
     if baseline is not None and baseline not in names:
@@ -68,7 +70,7 @@ def _of_folder(out: str, policies: str | None, baseline: str | None, slices: Seq
     return [read_sliced(store, manifest, first, slices), *(read_scored(store, manifest, name) for name in others)]
 
 
-def _labels(outs: Sequence[str], found: Sequence[Sequence[Scored]]) -> list[str]:
+def _labels(outs: Sequence[str], found: Sequence[Sequence[ScoredPolicy]]) -> list[str]:
     """Policy names where they tell the sides apart, else FOLDER/NAME, else 1/NAME and 2/NAME."""
     names = [policy.name for policy in _flat(found)]
     if len(set(names)) == len(names):
@@ -79,9 +81,9 @@ def _labels(outs: Sequence[str], found: Sequence[Sequence[Scored]]) -> list[str]
     return [f"{folder}/{policy.name}" for folder, side in zip(folders, found, strict=True) for policy in side]
 
 
-def _joined(scored: Sequence[Scored]) -> Lineup:
+def _joined(scored: Sequence[ScoredPolicy]) -> AlignedPolicies:
     try:
-        return line_up(scored)
+        return align_policies(scored)
     except ValueError:
         names = ", ".join(policy.name for policy in scored)
         raise UsageError(
@@ -90,9 +92,11 @@ def _joined(scored: Sequence[Scored]) -> Lineup:
         ) from None
 
 
-def _baseline(lineup: Lineup, asked: str | None, outs: Sequence[str], scored: Sequence[Scored]) -> str | None:
+def _baseline(
+    aligned: AlignedPolicies, asked: str | None, outs: Sequence[str], scored: Sequence[ScoredPolicy]
+) -> str | None:
     if asked is not None:
-        if asked not in lineup.names:
-            raise UsageError(f"--baseline {asked}: not among the compared policies; {nearest(asked, lineup.names)}")
+        if asked not in aligned.names:
+            raise UsageError(f"--baseline {asked}: not among the compared policies; {nearest(asked, aligned.names)}")
         return asked
     return scored[0].name if len(outs) == 2 and len(scored) == 2 else None

@@ -20,8 +20,8 @@ from dpo_score.data.types import Pair
 from dpo_score.engine.plan import Job
 from dpo_score.errors import ConfigError, UsageError
 from dpo_score.escape import safe
-from dpo_score.metrics.arrays import FLOATS, unquoted
-from dpo_score.metrics.compare import Lineup, Scored
+from dpo_score.metrics.arrays import FLOATS, without_texts
+from dpo_score.metrics.compare import AlignedPolicies, ScoredPolicy
 from dpo_score.metrics.groups import BUILT_IN, LENGTH, TURNS, means, text_of
 from dpo_score.results.run_folder import as_scored, scored_rows
 from dpo_score.results.schemas import COUNT_FIELDS, TEXT_FIELDS
@@ -66,7 +66,7 @@ def of_run(job: Job) -> pa.Table | None:
     return from_data(job.datasets, range(wanted) if sample is None else sample[:wanted], names) if names else None
 
 
-def read_sliced(store: Store, manifest: Manifest, policy: str, names: Sequence[str]) -> Scored:
+def read_sliced(store: Store, manifest: Manifest, policy: str, names: Sequence[str]) -> ScoredPolicy:
     """All scored rows of one policy with `names` to group by. UsageError where a column cannot be had."""
     table = scored_rows(store, policy)
     lacking = [name for name in names if name not in table.column_names and name != LENGTH]
@@ -75,9 +75,11 @@ def read_sliced(store: Store, manifest: Manifest, policy: str, names: Sequence[s
     return as_scored(manifest, policy, table, names)
 
 
-def numbered_groups(lineup: Lineup) -> Lineup:
+def numbered_groups(aligned: AlignedPolicies) -> AlignedPolicies:
     """For --no-text: the policies with no text of the data in the name of a group."""
-    return replace(lineup, policies=tuple(replace(policy, rows=unquoted(policy.rows)) for policy in lineup.policies))
+    return replace(
+        aligned, policies=tuple(replace(policy, rows=without_texts(policy.rows)) for policy in aligned.policies)
+    )
 
 
 def _of_folder(store: Store, manifest: Manifest, table: pa.Table, names: Sequence[str]) -> pa.Table:

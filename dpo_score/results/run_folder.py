@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from dpo_score.config.checkpoint_glob import natural
 from dpo_score.errors import UsageError, nearest
 from dpo_score.metrics.arrays import collect
-from dpo_score.metrics.compare import Scored, Settings
+from dpo_score.metrics.compare import ScoredPolicy, ScoringSettings
 from dpo_score.storage.commits import CommitRecord, read_records
 from dpo_score.storage.io import Store, open_store
 from dpo_score.storage.manifest import Manifest, read_manifest
@@ -67,7 +67,7 @@ def chosen_names(store: Store, manifest: Manifest, asked: str | None, out: str) 
     return list(dict.fromkeys(names))
 
 
-def read_scored(store: Store, manifest: Manifest, policy: str) -> Scored:
+def read_scored(store: Store, manifest: Manifest, policy: str) -> ScoredPolicy:
     """All scored rows of one policy."""
     return as_scored(manifest, policy, scored_rows(store, policy))
 
@@ -77,9 +77,9 @@ def scored_rows(store: Store, policy: str) -> pa.Table:
     return _scored_rows(store.read_table(name, _bare_columns(store, name)) for name in parts(store, policy))
 
 
-def as_scored(manifest: Manifest, policy: str, table: pa.Table, slices: Sequence[str] = ()) -> Scored:
+def as_scored(manifest: Manifest, policy: str, table: pa.Table, slices: Sequence[str] = ()) -> ScoredPolicy:
     """Those rows as arrays. `slices`: further columns to group by."""
-    return Scored(
+    return ScoredPolicy(
         name=policy,
         step=step_of(policy, str(manifest.notes.get("names", {}).get(policy, ""))),
         row_ids=table["row_id"].to_pylist(),
@@ -110,13 +110,13 @@ def step_of(*names: str) -> int | None:
     return next((int(match[1]) for match in found if match), None)
 
 
-def settings(manifest: Manifest, policy: str) -> Settings:
+def settings(manifest: Manifest, policy: str) -> ScoringSettings:
     """What must be equal for rewards of two policies to be subtracted."""
     fields = manifest.identities.policies[policy]
     reference = fields.get("reference") or manifest.identities.reference
     text = dict(manifest.identities.text.get("text") or {})
     loss = dict(fields["loss"])
-    return Settings(
+    return ScoringSettings(
         reference=_short(reference.get("weights") or reference.get("columns")),
         beta=float(loss.pop("beta")),
         loss=json.dumps(loss, sort_keys=True),

@@ -11,9 +11,9 @@ import pyarrow as pa
 
 from dpo_score.losses.ops import log_sigmoid, sigmoid
 from dpo_score.metrics.arrays import collect
-from dpo_score.metrics.compare import Scored, Settings
+from dpo_score.metrics.compare import ScoredPolicy, ScoringSettings
 
-SETTINGS = Settings("reference", 0.1, "sigmoid", "keep_start, max_length 512", "template", "float32", True)
+SETTINGS = ScoringSettings("reference", 0.1, "sigmoid", "keep_start, max_length 512", "template", "float32", True)
 
 
 def scored(
@@ -24,11 +24,11 @@ def scored(
     prompts: Sequence[str] | None = None,
     subsets: Sequence[str | None] | None = None,
     step: int | None = None,
-    settings: Settings = SETTINGS,
+    settings: ScoringSettings = SETTINGS,
     marks: Sequence[Sequence[str]] | None = None,
     lengths: Sequence[tuple[int, int]] | None = None,
     slices: Mapping[str, Sequence[Any]] = MappingProxyType({}),
-) -> Scored:
+) -> ScoredPolicy:
     """A policy whose pairs have these margins in nats, all of them from the chosen side; `slices`: further columns."""
     n = len(nats)
     margins = settings.beta * np.asarray(nats, np.float64)
@@ -56,7 +56,7 @@ def scored(
         }
     )
     ids = list(pair_ids or [f"pair {i}" for i in range(n)])
-    return Scored(
+    return ScoredPolicy(
         name,
         step,
         [f"0:{i}" for i in range(n)],
@@ -67,7 +67,7 @@ def scored(
     )
 
 
-def policies(seed: int, pairs: int, gains: dict[str, float], subsets: int = 3) -> list[Scored]:
+def policies(seed: int, pairs: int, gains: dict[str, float], subsets: int = 3) -> list[ScoredPolicy]:
     """Policies over the same pairs whose margins share a difficulty; a gain of 0.5 moves accuracy by some 15 points."""
     draw = np.random.default_rng(seed)
     difficulty = draw.normal(size=pairs)

@@ -10,18 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_score.metrics.compare import METRICS, counted, line_up, margin_edges, matchup, refusal
+from dpo_score.metrics.compare import METRICS, align_policies, compare_policies, counted, margin_edges, refusal
 from tests.metrics.scored import SETTINGS, policies, scored
 
 
 def test_the_k_th_occurrence_meets_the_k_th() -> None:
     a = scored("a", [1, 2, 3, 4], pair_ids=["x", "y", "x", "z"])
     b = scored("b", [5, 6, 7, 8], pair_ids=["x", "x", "x", "y"])
-    lineup = line_up([a, b])
-    assert lineup["a"].pair_ids == lineup["b"].pair_ids == ["x", "y", "x"]
-    assert lineup.values("margins_nats")["a"].tolist() == [1, 2, 3]
-    assert lineup.values("margins_nats")["b"].tolist() == [5, 8, 6]
-    assert [(side.policy, side.pairs, side.first) for side in lineup.one_sided] == [
+    aligned = align_policies([a, b])
+    assert aligned["a"].pair_ids == aligned["b"].pair_ids == ["x", "y", "x"]
+    assert aligned.values("margins_nats")["a"].tolist() == [1, 2, 3]
+    assert aligned.values("margins_nats")["b"].tolist() == [5, 8, 6]
+    assert [(side.policy, side.pairs, side.first) for side in aligned.one_sided] == [
         ("a", 1, ("0:3",)),
         ("b", 1, ("0:2",)),
     ]
@@ -34,17 +34,17 @@ def test_joined_rows_hold_the_same_pairs_in_the_first_order(sides: list[list[str
     counts = {pair: min(ids.count(pair) for ids in sides) for pair in "pqr"}
     if not any(counts.values()):
         with pytest.raises(ValueError, match="no pair"):
-            line_up(policies)
+            align_policies(policies)
         return
-    lineup = line_up(policies)
-    assert {tuple(policy.pair_ids) for policy in lineup.policies} == {tuple(lineup.first.pair_ids)}
-    assert {pair: lineup.first.pair_ids.count(pair) for pair in "pqr"} == counts
-    left_out = {side.policy: side.pairs for side in lineup.one_sided}
-    assert all(len(ids) == len(lineup) + left_out.get(str(i), 0) for i, ids in enumerate(sides))
+    aligned = align_policies(policies)
+    assert {tuple(policy.pair_ids) for policy in aligned.policies} == {tuple(aligned.first.pair_ids)}
+    assert {pair: aligned.first.pair_ids.count(pair) for pair in "pqr"} == counts
+    left_out = {side.policy: side.pairs for side in aligned.one_sided}
+    assert all(len(ids) == len(aligned) + left_out.get(str(i), 0) for i, ids in enumerate(sides))
 
 
 def test_accuracy_is_nothing_on_a_tie() -> None:
-    values = line_up([scored("a", [1.0, 0.0, -1.0])]).values("accuracy")["a"]
+    values = align_policies([scored("a", [1.0, 0.0, -1.0])]).values("accuracy")["a"]
     assert values[[0, 2]].tolist() == [1.0, 0.0]
     assert np.isnan(values[1])
 
@@ -71,8 +71,8 @@ def test_unlike_settings_refuse_what_rests_on_them(field: str, refused: set[str]
 
 
 def test_a_better_policy_is_told_apart_and_equals_are_not() -> None:
-    lineup = line_up(policies(0, 400, {"weak": 0.0, "good": 0.6, "twin": 0.62}))
-    found = matchup(lineup, baseline="weak")
+    aligned = align_policies(policies(0, 400, {"weak": 0.0, "good": 0.6, "twin": 0.62}))
+    found = compare_policies(aligned, baseline="weak")
     tied = {item["policy"]: item["tied"] for item in found["versus_best"]["accuracy"]}
     assert found["best"] in ("good", "twin")
     assert tied["weak"] is False
@@ -85,7 +85,7 @@ def test_a_better_policy_is_told_apart_and_equals_are_not() -> None:
 
 
 def test_the_result_is_strict_json() -> None:
-    found = matchup(line_up([scored("flat", [0.0, 0.0]), scored("a", [1.0, -1.0])]), baseline="flat")
+    found = compare_policies(align_policies([scored("flat", [0.0, 0.0]), scored("a", [1.0, -1.0])]), baseline="flat")
     json.dumps(found, allow_nan=False)
 
 
@@ -95,7 +95,7 @@ def test_slices_have_levels_for_every_policy_and_their_own_clusters() -> None:
     made = [
         scored(name, nats, prompts=prompts, slices=columns) for name, nats in (("a", [1, 2, 3, 4]), ("b", [-1] * 4))
     ]
-    found = matchup(line_up(made), baseline="a")["slices"]["lang"]
+    found = compare_policies(align_policies(made), baseline="a")["slices"]["lang"]
     assert found["cut"] == "each of its values"
     assert {name: group["pairs"] for name, group in found["groups"].items()} == {"de": 2, "fr": 1, "(no value)": 1}
     german = found["groups"]["de"]["policies"]
@@ -106,15 +106,15 @@ def test_slices_have_levels_for_every_policy_and_their_own_clusters() -> None:
 
 
 def test_won_and_lost_rows_add_up() -> None:
-    lineup = line_up([scored("a", [1, 1, -1, -1, 0]), scored("b", [1, -1, 1, -1, 1])])
-    item = matchup(lineup, baseline="a")["versus_baseline"]["accuracy"][0]
+    aligned = align_policies([scored("a", [1, 1, -1, -1, 0]), scored("b", [1, -1, 1, -1, 1])])
+    item = compare_policies(aligned, baseline="a")["versus_baseline"]["accuracy"][0]
     assert (item["won"], item["lost"], item["both_right"], item["both_wrong"]) == (1, 1, 1, 1)
     assert item["n"] == 4
 
 
 def test_unlike_things_are_not_subtracted_but_accuracy_is() -> None:
     a, b = scored("a", [1, -1, 2]), scored("b", [2, 1, 2], settings=replace(SETTINGS, beta=0.5))
-    found = matchup(line_up([a, b]), baseline="a")["versus_baseline"]
+    found = compare_policies(align_policies([a, b]), baseline="a")["versus_baseline"]
     assert found["margins"][0]["mean"] is None
     assert "β" in found["margins"][0]["reason"]
     assert found["margins_nats"][0]["mean"] is not None
@@ -122,14 +122,16 @@ def test_unlike_things_are_not_subtracted_but_accuracy_is() -> None:
 
 
 def test_only_ties_are_said_to_be_ties() -> None:
-    found = matchup(line_up([scored("same", [0.0, 0.0])]))
+    found = compare_policies(align_policies([scored("same", [0.0, 0.0])]))
     assert found["best"] is None
     assert "tie" in found["sentence"]
 
 
 def test_a_baseline_of_ties_is_said_to_be_one() -> None:
     """As the reference itself is: nothing can be said of differences to it, least of all that there are none."""
-    found = matchup(line_up([scored("base", [0.0] * 30), scored("dpo", [1.0] * 25 + [-1.0] * 5)]), baseline="base")
+    found = compare_policies(
+        align_policies([scored("base", [0.0] * 30), scored("dpo", [1.0] * 25 + [-1.0] * 5)]), baseline="base"
+    )
     assert found["versus_baseline"]["accuracy"][0]["mean"] is None
     assert "base ties on every pair, so no accuracy can be set against it." in found["sentence"]
     assert "beyond noise" not in found["sentence"]
@@ -138,24 +140,27 @@ def test_a_baseline_of_ties_is_said_to_be_one() -> None:
 
 def test_a_baseline_that_shares_no_ranked_pair_is_not_called_equal() -> None:
     halves = scored("base", [0.0] * 10 + [1.0] * 10), scored("dpo", [1.0] * 10 + [0.0] * 10)
-    found = matchup(line_up(halves), baseline="dpo")["sentence"]
+    found = compare_policies(align_policies(halves), baseline="dpo")["sentence"]
     assert "beyond noise" not in found
-    assert "No pair is without a tie in both base and another." in matchup(line_up(halves[::-1]), "base")["sentence"]
+    assert (
+        "No pair is without a tie in both base and another."
+        in compare_policies(align_policies(halves[::-1]), "base")["sentence"]
+    )
 
 
 def test_equal_rankings_do_not_make_the_smallest_differences_visible() -> None:
     nats = [1.0] * 25 + [-1.0] * 5
-    found = matchup(line_up([scored("a", nats), scored("b", [2.0 * x for x in nats])]), baseline="a")
+    found = compare_policies(align_policies([scored("a", nats), scored("b", [2.0 * x for x in nats])]), baseline="a")
     assert "difference of 0.0 points" not in found["sentence"]
     assert "a true difference of 26.2 points" in found["sentence"]
-    few = matchup(line_up([scored("a", [1.0, -1.0]), scored("b", [2.0, -1.0])]))
+    few = compare_policies(align_policies([scored("a", [1.0, -1.0]), scored("b", [2.0, -1.0])]))
     assert "true difference" not in few["sentence"]
 
 
 def test_chance_is_named() -> None:
-    lineup = line_up([scored("coin", [1.0, -1.0] * 20)])
-    assert "cannot be told from guessing" in matchup(lineup)["sentence"]
-    assert "guessing would do better" in matchup(line_up([scored("bad", [-1.0] * 40)]))["sentence"]
+    aligned = align_policies([scored("coin", [1.0, -1.0] * 20)])
+    assert "cannot be told from guessing" in compare_policies(aligned)["sentence"]
+    assert "guessing would do better" in compare_policies(align_policies([scored("bad", [-1.0] * 40)]))["sentence"]
 
 
 @pytest.mark.parametrize("nats", [[0.0], [1.0, 2.0, 3.0], [-5.0, 1e6], list(range(-50, 50))])

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_score.errors import ConfigError
-from dpo_score.metrics.compare import METRICS, Lineup, line_up
+from dpo_score.metrics.compare import METRICS, AlignedPolicies, align_policies
 from dpo_score.metrics.gate import (
     OPERATORS,
     Quantity,
     Test,
     estimate,
-    firing,
+    failed_conditions,
     parse_condition,
 )
 from tests.metrics.scored import SETTINGS, policies, scored
@@ -78,8 +78,8 @@ def test_what_is_refused_names_the_way_out(text: str, hint: str) -> None:
 
 
 def fired(text: str, **kwargs: object) -> list[str]:
-    lineup = line_up(policies(1, 300, {"old": 0.3, "new": -0.3}))
-    return firing(parse_condition(text), lineup, "old")
+    aligned = align_policies(policies(1, 300, {"old": 0.3, "new": -0.3}))
+    return failed_conditions(parse_condition(text), aligned, "old")
 
 
 @pytest.mark.parametrize(
@@ -106,18 +106,20 @@ def test_the_worst_subset_is_named() -> None:
 def test_what_cannot_be_had_is_an_error_not_a_pass() -> None:
     with pytest.raises(ConfigError, match="no subset"):
         fired("accuracy[nowhere] < 1")
-    unlike = line_up([scored("a", [1, 2]), scored("b", [1, 2], settings=replace(SETTINGS, reference="other"))])
+    unlike = align_policies([scored("a", [1, 2]), scored("b", [1, 2], settings=replace(SETTINGS, reference="other"))])
     with pytest.raises(ConfigError, match="not subtracted"):
-        firing(parse_condition("diff.margins < 0"), unlike, "a")
+        failed_conditions(parse_condition("diff.margins < 0"), unlike, "a")
     with pytest.raises(ConfigError, match="fewer than two"):
-        firing(parse_condition("margins.low < 0"), line_up([scored("a", [1.0])]), None)
+        failed_conditions(parse_condition("margins.low < 0"), align_policies([scored("a", [1.0])]), None)
     with pytest.raises(ConfigError, match="no subset"):
-        firing(parse_condition("accuracy[worst_subset] < 1"), line_up([scored("a", [1.0, 2.0])]), None)
+        failed_conditions(
+            parse_condition("accuracy[worst_subset] < 1"), align_policies([scored("a", [1.0, 2.0])]), None
+        )
 
 
 def test_a_gate_that_nobody_stands_before_is_an_error() -> None:
     with pytest.raises(ConfigError, match="none is left to test; name others with --policies"):
-        firing(parse_condition("accuracy < 0.99"), line_up([scored("a", [1.0, -1.0])]), "a")
+        failed_conditions(parse_condition("accuracy < 0.99"), align_policies([scored("a", [1.0, -1.0])]), "a")
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "margins"])
@@ -137,18 +139,22 @@ def test_many_equal_subsets_do_not_fire_the_gate_on_noise() -> None:
     names = [f"s{i % 20}" for i in range(600)]
     draw = np.random.default_rng(5)
     fires = [
-        bool(firing(condition, line_up([scored("a", draw.choice([-1.0, 1.0], 600), subsets=names)]), None))
+        bool(
+            failed_conditions(
+                condition, align_policies([scored("a", draw.choice([-1.0, 1.0], 600), subsets=names)]), None
+            )
+        )
         for _ in range(120)
     ]
     assert sum(fires) <= 12
 
 
-def equal_policies(draw: np.random.Generator, subsets: int, size: int, prompts: list[str] | None) -> Lineup:
+def equal_policies(draw: np.random.Generator, subsets: int, size: int, prompts: list[str] | None) -> AlignedPolicies:
     """Two policies, each 72 % right by turning a fifth of the same outcomes; neither is better anywhere."""
     n = subsets * size
     names, right = [f"s{i // size}" for i in range(n)], draw.random(n) < 0.75
     turned = [np.where(draw.random(n) < 0.2, ~right, right) for _ in range(2)]
-    return line_up(
+    return align_policies(
         [
             scored(name, np.where(one, 1.0, -1.0), subsets=names, prompts=prompts)
             for name, one in zip(("old", "new"), turned, strict=True)
@@ -164,49 +170,54 @@ def test_the_worst_of_many_subsets_raises_no_alarm_between_equal_policies(
     """An interval of no width around three lost pairs of three would fire in one repetition of eight."""
     condition, draw = parse_condition("diff.accuracy[worst_subset].high < 0"), np.random.default_rng(7)
     prompts = [f"prompt {i // 2}" for i in range(subsets * size)] if clustered else None
-    lineups = (equal_policies(draw, subsets, size, prompts) for _ in range(100))
-    assert sum(bool(firing(condition, lineup, "old")) for lineup in lineups) <= 5
+    sets = (equal_policies(draw, subsets, size, prompts) for _ in range(100))
+    assert sum(bool(failed_conditions(condition, aligned, "old")) for aligned in sets) <= 5
 
 
 def test_three_lost_pairs_are_not_certain() -> None:
     names = ["s"] * 3 + ["t"] * 40
-    lineup = line_up([scored("old", [1.0] * 43, subsets=names), scored("new", [-1.0] * 3 + [1.0] * 40, subsets=names)])
+    aligned = align_policies(
+        [scored("old", [1.0] * 43, subsets=names), scored("new", [-1.0] * 3 + [1.0] * 40, subsets=names)]
+    )
     for text in ("diff.accuracy[s].high < 0", "diff.accuracy[s].p < 0.1", "diff.accuracy[worst_subset].high < 0"):
-        assert not firing(parse_condition(text), lineup, "old")
-    assert firing(parse_condition("diff.accuracy[s] <= -1"), lineup, "old")
+        assert not failed_conditions(parse_condition(text), aligned, "old")
+    assert failed_conditions(parse_condition("diff.accuracy[s] <= -1"), aligned, "old")
 
 
 @pytest.mark.parametrize("bound", ["high < 0", "p < 0.05"])
 def test_a_small_subset_does_not_hide_a_large_one_that_is_worse(bound: str) -> None:
     names = ["small"] * 2 + ["large"] * 100
     new = [-1.0] * 2 + [-1.0] * 30 + [1.0] * 70
-    lineup = line_up([scored("old", [1.0] * 102, subsets=names), scored("new", new, subsets=names)])
-    assert "(large)" in firing(parse_condition(f"diff.accuracy[worst_subset].{bound}"), lineup, "old")[0]
-    assert "(small)" in firing(parse_condition("diff.accuracy[worst_subset] < 0"), lineup, "old")[0]
+    aligned = align_policies([scored("old", [1.0] * 102, subsets=names), scored("new", new, subsets=names)])
+    assert "(large)" in failed_conditions(parse_condition(f"diff.accuracy[worst_subset].{bound}"), aligned, "old")[0]
+    assert "(small)" in failed_conditions(parse_condition("diff.accuracy[worst_subset] < 0"), aligned, "old")[0]
 
 
 def test_differences_without_spread_are_an_error_not_certainty() -> None:
     names = ["s"] * 2 + ["t"] * 2
-    lineup = line_up([scored("old", [1.0, 2.0, 3.0, 4.0], subsets=names), scored("new", [0.0, 1.0, 3.5, 5.0])])
+    aligned = align_policies([scored("old", [1.0, 2.0, 3.0, 4.0], subsets=names), scored("new", [0.0, 1.0, 3.5, 5.0])])
     with pytest.raises(ConfigError, match="no spread"):
-        firing(parse_condition("diff.margins_nats[s].high < 0"), lineup, "old")
-    assert not firing(parse_condition("diff.margins_nats[worst_subset].high < 0"), lineup, "old")
+        failed_conditions(parse_condition("diff.margins_nats[s].high < 0"), aligned, "old")
+    assert not failed_conditions(parse_condition("diff.margins_nats[worst_subset].high < 0"), aligned, "old")
 
 
 def test_a_subset_of_one_prompt_is_not_picked_as_the_worst() -> None:
     names, prompts = ["one"] * 3 + ["many"] * 40, ["p"] * 3 + [f"q{i // 2}" for i in range(40)]
     made = scored("a", [-1.0] * 3 + [1.0, -1.0] * 20, subsets=names, prompts=prompts)
-    assert "(many)" in firing(parse_condition("accuracy[worst_subset].low < 0.5"), line_up([made]), None)[0]
+    assert (
+        "(many)"
+        in failed_conditions(parse_condition("accuracy[worst_subset].low < 0.5"), align_policies([made]), None)[0]
+    )
     only = scored("a", [-1.0] * 3, subsets=["one"] * 3, prompts=["p"] * 3)
     with pytest.raises(ConfigError, match="all pairs belong to one prompt"):
-        firing(parse_condition("accuracy[worst_subset].low < 0.5"), line_up([only]), None)
+        failed_conditions(parse_condition("accuracy[worst_subset].low < 0.5"), align_policies([only]), None)
 
 
 def test_a_group_of_a_slice_can_be_named() -> None:
     columns = {"depth": list(range(40)), "lang": ["a]b", "c"] * 20}
-    lineup = line_up([scored("one", [-1.0] * 20 + [1.0] * 20, slices=columns)])
-    assert firing(parse_condition("accuracy[depth=0 to 9] < 0.5"), lineup, None)
-    assert not firing(parse_condition("accuracy[depth=30 to 39] < 0.5"), lineup, None)
-    assert firing(parse_condition('accuracy["lang=a]b"].high < 0.9'), lineup, None)
+    aligned = align_policies([scored("one", [-1.0] * 20 + [1.0] * 20, slices=columns)])
+    assert failed_conditions(parse_condition("accuracy[depth=0 to 9] < 0.5"), aligned, None)
+    assert not failed_conditions(parse_condition("accuracy[depth=30 to 39] < 0.5"), aligned, None)
+    assert failed_conditions(parse_condition('accuracy["lang=a]b"].high < 0.9'), aligned, None)
     with pytest.raises(ConfigError, match="depth=0 to 9"):
-        firing(parse_condition("accuracy[depth=0 to 8] < 0.5"), lineup, None)
+        failed_conditions(parse_condition("accuracy[depth=0 to 8] < 0.5"), aligned, None)

@@ -20,8 +20,8 @@ from dpo_score.metrics.groups import (
     OTHERS,
     by_length,
     cut,
-    cut_numbers,
-    cut_texts,
+    group_numbers,
+    group_texts,
     numbered,
 )
 
@@ -45,12 +45,12 @@ def test_many_numbers_are_cut_at_their_quartiles_and_named_by_what_is_inside() -
         "50 to 74": 25,
         "75 to 99": 25,
     }
-    assert cut_numbers(np.arange(100.0)).how == "bins between its quartiles"
+    assert group_numbers(np.arange(100.0)).how == "bins between its quartiles"
 
 
 def test_bins_whose_short_names_are_alike_are_spelt_out() -> None:
     values = 1.0 + np.arange(40) * 1e-9
-    found = cut_numbers(values)
+    found = group_numbers(values)
     assert len(set(found.names)) == len(found.names)
     assert found.names[0] == "1 to 1.000000009"
 
@@ -65,7 +65,7 @@ def test_whole_numbers_beyond_what_floats_hold_are_cut_too() -> None:
 
 def test_a_value_that_most_rows_share_is_in_one_bin() -> None:
     values = np.array([7.0] * 500 + [float(i) for i in range(20)])
-    found = cut_numbers(values)
+    found = group_numbers(values)
     assert len(np.unique(found.codes[values == 7.0])) == 1
     assert found.codes.max() < len(found.names) - 1
 
@@ -74,7 +74,7 @@ def test_a_value_that_most_rows_share_is_in_one_bin() -> None:
 @settings(max_examples=100, deadline=None)
 def test_bins_hold_every_number_once_and_follow_each_other(values: list[float]) -> None:
     numbers = np.array(values)
-    found = cut_numbers(numbers)
+    found = group_numbers(numbers)
     assert ((found.codes >= 0) & (found.codes < len(found.names))).all()
     assert (np.isnan(numbers) == (found.codes == len(found.names) - 1)).all()
     bins = [numbers[found.codes == place] for place in range(len(found.names) - 1)]
@@ -91,14 +91,14 @@ def test_texts_stand_in_order_and_the_missing_ones_apart() -> None:
 
 def test_of_many_texts_the_rare_ones_are_pooled() -> None:
     texts = [f"t{i:03}" for i in range(MOST) for _ in range(2)] + [f"rare {i}" for i in range(70)]
-    found = cut_texts(texts)
+    found = group_texts(texts)
     pooled = found.names.index(OTHERS)
     assert int((found.codes == pooled).sum()) == 70
     assert found.how == f"the {MOST} most frequent of its 100 values"
 
 
 def test_a_text_that_reads_like_the_pool_is_in_the_pool() -> None:
-    found = cut_texts([OTHERS, OTHERS, "a", None])
+    found = group_texts([OTHERS, OTHERS, "a", None])
     assert len(set(found.names)) == len(found.names)
     assert [found.names[code] for code in found.codes] == [OTHERS, OTHERS, "a", NO_VALUE]
 

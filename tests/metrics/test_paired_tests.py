@@ -16,11 +16,11 @@ from dpo_score.metrics.paired_tests import (
     against,
     best_policy,
     detectable_difference,
+    differences_to_best,
     flips,
     holm,
     joined_by_pair,
     mcnemar,
-    not_worse_than_best,
     paired_difference,
 )
 
@@ -115,7 +115,7 @@ def three_policies(seed: int = 3) -> dict[str, np.ndarray]:
 
 
 def test_the_clearly_worse_policy_is_told_apart_and_the_equal_one_is_tied() -> None:
-    found = {item.policy: item for item in not_worse_than_best(three_policies())}
+    found = {item.policy: item for item in differences_to_best(three_policies())}
     best = best_policy(three_policies())
     assert best in ("b", "c")
     other = ({"b", "c"} - {best}).pop()
@@ -140,7 +140,7 @@ def test_holm_runs_over_the_p_values_that_there_are() -> None:
 
 
 def test_one_policy_has_nothing_to_be_compared_with() -> None:
-    assert not_worse_than_best({"only": np.array([1.0, 2.0])}) == []
+    assert differences_to_best({"only": np.array([1.0, 2.0])}) == []
 
 
 def test_the_detectable_difference_is_found_as_often_as_promised() -> None:
@@ -176,7 +176,7 @@ def test_thirty_equal_policies_raise_few_false_alarms() -> None:
     for _ in range(repetitions):
         common = rng.normal(size=200)
         values = {f"p{k}": common + rng.normal(0.0, 0.5, 200) for k in range(30)}
-        alarms_best += any(not item.tied for item in not_worse_than_best(values))
+        alarms_best += any(not item.tied for item in differences_to_best(values))
         alarms_baseline += any(not item.tied for item in against("p0", values))
     assert alarms_best / repetitions <= 0.06
     assert alarms_baseline / repetitions <= 0.06

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_score.metrics.compare import line_up
+from dpo_score.metrics.compare import align_policies
 from dpo_score.metrics.suspect_labels import AGAINST, IDENTICAL, NEAR, label_audit, near_duplicates, similarity
 from tests.metrics.scored import scored
 
@@ -15,21 +15,21 @@ from tests.metrics.scored import scored
 def test_only_pairs_that_all_policies_rank_against_the_label_most_confident_first() -> None:
     a = scored("a", [-1.0, -30.0, -2.0, 5.0, 0.0])
     b = scored("b", [-1.0, -20.0, 3.0, -5.0, -9.0])
-    found = label_audit(line_up([a, b]))
+    found = label_audit(align_policies([a, b]))
     assert [(s.row, s.finding) for s in found.suspects] == [(1, AGAINST), (0, AGAINST)]
     assert found.suspects[0].confidence == pytest.approx(0.880797, abs=1e-6)  # σ(2), the less sure of the two
     assert (found.pairs, found.policies, found.against) == (5, 2, 2)
 
 
 def test_a_policy_that_is_the_reference_has_no_vote() -> None:
-    found = label_audit(line_up([scored("same", [0.0, 0.0]), scored("a", [-1.0, 1.0])]))
+    found = label_audit(align_policies([scored("same", [0.0, 0.0]), scored("a", [-1.0, 1.0])]))
     assert [s.row for s in found.suspects] == [0]
-    assert label_audit(line_up([scored("same", [0.0, 0.0])])).suspects == ()
+    assert label_audit(align_policies([scored("same", [0.0, 0.0])])).suspects == ()
 
 
 def test_identical_answers_are_named_apart_and_copies_counted() -> None:
     policy = scored("a", [-1.0, 0.0, -2.0], pair_ids=["x", "y", "x"], marks=[(), ("identical_pair",), ()])
-    found = label_audit(line_up([policy]))
+    found = label_audit(align_policies([policy]))
     assert [(s.row, s.finding, s.copies) for s in found.suspects] == [
         (2, AGAINST, 2),
         (0, AGAINST, 2),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_score.metrics.compare import Scored, line_up, matchup
+from dpo_score.metrics.compare import ScoredPolicy, align_policies, compare_policies
 from dpo_score.metrics.suspect_labels import label_audit
 from dpo_score.report.content import Facts
 from dpo_score.report.selection import select
@@ -31,22 +31,24 @@ PAYLOADS = (
 HOSTILE_SUBSETS = ('"><b onclick=alert(4)>', "plain", "</option><script>alert(5)</script>")
 
 
-def facts(scored: list[Scored] | None = None, hostile: bool = False, tokens: bool = True, **changes: Any) -> Facts:
+def facts(
+    scored: list[ScoredPolicy] | None = None, hostile: bool = False, tokens: bool = True, **changes: Any
+) -> Facts:
     """Facts with a text for every selected pair, and token values for those that changed."""
-    lineup = line_up(scored or policies(3, 240, {"step-10": 0.1, "step-20": 0.4, "step-30": 0.5}))
-    found, audit = matchup(lineup, changes.pop("baseline", None)), label_audit(lineup)
-    selection = select(lineup, audit, found["best"])
+    aligned = align_policies(scored or policies(3, 240, {"step-10": 0.1, "step-20": 0.4, "step-30": 0.5}))
+    found, audit = compare_policies(aligned, changes.pop("baseline", None)), label_audit(aligned)
+    selection = select(aligned, audit, found["best"])
     text = _hostile if hostile else _plain
     values: dict[str, Any] = {
         "title": "runs/quickstart",
-        "lineup": lineup,
+        "aligned": aligned,
         "found": found,
         "audit": audit,
         "selection": selection,
         "data": [{"name": "d", "value": "240 rows"}],
         "texts": {row: text(row) for row in selection.rows},
-        "tokens": _tokens(lineup.names, selection.changed, hostile) if tokens else {},
-        "noise": {name: {"margin_mean": 1e-5, "margin_max": 2e-5, "share_below": 0.0} for name in lineup.names},
+        "tokens": _tokens(aligned.names, selection.changed, hostile) if tokens else {},
+        "noise": {name: {"margin_mean": 1e-5, "margin_max": 2e-5, "share_below": 0.0} for name in aligned.names},
         "marks": {"no_eos": "3 pairs, first row 0:1"},
         "warnings": ["a warning"],
         "notes": [],

@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from dpo_score.metrics.compare import line_up, matchup
+from dpo_score.metrics.compare import align_policies, compare_policies
 from dpo_score.metrics.diagnostics import diagnose
 from dpo_score.report.numbers import numbers
 from dpo_score.report.tables import CSV_COLUMNS, FORMATS, grids, write
@@ -18,8 +18,9 @@ def found() -> dict[str, object]:
     names = [("=1+1", "a|b_c&d")[i % 2] for i in range(60)]
     made = policies(0, 60, {"one": 0.1, "two": 0.6})
     columns = {"lang": [("de", "fr")[i % 3 == 0] for i in range(60)]}
-    return matchup(
-        line_up([scored(p.name, p.rows.values["margins_nats"], subsets=names, slices=columns) for p in made]), "one"
+    return compare_policies(
+        align_policies([scored(p.name, p.rows.values["margins_nats"], subsets=names, slices=columns) for p in made]),
+        "one",
     )
 
 
@@ -38,7 +39,9 @@ def test_csv_is_long_and_exact_and_no_cell_is_a_formula() -> None:
 
 def test_csv_has_each_number_once_where_a_slice_is_the_subsets() -> None:
     names = ["a", "b"] * 10
-    result = matchup(line_up([scored("one", [1.0, -1.0] * 10, subsets=names, slices={"subset": names})]))
+    result = compare_policies(
+        align_policies([scored("one", [1.0, -1.0] * 10, subsets=names, slices={"subset": names})])
+    )
     rows = [tuple(row.values())[:6] for row in csv.DictReader(io.StringIO(write(result, "csv")))]
     assert len(set(rows)) == len(rows)
     assert {row[3] for row in rows if row[2] == "subset"} == {"a", "b"}
@@ -58,10 +61,10 @@ def test_latex_escapes_names_and_balances_environments() -> None:
 
 
 def test_what_explains_the_levels_stands_in_every_format() -> None:
-    lineup = line_up(policies(1, 80, {"one": 0.2, "two": 0.5}))
-    result, reasons = matchup(lineup), numbers(lineup)
+    aligned = align_policies(policies(1, 80, {"one": 0.2, "two": 0.5}))
+    result, reasons = compare_policies(aligned), numbers(aligned)
     rows = {(r["policy"], r["metric"]): r for r in csv.DictReader(io.StringIO(write(result, "csv", reasons)))}
-    health = diagnose(lineup["two"].rows)["health"]
+    health = diagnose(aligned["two"].rows)["health"]
     assert float(rows["two", "drift_chosen"]["value"]) == health["drift_chosen"]["value"]
     assert [float(rows["two", "displaced"][end]) for end in ("low", "high")] == health["displaced"]["ci95"]
     assert rows["one", "longer_wins"]["kind"] == "ranking"
@@ -74,5 +77,5 @@ def test_what_explains_the_levels_stands_in_every_format() -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_single_policy_of_ties_has_tables_too(form: str) -> None:
-    lineup = line_up([scored("flat", [0.0, 0.0])])
-    assert "flat" in write(matchup(lineup), form, numbers(lineup))
+    aligned = align_policies([scored("flat", [0.0, 0.0])])
+    assert "flat" in write(compare_policies(aligned), form, numbers(aligned))

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from dpo_score.cli.console_compare import compared, sparkline, verdict_lines
+from dpo_score.cli.console_compare import compared, sparkline, summary_lines
 from dpo_score.cli.main import main
 from dpo_score.config.checkpoint_glob import natural
 from dpo_score.errors import ConfigError, FailIfError, UsageError
-from dpo_score.metrics.compare import line_up, matchup
+from dpo_score.metrics.compare import align_policies, compare_policies
 from dpo_score.results.compare import compare, raise_failed
 from dpo_score.results.run_folder import step_of
 from tests.engine.small_run import small_run
@@ -68,8 +68,8 @@ def test_pairs_that_were_left_out_are_called_what_they_are() -> None:
     ids = [f"pair {i}" for i in range(4)]
     a, b = (scored(name, [1.0, -1.0, 1.0, 1.0], pair_ids=ids) for name in "ab")
     c = scored("c", [1.0, -1.0, 1.0], pair_ids=ids[:3])
-    assert "left out: 1 pairs only a has (row 0:3 …)" in list(verdict_lines(matchup(line_up([a, c]))))
-    three = list(verdict_lines(matchup(line_up([a, b, c]))))
+    assert "left out: 1 pairs only a has (row 0:3 …)" in list(summary_lines(compare_policies(align_policies([a, c]))))
+    three = list(summary_lines(compare_policies(align_policies([a, b, c]))))
     assert "left out: 1 pairs of a that not all others have (row 0:3 …)" in three
     assert not any("only" in line for line in three[1:])
 
