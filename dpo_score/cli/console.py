@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_score.escape import safe
+from dpo_score.storage.resume import row_ranges
 
 if TYPE_CHECKING:
     from dpo_score.engine.finish import Outcome
@@ -190,6 +191,10 @@ def status(found: Mapping[str, Any], as_json: bool = False) -> None:
     screen.print(Text(f"{safe(found['out'])}: {found['state']}; {found['total_rows']:,} rows"))
     rows = [[s["stage"], f"{s['done']}/{s['blocks']}", s["rows"], s["scored"], s["rejected"]] for s in found["stages"]]
     screen.print(table(("stage", "blocks", "rows", "scored", "rejected"), rows))
+    for stage in found["stages"]:
+        if stage["missing"]:
+            lacking = row_ranges([(start, stop) for start, stop in stage["missing"]])
+            screen.print(Text(f"{safe(stage['stage'])}: {lacking} are not scored yet, counted from 0"))
     for warning in found["warnings"]:
         screen.print(Text(f"warning: {safe(warning)}"))
 

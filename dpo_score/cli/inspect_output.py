@@ -16,7 +16,7 @@ from rich.text import Text
 
 from dpo_score.cli.console import console
 from dpo_score.cli.inspect import side_tokens
-from dpo_score.data.types import EncodedPair, Pair
+from dpo_score.data.types import EncodedPair, Pair, row_place
 from dpo_score.engine.stages import part
 from dpo_score.errors import UsageError, nearest
 from dpo_score.escape import safe
@@ -68,11 +68,11 @@ def row_id_at(store: Store, manifest: Manifest, number: int) -> str:
 def _sorted_ids(store: Store, record: CommitRecord) -> list[str]:
     """Every row of a block, scored or rejected, once, in reading order."""
     names = [part(folder, record.block, record.blocks) for folder in ("reference", "rejects/data", "rejects/reference")]
-    found: set[tuple[int, int]] = set()
+    found: set[tuple[int, ...]] = set()
     for name in names:
         if store.exists(name):
             ids = store.read_table(name, ["row_id"])["row_id"].to_pylist()
-            found |= {(int(file), int(row)) for file, row, *_ in (row_id.split(":") for row_id in ids)}
+            found |= {row_place(row_id)[:2] for row_id in ids}
     return [f"{file}:{row}" for file, row in sorted(found)]
 
 

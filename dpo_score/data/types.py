@@ -74,6 +74,14 @@ class Source:
         return base if self.part is None else f"{base}:{self.part}"
 
 
+def row_place(row_id: str) -> tuple[int, ...]:
+    """(file, row) or (file, row, part) of a row id; ids sort by it in the order in which rows were read.
+
+    ValueError for a text that is no row id.
+    """
+    return tuple(int(number) for number in row_id.split(":"))
+
+
 @dataclass(frozen=True, slots=True)
 class Rejected:
     """A row that cannot be scored: `code` from REJECT_CODES, `reason` one sentence, the value as it was seen."""

@@ -19,6 +19,7 @@ from dpo_score.data.types import MARKS, EncodedPair
 from dpo_score.engine.context import Desk
 from dpo_score.engine.environment import now
 from dpo_score.engine.plan import SCHEMA_VERSION, Job, text_notice
+from dpo_score.engine.resume import missing_of
 from dpo_score.engine.stages import part
 from dpo_score.engine.threads import at_once
 from dpo_score.errors import BadRowsError, PolicyFailedError
@@ -67,7 +68,7 @@ def check_bad_rows(label: str, rows: int, bad: int, allowed: float | None, out: 
 
 def finish(desk: Desk, job: Job, failures: Mapping[str, str]) -> Outcome:
     """Write what a person reads, then mark the manifest complete."""
-    summary = summary_of(desk, job)
+    summary = summary_of(desk, job, failures)
     warn_of_marks(desk, job, summary["text"]["marks"], summary["data"]["scored_by_reference"])
     warn_of_noise(desk, summary)
     reopen_manifest(desk.store)
@@ -87,12 +88,15 @@ def finish(desk: Desk, job: Job, failures: Mapping[str, str]) -> Outcome:
     return Outcome(job.config.out, summary, failures, job.config.max_bad_rows)
 
 
-def summary_of(desk: Desk, job: Job) -> dict[str, Any]:
-    """Numbers of every policy whose wanted blocks are all committed, whatever command scored it."""
+def summary_of(desk: Desk, job: Job, failures: Mapping[str, str]) -> dict[str, Any]:
+    """Numbers of every policy whose wanted blocks are all committed, whatever command scored it.
+
+    `skipped` and `failed` say why the others that were asked for are not there.
+    """
     store = desk.store
     manifest = read_manifest(store)
     names = sorted(manifest.identities.policies, key=natural) if manifest else []
-    scored = [name for name in names if _complete(store, job, f"scores/{name}")]
+    scored = [name for name in names if not missing_of(store, job.rows, f"scores/{name}")]
     found = slices.of_run(job)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -100,6 +104,7 @@ def summary_of(desk: Desk, job: Job) -> dict[str, Any]:
         "text": {"marks": marks(store, job), "render": text_notice(job)},
         "policies": {name: _policy_summary(store, job, name, found) for name in scored},
         "skipped": {name: reason for name, reason in sorted(desk.skipped.items()) if name not in scored},
+        "failed": {name: reason for name, reason in sorted(failures.items()) if name not in scored},
     }
 
 
@@ -219,12 +224,6 @@ def _records(store: Store, job: Job, stage: str) -> Iterator[CommitRecord]:
     records = read_records(store, stage)
     names = (record_name(stage, block, job.rows.blocks) for block in job.rows)
     return (record for record in at_once(records.get, names, store.width) if isinstance(record, CommitRecord))
-
-
-def _complete(store: Store, job: Job, stage: str) -> bool:
-    """Whether every wanted row is committed: a block may hold fewer, from an earlier --limit."""
-    whole = (record for record in _records(store, job, stage) if record.stop >= job.rows.span(record.block)[1])
-    return sum(1 for _ in whole) == len(list(job.rows))
 
 
 def _written(store: Store, name: str, summary: Mapping[str, Any]) -> FileRecord:

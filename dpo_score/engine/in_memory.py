@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from dpo_score.config.schema import PolicySpec, RunConfig
 from dpo_score.data.dataset import Dataset, PairReader
 from dpo_score.data.run_data import open_data
-from dpo_score.data.types import EncodedPair, Pair, Rejected, TokenSequence
+from dpo_score.data.types import EncodedPair, Pair, Rejected, TokenSequence, row_place
 from dpo_score.engine.block_inputs import BlockText
 from dpo_score.engine.context import Desk
 from dpo_score.engine.fast_path_check import trusted
@@ -229,13 +229,9 @@ def _policy_table(
     rejects = [t for found in (first, result) for name, t in found.tables.items() if name.startswith("rejects/")]
     rows = [fitted(_unscored(table), scores.schema) for table in rejects if table.num_rows]
     together = pa.concat_tables([scores, *rows])
-    order = sorted(range(together.num_rows), key=list(map(_place, together["row_id"].to_pylist())).__getitem__)
+    order = sorted(range(together.num_rows), key=list(map(row_place, together["row_id"].to_pylist())).__getitem__)
     return together.take(pa.array(order, pa.int64()))
 
 
 def _unscored(rejects: pa.Table) -> pa.Table:
     return rejects.select(["row_id", "dataset", "source_file", "source_row"]).append_column("status", rejects["code"])
-
-
-def _place(row_id: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in row_id.split(":"))

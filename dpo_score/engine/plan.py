@@ -21,7 +21,8 @@ from dpo_score.errors import ConfigError, HalfWrittenError, ModelError
 from dpo_score.logprobs.numerics import Numerics
 from dpo_score.losses.parse import ResolvedLoss
 from dpo_score.models.resolve import ModelSource
-from dpo_score.storage.fingerprint import Identities
+from dpo_score.storage.fingerprint import Identities, has_reference
+from dpo_score.storage.resume import BlockRange, block_count
 from dpo_score.tokenization.render import Renderer
 
 SCHEMA_VERSION = 1
@@ -49,12 +50,16 @@ class Rows:
     def blocks(self) -> int:
         """Blocks of the whole set: the `of` in part names, whatever the limit."""
         everything = self.total if self.sample is None else len(self.sample)
-        return max(-(-everything // self.block_rows), 1)
+        return block_count(everything, self.block_rows)
 
     def span(self, block: int) -> tuple[int, int]:
         """First row and end of a block, as positions among the wanted rows."""
         start = block * self.block_rows
         return start, min(start + self.block_rows, self.wanted)
+
+    def range(self, block: int) -> BlockRange:
+        """`span`, with the number of the block."""
+        return BlockRange(block, self.blocks, *self.span(block))
 
     @property
     def mine(self) -> int:
@@ -84,6 +89,11 @@ class ReferenceJob:
     @property
     def stage(self) -> str:
         return f"reference/{self.name}" if self.name else "reference"
+
+    @property
+    def exists(self) -> bool:
+        """Whether policies are compared with a reference at all: a model, or columns of the data."""
+        return has_reference(self.fields)
 
     @property
     def label(self) -> str:

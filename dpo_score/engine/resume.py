@@ -11,12 +11,20 @@ from contextlib import closing
 from functools import partial
 
 from dpo_score.engine.context import Desk
-from dpo_score.engine.plan import Job
+from dpo_score.engine.plan import Job, Rows
 from dpo_score.engine.stages import part
 from dpo_score.engine.threads import at_once
 from dpo_score.storage.commits import StoredRecord, StoredRecords, read_records, record_name
 from dpo_score.storage.io import Store
-from dpo_score.storage.resume import Action, BlockRange, file_states, next_action, settle
+from dpo_score.storage.resume import (
+    Action,
+    BlockRange,
+    FileState,
+    file_states,
+    missing_rows,
+    next_action,
+    settle,
+)
 
 Look = tuple[int, StoredRecord | None, Action]
 
@@ -42,8 +50,22 @@ def due_blocks(desk: Desk, job: Job, stage: str, identity: str, folders: Sequenc
 def _look(store: Store, job: Job, identity: str, records: StoredRecords, stage: str, block: int) -> Look:
     blocks = job.rows.blocks
     record = records.get(record_name(stage, block, blocks))
-    expected = BlockRange(block, blocks, *job.rows.span(block))
-    return block, record, next_action(identity, expected, record, file_states(store, record))
+    return block, record, next_action(identity, job.rows.range(block), record, file_states(store, record))
+
+
+def missing_of(store: Store, rows: Rows, stage: str, prove: bool = False) -> list[tuple[int, int]]:
+    """Row ranges of a stage that are wanted and not committed; none means that the stage is complete.
+
+    `prove`: also reads the files that the records name; else the records alone decide.
+    """
+    records = read_records(store, stage)
+
+    def look(block: int) -> tuple[BlockRange, StoredRecord | None, Sequence[FileState]]:
+        record = records.get(record_name(stage, block, rows.blocks))
+        return rows.range(block), record, file_states(store, record) if prove else ()
+
+    with closing(at_once(look, rows, store.width)) as looks:
+        return missing_rows(looks)
 
 
 def _settle(desk: Desk, name: str, action: Action, record: StoredRecord | None, outputs: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from dpo_score.engine.prepare import identified, prepare
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.publish import publish
 from dpo_score.engine.restart import throw_away
-from dpo_score.engine.resume import due_blocks
+from dpo_score.engine.resume import due_blocks, missing_of
 from dpo_score.engine.signals import listening
 from dpo_score.engine.stages import BlockResult, metadata, part, policy_block, reference_block, write_block
 from dpo_score.engine.threads import ahead, behind
@@ -36,10 +36,11 @@ from dpo_score.errors import ConfigError, HalfWrittenError, ModelError
 from dpo_score.logprobs.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
 from dpo_score.report.trackers import check_trackers
-from dpo_score.storage.commits import CommitRecord, commit, read_records, record_name
+from dpo_score.storage.commits import CommitRecord, commit, read_records
 from dpo_score.storage.fingerprint import digest
 from dpo_score.storage.io import open_store
 from dpo_score.storage.manifest import Manifest, forget_policy, read_manifest, save_manifest
+from dpo_score.storage.resume import row_ranges
 from dpo_score.tokenization.choose import TokenGuard
 
 Compute = Callable[[BlockText], BlockResult]
@@ -159,12 +160,8 @@ def stage_work(desk: Desk, job: Job, task: ReferenceJob | PolicyJob) -> tuple[St
 
 def _try_policy(desk: Desk, job: Job, manifest: Manifest, policy: PolicyJob) -> str | None:
     """None when the policy is scored, else why not."""
-    if policy.failure is not None and _complete(desk, job, policy.name, manifest):
-        desk.skipped.pop(policy.name, None)
-        desk.progress.say(f"{policy.name}: scored before; its folder is not read again")
-        return None
     if policy.failure is not None:
-        return _unless_waiting(desk, policy.name, policy.failure)
+        return _scored_before(desk, job, manifest, policy.name, policy.failure)
     try:
         refuse_unfit(desk, job, policy)
         run_policy(desk, job, policy)
@@ -291,10 +288,14 @@ def _reference_outputs(reference: ReferenceJob) -> list[str]:
     return folders if reference.name else [*folders, "rejects/data"]
 
 
-def _complete(desk: Desk, job: Job, policy: str, manifest: Manifest) -> bool:
-    """Whether every wanted block of a policy is committed (its weights need not exist any more)."""
+def _scored_before(desk: Desk, job: Job, manifest: Manifest, policy: str, failure: str) -> str | None:
+    """None for a policy that cannot be loaded but of which every wanted row is committed, else why it is not scored."""
     if policy not in manifest.identities.policies:
-        return False
-    records = read_records(desk.store, f"scores/{policy}")
-    names = (record_name(f"scores/{policy}", block, job.rows.blocks) for block in desk.stop.between(job.rows))
-    return all(isinstance(records.get(name), CommitRecord) for name in names)
+        return _unless_waiting(desk, policy, failure)
+    missing = missing_of(desk.store, job.rows, f"scores/{policy}", prove=True)
+    if not missing:
+        desk.skipped.pop(policy, None)
+        desk.progress.say(f"{policy}: scored before; its folder is not read again")
+        return None
+    rows = f"{row_ranges(missing)} of {job.rows.wanted:,} are not scored"
+    return _unless_waiting(desk, policy, f"{rows}, counted from 0, and it cannot be loaded: {failure}")

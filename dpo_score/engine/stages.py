@@ -79,7 +79,7 @@ def policy_block(
     table, reasons, notes = _taken_over(reference_part), Reasons(), _NOTHING
     if values is not None:
         table, reasons, notes = _with_model(job, "policy", reference_part, ids, values, text.block == 0)
-    scored = derive_table(_keep_rows(table, reasons), policy.loss, has_reference=_has_reference(policy.reference))
+    scored = derive_table(_keep_rows(table, reasons), policy.loss, has_reference=policy.reference.exists)
     blocks = job.rows.blocks
     found = {
         part(policy.stage, text.block, blocks): scored,
@@ -96,10 +96,6 @@ def metadata(identity: str, policy: PolicyJob | None = None) -> dict[str, str]:
         found["dpo_score.loss"] = json.dumps(policy.loss.identity(), sort_keys=True)
         found["dpo_score.loss_spec"] = policy.loss_spec.model_dump_json()
     return found
-
-
-def _has_reference(reference: ReferenceJob) -> bool:
-    return reference.source is not None or reference.columns is not None
 
 
 def _with_model(

@@ -19,12 +19,12 @@ from dpo_score.errors import ConfigError, UsageError, nearest
 from dpo_score.losses.columns import check_columns, derive_table
 from dpo_score.losses.parse import ResolvedLoss, parse_loss
 from dpo_score.metrics.summary import summarise
+from dpo_score.results.run_folder import open_out, policy_names
 from dpo_score.results.run_folder import parts as committed
-from dpo_score.results.run_folder import policy_names
 from dpo_score.storage.commits import sealed
-from dpo_score.storage.fingerprint import digest
-from dpo_score.storage.io import FileRecord, Store, open_store
-from dpo_score.storage.manifest import Manifest, read_manifest
+from dpo_score.storage.fingerprint import digest, has_reference
+from dpo_score.storage.io import FileRecord, Store
+from dpo_score.storage.manifest import Manifest
 
 GRIDS, SUMMARY = "rescored", "summary.json"
 KEPT = ("row_id", "loss_name", "beta", "loss", "chosen_rewards", "rejected_rewards", "margins")
@@ -51,10 +51,8 @@ def rescore(
 
     Its `left_out`: policy → pairs without a row, because `reference_policy` rejected them.
     """
-    store, grid = open_store(out), _grid(losses, betas, label_smoothing, params)
-    manifest = read_manifest(store)
-    if manifest is None:
-        raise UsageError(f"{out} holds no run: name a folder that `dpo-score run` wrote")
+    grid = _grid(losses, betas, label_smoothing, params)
+    store, manifest = open_out(out)
     asked = {"losses": [loss.identity() for loss in grid], "reference_policy": reference_policy}
     folder = f"{GRIDS}/{digest(asked)[:16]}"
     names = _names(policy_names(store, manifest), reference_policy, out)
@@ -103,12 +101,12 @@ def _policy(
     tables, left_out = _tables(store, policy, parts, reference)
     for loss in grid:
         check_columns(set(tables[0].column_names), loss)
-    has_reference = reference is not None or _had_reference(manifest, policy)
+    with_reference = reference is not None or has_reference(manifest.identities.reference_of(policy))
     if any(loss.whole_set for loss in grid):
         tables = [pa.concat_tables(tables)]
         parts = [f"scores/{policy}/part-00000-of-00001.parquet"]
     derived = [
-        [derive_table(table, loss, has_reference=has_reference, whole_set=loss.whole_set) for loss in grid]
+        [derive_table(table, loss, has_reference=with_reference, whole_set=loss.whole_set) for loss in grid]
         for table in tables
     ]
     files = []
@@ -145,11 +143,6 @@ def _joined(table: pa.Table, other: pa.Table) -> pa.Table:
         if source in other.column_names:
             table = table.set_column(table.column_names.index(name), name, other[source].take(where))
     return table
-
-
-def _had_reference(manifest: Manifest, policy: str) -> bool:
-    fields = manifest.identities.policies[policy].get("reference") or manifest.identities.reference
-    return fields.get("weights") is not None or fields.get("columns") is not None
 
 
 def _rows(table: pa.Table, loss: ResolvedLoss) -> pa.Table:

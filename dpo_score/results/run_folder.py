@@ -18,9 +18,11 @@ from dpo_score.config.checkpoint_glob import natural
 from dpo_score.errors import UsageError, nearest
 from dpo_score.metrics.arrays import collect
 from dpo_score.metrics.compare import ScoredPolicy, ScoringSettings
-from dpo_score.storage.commits import CommitRecord, read_records
+from dpo_score.storage.commits import CommitRecord, read_records, record_name
+from dpo_score.storage.fingerprint import has_reference
 from dpo_score.storage.io import Store, open_store
-from dpo_score.storage.manifest import Manifest, read_manifest
+from dpo_score.storage.manifest import Manifest, peek_manifest, read_manifest
+from dpo_score.storage.resume import missing_rows
 
 STEP = re.compile(
     r"""(?: [-_.]? (?:step|checkpoint|ckpt|iter|epoch) [-_.]?
@@ -32,13 +34,24 @@ STEP = re.compile(
 """The end of a checkpoint's name that tells its step: a whole number after a separator or a word such as step."""
 
 
-def open_out(out: str) -> tuple[Store, Manifest]:
-    """The store and manifest of a folder that a run wrote. Raises UsageError."""
+def open_out(out: str, mend: bool = True) -> tuple[Store, Manifest]:
+    """The store and manifest of a folder that a run wrote; UsageError where there is none.
+
+    `mend`: a damaged manifest is restored from its copy under commits/; otherwise the copy is read and nothing changes.
+    """
     store = open_store(out)
-    manifest = read_manifest(store)
+    manifest = read_manifest(store) if mend else peek_manifest(store)
     if manifest is None:
         raise UsageError(f"{out} holds no run: it has no manifest.json. Name a folder that `dpo-score run` wrote")
     return store, manifest
+
+
+def missing_of_policy(store: Store, manifest: Manifest, policy: str, rows: int) -> list[tuple[int, int]]:
+    """Ranges [start, stop) of the first `rows` rows that a policy has no committed scores of."""
+    stage = f"scores/{policy}"
+    records = read_records(store, stage)
+    ranges = manifest.block_ranges(rows)
+    return missing_rows((r, records.get(record_name(stage, r.block, r.blocks)), ()) for r in ranges)
 
 
 def policy_names(store: Store, manifest: Manifest) -> list[str]:
@@ -113,7 +126,7 @@ def step_of(*names: str) -> int | None:
 def settings(manifest: Manifest, policy: str) -> ScoringSettings:
     """What must be equal for rewards of two policies to be subtracted."""
     fields = manifest.identities.policies[policy]
-    reference = fields.get("reference") or manifest.identities.reference
+    reference = manifest.identities.reference_of(policy)
     text = dict(manifest.identities.text.get("text") or {})
     loss = dict(fields["loss"])
     return ScoringSettings(
@@ -123,7 +136,7 @@ def settings(manifest: Manifest, policy: str) -> ScoringSettings:
         truncation=f"{text.pop('truncation', None)}, max_length {text.pop('max_length', None)}",
         template=json.dumps(text, sort_keys=True),
         dtype=f"{_dtype(fields)}, reference {_dtype(reference)}",
-        has_reference=reference.get("weights") is not None or reference.get("columns") is not None,
+        has_reference=has_reference(reference),
     )
 
 

@@ -18,7 +18,7 @@ from dpo_score.config.load import load_config
 from dpo_score.config.schema import RunConfig
 from dpo_score.data.dataset import Dataset, read_rows_at
 from dpo_score.data.run_data import open_data
-from dpo_score.data.types import EncodedPair, Pair, Rejected, Text
+from dpo_score.data.types import EncodedPair, Pair, Rejected, Text, row_place
 from dpo_score.engine.context import cache_folder
 from dpo_score.errors import DamageError, DpoScoreError, ModelError, UsageError
 from dpo_score.models.locate import locate, no_progress
@@ -62,7 +62,7 @@ class TextSource:
 
     @staticmethod
     def _position(row_id: str, offsets: Mapping[int, tuple[int, int]]) -> int:
-        file, row = (int(part) for part in row_id.split(":")[:2])
+        file, row = row_place(row_id)[:2]
         before, per_unit = offsets[file]
         return before + row // per_unit
 

@@ -91,6 +91,11 @@ def listed(changes: Sequence[FieldChange]) -> str:
     return "\n".join(lines)
 
 
+def has_reference(reference: Fields) -> bool:
+    """Whether the fields of a reference name one: a model, or columns of the data."""
+    return reference.get("weights") is not None or reference.get("columns") is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Identities:
     """The fields of the three identities of one output folder; policies by name, each with a `loss` mapping."""
@@ -109,6 +114,11 @@ class Identities:
 
     def policy_digest(self, name: str) -> str:
         return digest({"text": self.text, "reference": self.reference, "policy": self.policies[name]})
+
+    def reference_of(self, policy: str) -> Fields:
+        """The fields of the reference that a policy is compared with: its own where it brought one, else the run's."""
+        own: Fields | None = self.policies.get(policy, {}).get("reference")
+        return own or self.reference
 
     def to_json(self) -> dict[str, Any]:
         return {"text": self.text, "reference": self.reference, "policies": self.policies}

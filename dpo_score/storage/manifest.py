@@ -10,7 +10,7 @@ it holds only what it is given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from dpo_score.errors import DamageError, IdentityError, StorageError, UsageErro
 from dpo_score.storage.commits import COMMITS, sealed, unsealed
 from dpo_score.storage.fingerprint import FieldChange, Identities, diff, listed
 from dpo_score.storage.io import FileRecord, Store
+from dpo_score.storage.resume import BlockRange, block_count
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -45,6 +46,22 @@ class Manifest:
     warnings: tuple[str, ...] = ()
     outputs: tuple[FileRecord, ...] = ()
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def rows(self) -> int:
+        """Rows that a run without --limit scores: all of them, or as many as --sample takes."""
+        return min(int(self.identities.text.get("sample") or self.total_rows), self.total_rows)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of all those rows: the `of` in the names of parts and records."""
+        return block_count(self.rows, self.block_rows)
+
+    def block_ranges(self, rows: int) -> Iterator[BlockRange]:
+        """The blocks that hold the first `rows` of them, in order, with the rows of each."""
+        for block in range(-(-rows // self.block_rows)):
+            start = block * self.block_rows
+            yield BlockRange(block, self.blocks, start, min(start + self.block_rows, rows))
 
     def to_json(self) -> dict[str, Any]:
         own = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -14,7 +14,7 @@ A block that holds more rows than a later --limit asks for is kept: committed wo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -46,6 +46,41 @@ class BlockRange:
     blocks: int
     start: int
     stop: int
+
+
+def block_count(rows: int, block_rows: int) -> int:
+    """Blocks of `block_rows` rows that `rows` rows make: at least one."""
+    return max(-(-rows // block_rows), 1)
+
+
+def missing_rows(
+    expected: Iterable[tuple[BlockRange, StoredRecord | None, Sequence[FileState]]],
+) -> list[tuple[int, int]]:
+    """Row ranges [start, stop) that are asked for and not committed; a stage is complete when there are none.
+
+    `expected`: of every block the rows asked for, its record, and the states of the record's files where they were
+    looked at. A block that ends early (--limit) misses the rest; one whose record or files are damaged misses all.
+    """
+    missing: list[tuple[int, int]] = []
+    for rows, record, files in expected:
+        start = rows.start
+        if isinstance(record, CommitRecord) and all(state is FileState.SOUND for state in files):
+            start = max(record.stop, rows.start)
+        if start >= rows.stop:
+            continue
+        if missing and missing[-1][1] == start:
+            start = missing.pop()[0]
+        missing.append((start, rows.stop))
+    return missing
+
+
+def row_ranges(ranges: Sequence[tuple[int, int]], shown: int = 8) -> str:
+    """Row ranges in words, counted from 0: `rows 10 to 19, 30 to 39`."""
+    if not ranges:
+        return "no rows"
+    texts = [f"{start:,} to {stop - 1:,}" if stop - start > 1 else f"{start:,}" for start, stop in ranges[:shown]]
+    more = f" and {len(ranges) - shown:,} more ranges" if len(ranges) > shown else ""
+    return f"rows {', '.join(texts)}{more}"
 
 
 def next_action(identity: str, expected: BlockRange, record: StoredRecord | None, files: Sequence[FileState]) -> Action:

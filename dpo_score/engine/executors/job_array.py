@@ -22,10 +22,11 @@ from dpo_score.engine.finish import Outcome
 from dpo_score.engine.plan import Job
 from dpo_score.engine.prepare import prepare
 from dpo_score.engine.progress import Progress
+from dpo_score.engine.resume import missing_of
 from dpo_score.engine.run import at_desk, check, ended, run_stages
 from dpo_score.errors import ConfigError, UsageError
 from dpo_score.results.source_text import stored_config
-from dpo_score.storage.commits import CommitRecord, StoredRecord, read_records, record_name
+from dpo_score.storage.commits import CommitRecord, read_records
 from dpo_score.storage.io import Store, open_store
 from dpo_score.storage.manifest import Manifest, read_manifest, reopen_manifest, save_manifest
 
@@ -155,13 +156,9 @@ def _refuse_missing(store: Store, job: Job, stages: Sequence[str], out: str) -> 
 
 def _missing(store: Store, job: Job, stage: str) -> list[int]:
     """Blocks that are not committed, or with fewer rows than are wanted now (an earlier --limit)."""
-    records = read_records(store, stage)
-    names = {block: record_name(stage, block, job.rows.blocks) for block in job.rows}
-    return [block for block, name in names.items() if not _reaches(records.get(name), job.rows.span(block)[1])]
-
-
-def _reaches(record: StoredRecord | None, stop: int) -> bool:
-    return isinstance(record, CommitRecord) and record.stop >= stop
+    size = job.rows.block_rows
+    missing = missing_of(store, job.rows, stage)
+    return [block for start, stop in missing for block in range(start // size, -(-stop // size))]
 
 
 def _refuse_more(store: Store, job: Job, out: str) -> None:

@@ -14,13 +14,14 @@ from typing import TypeAlias
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpo_score.data.types import row_place
 from dpo_score.errors import ConfigError
 from dpo_score.losses.columns import DERIVED, derive_table
 from dpo_score.losses.parse import ResolvedLoss
 from dpo_score.results.verify.findings import Findings
 from dpo_score.results.verify.loss import OF_CUSTOM, Allowed, is_unknown, stored_loss
 from dpo_score.storage.commits import CommitRecord
-from dpo_score.storage.fingerprint import digest
+from dpo_score.storage.fingerprint import digest, has_reference
 from dpo_score.storage.manifest import Manifest
 
 Damage: TypeAlias = Iterator[tuple[str, str]]
@@ -51,20 +52,11 @@ def check(block: Block, allowed: Allowed, findings: Findings) -> None:
         _derived(block, allowed, findings)
 
 
-def blocks_of(manifest: Manifest) -> int:
-    """Blocks of all rows, whatever the limit."""
-    return max(-(-_rows(manifest) // manifest.block_rows), 1)
-
-
-def _rows(manifest: Manifest) -> int:
-    return min(int(manifest.identities.text.get("sample") or manifest.total_rows), manifest.total_rows)
-
-
 def _span(block: Block) -> Damage:
     """The rows that it covers are those of its number."""
     record, size = block.record, block.manifest.block_rows
-    first, end = record.block * size, min((record.block + 1) * size, _rows(block.manifest))
-    if record.blocks != blocks_of(block.manifest) or record.start != first or not first < record.stop <= end:
+    first, end = record.block * size, min((record.block + 1) * size, block.manifest.rows)
+    if record.blocks != block.manifest.blocks or record.start != first or not first < record.stop <= end:
         yield record.name, f"covers rows {record.start} to {record.stop}, not those of its block"
 
 
@@ -99,7 +91,7 @@ def _equation(block: Block) -> Damage:
     if record.counts.get("rows") != covered:
         yield record.name, f"counts {record.counts.get('rows')} rows, and covers {covered}"
     if record.stage == "reference":
-        rows = {_place_of(row_id)[:2] for table in block.tables.values() for row_id in _row_ids(table)}
+        rows = {row_place(row_id)[:2] for table in block.tables.values() for row_id in _row_ids(table)}
         if len(rows) != covered:
             yield record.name, f"covers {covered} rows, its files hold {len(rows)}"
     elif before is not None:
@@ -125,19 +117,15 @@ def _ids(block: Block) -> Damage:
     ids = [row_id for name in own for row_id in _row_ids(block.tables[name])]
     if len(set(ids)) != len(ids):
         yield block.main, "a row_id occurs twice"
-    if values != sorted(values, key=_place_of):
+    if values != sorted(values, key=row_place):
         yield block.main, "its rows are not in order"
-    if digest(sorted(ids, key=_place_of)) != record.row_ids_digest:
+    if digest(sorted(ids, key=row_place)) != record.row_ids_digest:
         yield block.main, "its rows are not those that the record covers"
 
 
 def _row_ids(table: pa.Table) -> list[str]:
     found: list[str] = table["row_id"].to_pylist()
     return found
-
-
-def _place_of(row_id: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in row_id.split(":"))
 
 
 def _finite(block: Block) -> Damage:
@@ -176,9 +164,8 @@ def _derived(block: Block, allowed: Allowed, findings: Findings) -> None:
         return
     if json.loads(json.dumps(loss.identity())) != fields.get("loss"):
         findings.add(block.main, "its loss is not the one the manifest names")
-    reference = fields.get("reference") or block.manifest.identities.reference
-    has_reference = reference.get("weights") is not None or reference.get("columns") is not None
-    again = derive_table(block.values, loss, has_reference=has_reference)
+    reference = block.manifest.identities.reference_of(policy)
+    again = derive_table(block.values, loss, has_reference=has_reference(reference))
     for column in _provable(block, loss, findings):
         if not again[column].equals(block.values[column]):
             findings.add(block.main, f"column {column} does not follow from the stored log-probs")

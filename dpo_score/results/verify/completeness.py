@@ -10,14 +10,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_score.errors import DamageError
+from dpo_score.errors import DamageError, UsageError
 from dpo_score.results.rescore import GRIDS, SUMMARY
-from dpo_score.results.verify.blocks import blocks_of
+from dpo_score.results.run_folder import missing_of_policy
+from dpo_score.results.source_text import stored_config
 from dpo_score.results.verify.findings import Findings
-from dpo_score.storage.commits import CHECKSUM, CommitRecord, record_name, unsealed
+from dpo_score.storage.commits import CHECKSUM, CommitRecord, read_records, record_name, unsealed
 from dpo_score.storage.io import FileRecord, Store
 from dpo_score.storage.manifest import Manifest
-from dpo_score.storage.resume import FileState, file_state
+from dpo_score.storage.resume import FileState, file_state, row_ranges
 
 DATA = "data/"
 SHOWN_BLOCKS = 8
@@ -50,18 +51,21 @@ def check_whole(store: Store, manifest: Manifest, stages: Mapping[str, StageFoun
     rows = max(summary.rows, *(found.stop for name, found in stages.items() if name.startswith(DATA)), 0)
     needed = -(-rows // manifest.block_rows)
     for stage, scored in _expected(manifest, summary).items():
-        _check_blocks(stage, stages[stage], range(needed), blocks_of(manifest), scored, findings)
+        _check_blocks(stage, stages[stage], range(needed), manifest.blocks, scored, findings)
+    _check_policies(store, manifest, summary, findings)
     for name in _unnamed(store, stages):
         findings.add(name, "no commit record names it")
 
 
 @dataclass(frozen=True, slots=True)
 class _Summary:
-    """What summary.json counts: rows, pairs that the reference scored, and each policy."""
+    """What summary.json says: rows, pairs that the reference scored, those of each policy, and why others are left
+    out (waiting for their checkpoint to be written, or failed)."""
 
     rows: int = 0
     reference: int = 0
     policies: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def _summary(store: Store) -> _Summary:
@@ -75,7 +79,34 @@ def _summary(store: Store) -> _Summary:
 
 def _counted(found: Any) -> _Summary:
     policies = {name: int(policy["overall"]["scored"]) for name, policy in found["policies"].items()}
-    return _Summary(int(found["data"]["rows"]), int(found["data"]["scored_by_reference"]), policies)
+    left_out = {name: str(text) for kind in ("skipped", "failed") for name, text in found.get(kind, {}).items()}
+    return _Summary(int(found["data"]["rows"]), int(found["data"]["scored_by_reference"]), policies, left_out)
+
+
+def _check_policies(store: Store, manifest: Manifest, summary: _Summary, findings: Findings) -> None:
+    """Every policy that was asked for is in summary.json, or the reason why it is not.
+
+    One that is not there although some of its rows are committed is damage: a reader takes the part for the whole. One
+    of which nothing is stored is only named.
+    """
+    if not summary.rows:
+        return
+    for name in sorted({*_asked(store), *summary.left_out} - summary.policies.keys()):
+        reason = summary.left_out.get(name, "summary.json does not say why")
+        if not read_records(store, f"scores/{name}"):
+            findings.unproved[f"scores/{name}"] = f"nothing is scored: {reason}"
+            continue
+        missing = missing_of_policy(store, manifest, name, summary.rows)
+        what = f"{row_ranges(missing)} of {summary.rows:,} are missing, counted from 0" if missing else "not summed up"
+        findings.add(f"scores/{name}", f"{what}; summary.json has no such policy: {reason}")
+
+
+def _asked(store: Store) -> list[str]:
+    """The policies of pipeline.yaml. An altered one is found by its checksum."""
+    try:
+        return [policy.name for policy in stored_config(store).policies]
+    except UsageError:
+        return []
 
 
 def _expected(manifest: Manifest, summary: _Summary) -> dict[str, int]:

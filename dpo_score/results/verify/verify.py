@@ -10,18 +10,19 @@ report.html and audit.parquet, which are made from the rest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from dpo_score.errors import DamageError, StorageError, UsageError
+from dpo_score.results.run_folder import open_out
 from dpo_score.results.verify.blocks import Block, check
 from dpo_score.results.verify.completeness import DATA, StageFound, check_grids, check_whole
 from dpo_score.results.verify.findings import Findings
 from dpo_score.results.verify.loss import Allowed, allowed_losses
 from dpo_score.storage.commits import COMMITS, CommitRecord, DamagedRecord, read_record, read_records, record_name
 from dpo_score.storage.fingerprint import digest
-from dpo_score.storage.io import Store, open_store
-from dpo_score.storage.manifest import MANIFEST, TWIN, Manifest, peek_manifest
+from dpo_score.storage.io import Store
+from dpo_score.storage.manifest import MANIFEST, TWIN, Manifest
 from dpo_score.storage.resume import FileState, file_states
 
 
@@ -38,14 +39,12 @@ class Proof:
 
 def verify(out: str, loss_files: Sequence[str] = ()) -> Findings:
     """Everything that is wrong with OUT, by file. Of `loss_files` one is run where its sha256 is the stored one."""
-    store, findings = open_store(out), Findings(out)
+    findings = Findings(out)
     try:
-        manifest = peek_manifest(store)
+        store, manifest = open_out(out, mend=False)
     except DamageError as error:
         findings.add("manifest.json", str(error))
         return findings
-    if manifest is None:
-        raise UsageError(f"{out} holds no run: it has no manifest.json")
     _both_manifests(store, findings)
     proof = Proof(store, manifest, findings, allowed_losses(loss_files, manifest))
     for stage in (*_stages(manifest), *_data_stages(store)):
@@ -102,13 +101,7 @@ def _identity(manifest: Manifest, record: CommitRecord) -> str:
         return identities.policy_digest(own)
     if kind == "data":
         return digest({"reference": identities.reference_digest, "export": record.notes.get("export")})
-    return replace(identities, reference=_reference(manifest, own)).reference_digest
-
-
-def _reference(manifest: Manifest, policy: str) -> Mapping[str, object]:
-    """The fields of the reference that a policy brought along, else of the run's."""
-    own: Mapping[str, object] | None = manifest.identities.policies.get(policy, {}).get("reference")
-    return own or manifest.identities.reference
+    return replace(identities, reference=identities.reference_of(own)).reference_digest
 
 
 def _files(store: Store, record: CommitRecord, findings: Findings) -> bool:
