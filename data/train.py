@@ -43,7 +43,7 @@ class Recipe:
 
 def base_folder() -> Path:
     """The base as a model folder: the package's GGUF file, converted once into the cache of dpo-score."""
-    from dpo_score.config.options import default_cache_dir
+    from dpo_score.config.load import default_cache_dir
     from dpo_score.models.resolve import resolve
 
     return resolve(BASE, cache_dir=default_cache_dir(), sha256=file_sha256, say=print).folder

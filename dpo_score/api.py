@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_score.config.load import load_config
-from dpo_score.config.options import BY_NAME
-from dpo_score.config.schema import RunConfig
+from dpo_score.config.schema import BY_NAME, RunConfig
 from dpo_score.errors import ConfigError, nearest
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import typer
 
 from dpo_score.cli import export as cli_share
 from dpo_score.cli import results as cli_results
-from dpo_score.config.options import BY_NAME, OPTIONS, Option
+from dpo_score.config.schema import BY_NAME, OPTIONS, Option
 from dpo_score.errors import DpoScoreError
 from dpo_score.escape import safe
 

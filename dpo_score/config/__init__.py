@@ -1,1 +1,5 @@
-"""Every setting: its type, default and help text, and where its value comes from."""
+"""Every setting: its type, default, help line and option, and how one run's settings are read.
+
+A pipeline file, environment variables and options come in; one frozen `RunConfig` goes out. This room imports only
+`errors` and `escape`: it opens neither data nor models.
+"""

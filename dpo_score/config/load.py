@@ -1,7 +1,7 @@
-"""File + environment + options → one `RunConfig`.
+"""Pipeline file + environment variables + options → one `RunConfig`.
 
-Promises: an unknown key is an error with the nearest known one; a later source overrides an earlier one key
-by key, whatever the value; errors name the file. Does not look at data or models.
+A later source overrides an earlier one key by key, whatever the value (`false` and 0 override, too); an unknown key is
+an error with the nearest known one; errors name the file. Data and models are not opened here.
 """
 
 from __future__ import annotations
@@ -14,65 +14,41 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from dpo_score.config.checkpoint_glob import expanded, stem
-from dpo_score.config.options import BY_NAME, OPTIONS
-from dpo_score.config.schema import DataSpec, ModelSpec, PolicySpec, RunConfig
-from dpo_score.errors import ConfigError, nearest
+from dpo_score.config.hints import meant_by
+from dpo_score.config.schema import BY_NAME, OPTIONS, RunConfig, Spec, section_of
+from dpo_score.errors import ConfigError
 
 Tree = dict[Any, Any]
+"""A pipeline file as it was read: nested mappings, lists and scalars."""
 ENV_PREFIX = "DPO_SCORE_"
 SHORT = {"reference": "model", "loss": "name"}
 """Sections that may be one string, and the key that it stands for."""
 SECTIONS = (*SHORT, "text", "compute")
-_TARGET, _ALL_SETS = ("target",), ("data", "*")  # tuples: no key of a file is one
+_TARGET, _EVERY_SET = ("target",), ("data", "*")  # tuples: no key of a file is one
 
 
 def load_config(
     file: str | None, options: Mapping[str, Any], environment: Mapping[str, str] | None = None
 ) -> RunConfig:
-    """One configuration. `options`: by name of `options.OPTIONS`, only those that were set."""
+    """One configuration. `options`: by name of `schema.OPTIONS`, only those that were set. Raises ConfigError."""
     tree: Tree = _read_file(file) if file else {}
     environment = os.environ if environment is None else environment
     for option in OPTIONS:
         value = environment.get(ENV_PREFIX + option.name.upper())
         if value is not None and option.name != "cache_dir":
-            _place(tree, option.name, value.split(";") if option.type == list[str] else value)
+            _set_option(tree, option.name, value.split(";") if option.type == list[str] else value)
     for name, value in options.items():
-        _place(tree, name, value)
-    return validated(tree, source=file or "the command line")
-
-
-def validated(tree: Tree, source: str) -> RunConfig:
-    """Normalise the short spellings and check; raises ConfigError naming key, value and the nearest known key."""
+        _set_option(tree, name, value)
+    source = file or "the command line"
     try:
-        return RunConfig.model_validate(_written_out(tree))
+        return RunConfig.model_validate(_without_short_forms(tree))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
-
-
-def _written_out(tree: Tree) -> Tree:
-    """`tree` without short spellings: sections are mappings, sets and policies are lists, globs are looked up."""
-    found = {name: value for name, value in tree.items() if name not in SECTIONS or value is not None}
-    defaults = found.pop(_ALL_SETS, {})
-    found |= {name: _section(name, found[name]) for name in SECTIONS if name in found}
-    found["data"] = [_with_defaults(item, defaults) for item in _named_list(tree.get("data"), "path", "data")]
-    policies = _named_list(tree.get("policies"), "model", "policies")
-    found["policies"] = [policy for entry in policies for policy in expanded(entry)]
-    return found
-
-
-def _section(name: str, value: Any) -> Tree:
-    """One section as a mapping of its own: null is empty, and a string is the key that SHORT names."""
-    if isinstance(value, str) and name in SHORT:
-        return {SHORT[name]: value}
-    if value is not None and not isinstance(value, Mapping):
-        key = next(option.path[1] for option in OPTIONS if option.path[0] == name)
-        raise ConfigError(f"{name}: a section is a mapping of keys, {name}: {{{key}: …}}; got {value!r:.200}")
-    return dict(value or {})
+        raise ConfigError(f"{source}: " + "; ".join(_explained(item) for item in error.errors())) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -84,7 +60,19 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
+def default_cache_dir() -> Path:
+    """DPO_SCORE_CACHE_DIR, else dpo-score under the user's cache folder (XDG_CACHE_HOME)."""
+    root = os.environ.get("DPO_SCORE_CACHE_DIR")
+    if root and "://" not in root:
+        return Path(root).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-score"
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
 def _read_file(file: str) -> Tree:
+    """A pipeline file. Keys at the top that are options are put into their sections; every section is a mapping."""
     path = Path(file)
     if not path.is_file():
         raise ConfigError(f"pipeline file {file!r} does not exist (looked at {path.absolute()})")
@@ -97,81 +85,106 @@ def _read_file(file: str) -> Tree:
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: a pipeline file is a mapping of keys; this one holds a {type(tree).__name__}")
     try:
-        return _with_flat_keys(tree)
+        flat = {key: tree.pop(key) for key in list(tree) if key in BY_NAME and key not in RunConfig.model_fields}
+        tree |= {name: _section(name, tree[name]) for name in SECTIONS if tree.get(name) is not None}
+        for key, value in flat.items():
+            _set_option(tree, key, value)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
-
-
-def _with_flat_keys(tree: Tree) -> Tree:
-    """`tree` with its flat keys put into sections, and every section a mapping, so that options can be laid over it."""
-    flat = {key: tree.pop(key) for key in list(tree) if _is_flat(key)}
-    tree |= {name: _section(name, tree[name]) for name in SECTIONS if tree.get(name) is not None}
-    for key, value in flat.items():
-        _place(tree, key, value)
     return tree
 
 
-def _is_flat(key: Any) -> bool:
-    option = BY_NAME.get(key)
-    return option is not None and key not in RunConfig.model_fields
+def _section(name: str, value: Any) -> Tree:
+    """One section as a mapping of its own: null is empty, and a string is the key that SHORT names."""
+    if isinstance(value, str) and name in SHORT:
+        return {SHORT[name]: value}
+    if value is not None and not isinstance(value, Mapping):
+        key = next(option.path[1] for option in OPTIONS if option.path[0] == name)
+        raise ConfigError(f"{name}: a section is a mapping of keys, {name}: {{{key}: …}}; got {value!r:.200}")
+    return dict(value or {})
 
 
-def _place(tree: Tree, name: str, value: Any) -> None:
-    """Put one option's value where it belongs, keeping what stands beside it."""
+def _without_short_forms(tree: Tree) -> Tree:
+    """`tree` with sections as mappings, data sets and policies as lists, BASE+ADAPTER split, globs looked up."""
+    found = {name: value for name, value in tree.items() if name not in SECTIONS or value is not None}
+    for_every_set = found.pop(_EVERY_SET, {})
+    found |= {name: _section(name, found[name]) for name in SECTIONS if name in found}
+    reference = found.get("reference")
+    if reference and isinstance(reference.get("model"), str) and reference.get("adapter") is None:
+        found["reference"] = {**reference, **_base_and_adapter(reference["model"])}
+    found["data"] = []
+    for entry in _entries(tree.get("data"), "path", "data"):
+        given = {key: value for key, value in entry.items() if value is not None or key not in for_every_set}
+        found["data"].append({**for_every_set, **given})
+    policies = _entries(tree.get("policies"), "model", "policies")
+    found["policies"] = [policy for entry in policies for policy in expanded(entry)]
+    return found
+
+
+def _entries(value: Any, target: str, kind: str) -> list[Tree]:
+    """Data sets or policies: a mapping name → entry, a list of entries, or one path; each gets a name."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        value = [_assignment(value)]
+    if isinstance(value, Mapping):
+        entries = [{"name": str(name), **_entry(item, f"{kind}.{name}")} for name, item in value.items()]
+    elif isinstance(value, list | tuple):
+        entries = [_entry(item, f"{kind}.{index}") for index, item in enumerate(_assignments(value))]
+    else:
+        raise ConfigError(f"{kind}: expected a path, a list or a mapping of names; got {value!r:.200}")
+    for entry in entries:
+        path = entry.pop(_TARGET, None)
+        if path is not None:
+            entry |= _base_and_adapter(path) if kind == "policies" else {target: path}
+        entry.setdefault("name", stem(str(entry.get("adapter") or entry.get(target) or "")))
+    return entries
+
+
+def _entry(item: Any, where: str) -> Tree:
+    if isinstance(item, str | os.PathLike):
+        return {_TARGET: os.fspath(item)}
+    if not isinstance(item, Mapping):
+        raise ConfigError(f"{where}: expected a path, or a mapping of its keys; got {item!r:.200}")
+    return dict(item)
+
+
+def _base_and_adapter(text: str) -> Tree:
+    """MODEL or BASE+ADAPTER; a path that exists with a plus sign in it is one model."""
+    model, plus, adapter = text.partition("+")
+    both = plus and model and adapter and not text.startswith("columns:")
+    if both and not os.path.exists(text):  # noqa: PTH110  False where pathlib raises: a name too long
+        return {"model": model, "adapter": adapter}
+    return {"model": text}
+
+
+# --- options and environment variables --------------------------------------------------------------------------------
+
+
+def _set_option(tree: Tree, name: str, value: Any) -> None:
+    """Put one option's value where it belongs in `tree`, keeping what is beside it."""
     path = BY_NAME[name].path
     if name in ("data", "policy"):
         tree[path[0]] = _assignments(value)
         return
-    if path[:2] == _ALL_SETS:
-        tree.setdefault(_ALL_SETS, {})[path[2]] = _split_names(path[2], value)
+    if path[:2] == _EVERY_SET:
+        if name == "split" and isinstance(value, str):
+            value = [part.strip() for part in value.split(",")]
+        tree.setdefault(_EVERY_SET, {})[path[2]] = value
         return
     section = tree
     for step in path[:-1]:
         section[step] = _section(step, section.get(step))
         section = section[step]
-    section[path[-1]] = _typed(name, value)
-
-
-def _typed(name: str, value: Any) -> Any:
+    if name == "reference":
+        section.pop("adapter", None)
     if name == "loss_param":
-        return loss_params(value)
-    if name == "chat_template_kwargs" and isinstance(value, str):
-        return _json_object(value)
-    if name == "batch_tokens" and isinstance(value, str) and value.isdecimal():
-        return int(value)
-    return value
-
-
-def loss_params(items: Any) -> Tree:
-    """`KEY=VALUE` strings, or one; values read as YAML scalars."""
-    items = [items] if isinstance(items, str) else items
-    if not isinstance(items, list | tuple):
-        raise ConfigError(f"--loss-param takes KEY=VALUE, or a list of such; got {items!r:.200}")
-    return dict(_loss_param(item) for item in items)
-
-
-def _loss_param(item: Any) -> tuple[str, float | int | bool | str]:
-    key, equals, text = item.partition("=") if isinstance(item, str) else ("", "", "")
-    if not equals:
-        raise ConfigError(f"--loss-param takes KEY=VALUE; got {item!r:.200}")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        value = None
-    if not isinstance(value, float | int | str):
-        raise ConfigError(f"--loss-param {key} takes a number, true, false or a name; got {text!r:.200}")
-    return key, value
-
-
-def _json_object(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--chat-template-kwargs takes a JSON object; {value!r:.200} is not JSON: {error}") from None
-
-
-def _split_names(key: str, value: Any) -> Any:
-    return [part.strip() for part in value.split(",")] if key == "split" and isinstance(value, str) else value
+        value = loss_params(value)
+    elif name == "chat_template_kwargs" and isinstance(value, str):
+        value = _json_object(value)
+    elif name == "batch_tokens" and isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    section[path[-1]] = value
 
 
 def _assignments(values: Any) -> Any:
@@ -187,72 +200,50 @@ def _assignment(text: str) -> Tree:
     return {"name": match[1], _TARGET: match[2]} if match else {_TARGET: text}
 
 
-def _named_list(value: Any, target: str, kind: str) -> list[Tree]:
-    """A mapping name → entry, a list of entries, or one path; every entry ends with a name."""
-    if value is None:
-        return []
-    if isinstance(value, str):
-        value = [_assignment(value)]
-    if isinstance(value, Mapping):
-        entries = [{"name": str(name), **_entry(item, f"{kind}.{name}")} for name, item in value.items()]
-    elif isinstance(value, list | tuple):
-        pairs = enumerate(_assignments(value))
-        entries = [_entry(item, f"{kind}.{index}") for index, item in pairs]
-    else:
-        raise ConfigError(f"{kind}: expected a path, a list or a mapping of names; got {value!r:.200}")
-    return [_named(entry, target, kind) for entry in entries]
+def loss_params(items: Any) -> Tree:
+    """`KEY=VALUE` strings, or one; values read as YAML scalars."""
+    items = [items] if isinstance(items, str) else items
+    if not isinstance(items, list | tuple):
+        raise ConfigError(f"--loss-param takes KEY=VALUE, or a list of such; got {items!r:.200}")
+    found: Tree = {}
+    for item in items:
+        key, equals, text = item.partition("=") if isinstance(item, str) else ("", "", "")
+        if not equals:
+            raise ConfigError(f"--loss-param takes KEY=VALUE; got {item!r:.200}")
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            value = None
+        if not isinstance(value, float | int | str):
+            raise ConfigError(f"--loss-param {key} takes a number, true, false or a name; got {text!r:.200}")
+        found[key] = value
+    return found
 
 
-def _entry(item: Any, where: str) -> Tree:
-    if isinstance(item, str | os.PathLike):
-        return {_TARGET: os.fspath(item)}
-    if not isinstance(item, Mapping):
-        raise ConfigError(f"{where}: expected a path, or a mapping of its keys; got {item!r:.200}")
-    return dict(item)
+def _json_object(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--chat-template-kwargs takes a JSON object; {value!r:.200} is not JSON: {error}") from None
 
 
-def _named(entry: Tree, target: str, kind: str) -> Tree:
-    value = entry.pop(_TARGET, None)
-    if value is not None:
-        model, plus, adapter = value.partition("+") if kind == "policies" else (value, "", "")
-        if plus and adapter and not os.path.exists(value):  # noqa: PTH110  False where pathlib raises: a name too long
-            entry["adapter"], value = adapter, model
-        entry[target] = value
-    path = str(entry.get("adapter") or entry.get(target) or "")
-    entry.setdefault("name", stem(path))
-    return entry
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def _with_defaults(entry: Tree, defaults: Tree) -> Tree:
-    return {**{k: v for k, v in defaults.items() if k not in entry or entry[k] is None}, **_not_none(entry, defaults)}
-
-
-def _not_none(entry: Tree, defaults: Tree) -> Tree:
-    return {k: v for k, v in entry.items() if not (v is None and k in defaults)}
-
-
-def _explain(error: Any) -> str:
+def _explained(error: Any) -> str:
     """One validation error: the key, the value seen, and the nearest known key for an unknown one."""
     where = ".".join(str(step) for step in error["loc"])
     if error["type"] == "extra_forbidden":
         *parents, key = error["loc"]
-        return f"unknown key {where!r}: {nearest(str(key), _known_keys(parents))}"
+        return f"unknown key {where!r}: {meant_by(str(key), _known_keys(parents))}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{where}: {message} (got {error['input']!r:.200})" if where else message
 
 
 def _known_keys(parents: list[Any]) -> list[str]:
-    model: type[BaseModel] = RunConfig
-    nested: dict[str, type[BaseModel]] = {"data": DataSpec, "policies": PolicySpec, "reference": ModelSpec}
+    """The keys that may be written below `parents`; at the top, every option may."""
+    model: type[Spec] = RunConfig
     for step in parents:
-        if isinstance(step, int):
-            continue
-        model = nested.get(step) or _field_model(model, step)
-    flat = [option.name for option in OPTIONS] if model is RunConfig else []
-    return [*model.model_fields, *flat]
-
-
-def _field_model(model: type[BaseModel], step: str) -> type[BaseModel]:
-    annotation = model.model_fields[step].annotation
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+        field = model.model_fields.get(step) if isinstance(step, str) else None
+        model = (section_of(field.annotation) if field else None) or model
+    return [*model.model_fields, *(BY_NAME if model is RunConfig else ())]

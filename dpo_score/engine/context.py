@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from dpo_score.config.options import default_cache_dir
+from dpo_score.config.load import default_cache_dir
 from dpo_score.config.schema import RunConfig
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.signals import StopRequest

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import yaml
 from markupsafe import escape
 
-from dpo_score.config.options import default_cache_dir
+from dpo_score.config.load import default_cache_dir
 from dpo_score.escape import safe
 from dpo_score.storage.base import json_bytes
 from dpo_score.storage.commits import sealed, unsealed

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dpo_score.cli.main import app, main
-from dpo_score.config.options import OPTIONS
+from dpo_score.config.schema import OPTIONS
 
 
 def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

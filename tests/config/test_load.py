@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dpo_score.config.load import dump_config, load_config
-from dpo_score.config.options import OPTIONS, Option
+from dpo_score.config.schema import OPTIONS, Option
 from dpo_score.errors import ConfigError
 
 FILE = """

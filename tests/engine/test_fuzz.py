@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo_score.config.load import load_config
-from dpo_score.config.options import OPTIONS
+from dpo_score.config.schema import OPTIONS
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.run import run
 from dpo_score.errors import DpoScoreError, UsageError

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dpo_score.config.load import load_config
-from dpo_score.config.options import OPTIONS
+from dpo_score.config.schema import OPTIONS
 from dpo_score.engine import prepare as preparing
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.run import run
