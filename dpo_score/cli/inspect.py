@@ -15,8 +15,7 @@ from rich.text import Text
 
 from dpo_score.cli.console import console
 from dpo_score.config.load import load_config
-from dpo_score.data.dataset import Dataset, read_rows_at
-from dpo_score.data.run_data import open_data
+from dpo_score.data.dataset import Dataset, open_data, read_rows_at
 from dpo_score.data.types import EncodedPair, Pair, Rejected, Side
 from dpo_score.errors import UsageError
 from dpo_score.escape import safe
@@ -85,8 +84,9 @@ def described(
 
 
 def _sides(item: EncodedPair, tokenizer: Any, plain: bool) -> Iterator[Text]:
-    prompt = tokens(tokenizer, item.prompt_ids, item.prompt_mask, default=False)
-    yield _heading("prompt", f"{len(prompt)} tokens, not scored" if item.prompt_mask is None else _scored(prompt))
+    mask = item.tokens.prompt_mask
+    prompt = tokens(tokenizer, item.tokens.prompt, mask, default=False)
+    yield _heading("prompt", f"{len(prompt)} tokens, not scored" if mask is None else _scored(prompt))
     yield coloured(prompt, plain)
     sides: tuple[Side, Side] = ("chosen", "rejected")
     for side in sides:
@@ -98,8 +98,8 @@ def _sides(item: EncodedPair, tokenizer: Any, plain: bool) -> Iterator[Text]:
 
 def side_tokens(tokenizer: Any, item: EncodedPair, side: Side) -> list[Token]:
     """The tokens of one answer; the very first token of a sequence has no predecessor and is never scored."""
-    positions = item.sequence(side).scored_positions - len(item.prompt_ids)
-    ids = item.chosen_ids if side == "chosen" else item.rejected_ids
+    positions = item.sequence(side).scored_positions - len(item.tokens.prompt)
+    ids = item.tokens.chosen if side == "chosen" else item.tokens.rejected
     mask = np.zeros(len(ids), bool)
     mask[positions[positions >= 0]] = True
     return tokens(tokenizer, ids, mask, default=True)

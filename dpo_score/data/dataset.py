@@ -14,12 +14,12 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any
 
-from dpo_score.config.schema import DataSpec
+from dpo_score.config.schema import DataSpec, RunConfig
 from dpo_score.data.column_types import Shape, Shapes, agree, is_plain, refined
 from dpo_score.data.files import Located, content_sha256, locate
 from dpo_score.data.formats.base import Reading
 from dpo_score.data.formats.detect import HH_SAMPLE, carried_columns, detect, refuse_undecided_preference
-from dpo_score.data.formats.registry import Format
+from dpo_score.data.formats.registry import CONVERSATIONS, IDS, TURNS, Format
 from dpo_score.data.formats.row import RowReader, rejected
 from dpo_score.data.row_reader import RawRow, RowFile, open_rows
 from dpo_score.data.types import Pair, Problem, Rejected, Source
@@ -65,6 +65,12 @@ class Dataset:
         """The commit of a hub data set; `spec.revision` names it, too."""
         return self.files[0].commit
 
+    @property
+    def is_conversational(self) -> bool:
+        """Whether the rows are conversations, which a chat template renders; so is a text with a system text."""
+        by_format = self.format.code in CONVERSATIONS or self.format.full_name in TURNS
+        return by_format or "system" in self.reader.columns
+
     def reader_of(self, file: DataFile) -> RowReader:
         """The set's reader, made for one of its files."""
         return replace(self.reader, unpacked=_unpacked(file.content, self.schema))
@@ -101,6 +107,27 @@ class Dataset:
             f"{self.spec.name}: {commit}format {self.format.full_name} ({self.format.code}), columns {columns}; "
             f"{self.format.polarity}; {self.rows:,} rows"
         )
+
+
+def only_ids(datasets: Sequence[Dataset]) -> bool:
+    """Whether no set holds text."""
+    return all(dataset.format.code == IDS for dataset in datasets)
+
+
+def open_data(
+    config: RunConfig, *, sha256: Callable[[str], str] | None = None, keep_columns: Sequence[str] | None = None
+) -> tuple[Dataset, ...]:
+    """The sets of a configuration, opened in the same way by every command.
+
+    keep_columns: instead of those that the configuration names. Raises DataError.
+    """
+    return open_datasets(
+        config.data,
+        seed=config.seed,
+        sha256=sha256,
+        keep_columns=config.keep_columns if keep_columns is None else keep_columns,
+        keep_nulls=config.text.keep_nulls,
+    )
 
 
 def open_datasets(

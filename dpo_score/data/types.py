@@ -22,6 +22,7 @@ Message: TypeAlias = Mapping[str, Any]
 """A chat message as templates see it: role, content, and whatever else the row holds (tool_calls, name, …)."""
 Text: TypeAlias = str | tuple[Message, ...]
 Side: TypeAlias = Literal["chosen", "rejected"]
+SYSTEM_ROLES = ("system", "developer")
 
 REJECT_CODES = frozenset(
     {
@@ -44,6 +45,8 @@ REJECT_CODES = frozenset(
         "nonfinite_logp",
         "no_reference_value",
         "not_hh_transcript",
+        "encoded_text",
+        "unread_context",
     }
 )
 MARKS: Mapping[str, str] = {
@@ -54,6 +57,8 @@ MARKS: Mapping[str, str] = {
     "double_bos": "the prompt begins with two BOS tokens",
     "identical_pair": "both answers are the same",
     "empty_answer": "an answer is empty",
+    "tools_unseen": "the row has tools, but its rendered text is the same without them",
+    "prompt_in_answer": "both answers begin with text that is like the prompt, but not equal to it",
 }
 """Findings on a scored pair, and what each means. Trainers train on such pairs, so they are marked, not rejected."""
 
@@ -80,6 +85,10 @@ def row_place(row_id: str) -> tuple[int, ...]:
     ValueError for a text that is no row id.
     """
     return tuple(int(number) for number in row_id.split(":"))
+
+
+NOWHERE = Source("", "", 0, 0)
+"""The source of a pair that has not been given one yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +122,10 @@ class Unusable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """A pre-tokenised row. Masks tell which tokens are scored; None means all of a response, none of a prompt."""
+    """Prompt, chosen and rejected answer as token ids ([n] int32 each), as a row holds them or after truncation.
+
+    Masks ([n] bool) tell which tokens are scored; None means every token of an answer, no token of a prompt.
+    """
 
     prompt: Ids
     chosen: Ids
@@ -121,6 +133,8 @@ class TokenIds:
     prompt_mask: Mask | None = None
     chosen_mask: Mask | None = None
     rejected_mask: Mask | None = None
+    chosen_truncated: bool = False
+    rejected_truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +142,8 @@ class Pair:
     """One preference: `chosen` is better than `rejected` as an answer to `prompt`.
 
     Strings are raw text; tuples of messages are a conversation. A pair read from a file may be `implicit`;
-    the pair inside an `EncodedPair` never is: it is the pair as it was scored.
+    the pair inside an `EncodedPair` never is: it is the pair as it was scored. The reader of a format leaves `source`
+    at NOWHERE and `pair_id` empty; `RowReader` fills them.
     `tied` marks a labelled tie kept by --keep-ties: scored in the given order and left out of accuracy.
     """
 
@@ -146,6 +161,11 @@ class Pair:
     """Columns carried to the output: id, subset, group_id, and those of --keep-columns."""
     pair_id: str = ""
     """blake2b-128 of the source messages, hexadecimal: stable across re-export, order and renaming of files."""
+
+    @property
+    def is_conversation(self) -> bool:
+        """Whether the answers are messages; otherwise they are strings (or token ids)."""
+        return not isinstance(self.chosen, str)
 
 
 def _ids_digest(*parts: Ids) -> hashlib.blake2b:
@@ -189,29 +209,24 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedPair:
-    """A pair as token ids, after truncation. Masks as in `TokenIds`; `marks` from MARKS."""
+    """A pair and its token ids after truncation. `marks`: names from MARKS."""
 
     pair: Pair
-    prompt_ids: Ids
-    chosen_ids: Ids
-    rejected_ids: Ids
-    prompt_mask: Mask | None = None
-    chosen_mask: Mask | None = None
-    rejected_mask: Mask | None = None
-    chosen_truncated: bool = False
-    rejected_truncated: bool = False
+    tokens: TokenIds
     marks: tuple[str, ...] = ()
 
     @property
     def pair_digest(self) -> str:
-        """blake2b-128 (hex) of the three id lists after the cut: what a trainer recomputes to check a value."""
-        return _ids_digest(self.prompt_ids, self.chosen_ids, self.rejected_ids).hexdigest()
+        """blake2b-128 (hex) of the three id lists after truncation: what a trainer recomputes to check a value."""
+        return _ids_digest(self.tokens.prompt, self.tokens.chosen, self.tokens.rejected).hexdigest()
 
     def sequence(self, side: Side) -> TokenSequence:
-        response = self.chosen_ids if side == "chosen" else self.rejected_ids
-        mask = self.chosen_mask if side == "chosen" else self.rejected_mask
-        if mask is None and self.prompt_mask is None:
-            return TokenSequence(self.prompt_ids, response)
-        prompt_mask = np.zeros(len(self.prompt_ids), bool) if self.prompt_mask is None else self.prompt_mask
+        """Prompt and one answer, as they are scored."""
+        tokens = self.tokens
+        response = tokens.chosen if side == "chosen" else tokens.rejected
+        mask = tokens.chosen_mask if side == "chosen" else tokens.rejected_mask
+        if mask is None and tokens.prompt_mask is None:
+            return TokenSequence(tokens.prompt, response)
+        prompt_mask = np.zeros(len(tokens.prompt), bool) if tokens.prompt_mask is None else tokens.prompt_mask
         response_mask = np.ones(len(response), bool) if mask is None else mask
-        return TokenSequence(self.prompt_ids, response, np.concatenate([prompt_mask, response_mask]))
+        return TokenSequence(tokens.prompt, response, np.concatenate([prompt_mask, response_mask]))

@@ -100,12 +100,13 @@ def _lengths(encoded: Sequence[EncodedPair], scale: float) -> dict[str, Any]:
     """Token counts, and what sharing the prompt saves: prompt + both answers against two whole sequences."""
     if not encoded:
         return {"tokens": "no pair of the sample can be scored"}
-    parts = np.array([[len(e.prompt_ids), len(e.chosen_ids), len(e.rejected_ids)] for e in encoded])
+    truncated = sum(e.tokens.chosen_truncated or e.tokens.rejected_truncated for e in encoded)
+    parts = np.array([[len(e.tokens.prompt), len(e.tokens.chosen), len(e.tokens.rejected)] for e in encoded])
     shared, apart = int(parts.sum()), int((parts.sum(axis=1) + parts[:, 0]).sum())
     return {
         "lengths": histogram(parts.sum(axis=1)),
         "tokens": f"about {shared * scale:,.0f} with the prompt computed once, {apart * scale:,.0f} without (estimate)",
-        "truncated": f"{sum(e.chosen_truncated or e.rejected_truncated for e in encoded):,} pairs of the sample",
+        "truncated": f"{truncated:,} pairs of the sample",
     }
 
 
@@ -168,7 +169,9 @@ def _cost(job: Job, due: Sequence[Due], encoded: Sequence[EncodedPair], rows: in
         return {"models": "none is needed"}
     numerics, scale = due[0].numerics, job.rows.wanted / max(rows, 1)
     seconds = sum(2.0 * parameters(d.source) * d.tokens * scale / SPEED[d.numerics.device_kind] for d in due)
-    longest = max((len(e.prompt_ids) + max(len(e.chosen_ids), len(e.rejected_ids)) for e in encoded), default=0)
+    longest = max(
+        (len(e.tokens.prompt) + max(len(e.tokens.chosen), len(e.tokens.rejected)) for e in encoded), default=0
+    )
     pack = f"{numerics.batch_tokens:,} tokens a pack"
     return {
         "numerics": f"{numerics.dtype} on {numerics.device}, {numerics.path} path, {pack}",
@@ -206,7 +209,7 @@ def _prefix(encoded: Sequence[EncodedPair], budget: int) -> Sequence[EncodedPair
     """The first pairs whose unique tokens fill `budget`."""
     total = 0
     for count, pair in enumerate(encoded, 1):
-        total += len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+        total += len(pair.tokens.prompt) + len(pair.tokens.chosen) + len(pair.tokens.rejected)
         if total >= budget:
             return encoded[:count]
     return encoded

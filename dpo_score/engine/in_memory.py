@@ -15,26 +15,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_score.config.schema import PolicySpec, RunConfig
-from dpo_score.data.dataset import Dataset, PairReader
-from dpo_score.data.run_data import open_data
+from dpo_score.data.dataset import Dataset, PairReader, only_ids, open_data
 from dpo_score.data.types import EncodedPair, Pair, Rejected, TokenSequence, row_place
 from dpo_score.engine.block_inputs import BlockText
 from dpo_score.engine.context import Desk
 from dpo_score.engine.fast_path_check import trusted
 from dpo_score.engine.in_memory_model import HeldModel, HeldValues
-from dpo_score.engine.limits import refuse_long, refuse_other_kind
+from dpo_score.engine.limits import TokenGuard, refuse_long, refuse_other_kind
 from dpo_score.engine.model_logprobs import BlockValues, FastPathRefusedError, ModelValues, Values, plain
-from dpo_score.engine.plan import Job, PolicyJob, ReferenceJob, Rows, extra_fields, only_ids
+from dpo_score.engine.plan import Job, PolicyJob, ReferenceJob, Rows, extra_fields
 from dpo_score.engine.prepare import parameters
 from dpo_score.engine.stages import BlockResult, part, policy_block, reference_block
 from dpo_score.errors import ConfigError, DataError, ModelError
 from dpo_score.export.input_rows import fitted
 from dpo_score.logprobs.numerics import Numerics, resolve_numerics
 from dpo_score.losses.parse import parse_loss
+from dpo_score.models.limits import text_limits
 from dpo_score.models.resolve import ModelSource, Resolver, resolve_policy
 from dpo_score.results.schemas import STATS, text_table
 from dpo_score.storage.fingerprint import Identities
-from dpo_score.tokenization.choose import REFERENCE, TokenGuard, choose_tokenizer, renderer_of
+from dpo_score.tokenization.choose import REFERENCE, choose_tokenizer, renderer_of
 
 Model: TypeAlias = ModelSource | HeldModel
 
@@ -163,7 +163,7 @@ def _job(config: RunConfig, datasets: tuple[Dataset, ...], taking_part: Particip
         datasets=datasets,
         rows=Rows(rows, max(rows, 1)),
         tokenizer=tokenizer,
-        renderer=renderer_of(config, tokenizer, config.text, first.config if first else None),
+        renderer=renderer_of(config, tokenizer, config.text, text_limits(first.config) if first else None),
         extra=extra_fields(datasets, _kept(config)),
         references=(reference,),
         policies=tuple(policies),

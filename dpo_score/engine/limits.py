@@ -18,12 +18,13 @@ from dpo_score.engine.context import Desk
 from dpo_score.engine.plan import Job, PolicyJob
 from dpo_score.engine.stages import part
 from dpo_score.errors import ModelError
-from dpo_score.models.limits import context_limit, side_limits
+from dpo_score.models.limits import context_limit, embedding_rows, side_limits
 from dpo_score.models.resolve import ModelSource
 from dpo_score.results.schemas import ID_NAMES, SIDES
 from dpo_score.storage.commits import read_records, record_name
 from dpo_score.tokenization.encoder_decoder import EncoderDecoderRenderer
 from dpo_score.tokenization.render import Renderer
+from dpo_score.tokenization.tokenizer import load_tokenizer, same_ids
 
 COUNTS = ("row_id", "prompt_tokens", "chosen_tokens", "rejected_tokens")
 
@@ -88,3 +89,58 @@ def _shorter(own: Mapping[str, int | None], cut_to: Mapping[str, int | None]) ->
     """Whether a row that was cut to `cut_to` may be more than `own` allows."""
     limits = ((own[what], cut_to[what]) for what in own)
     return any(most is not None and (there is None or there > most) for most, there in limits)
+
+
+class TokenGuard:
+    """Checks each block against one model: the length of its rows, and their ids, each id once."""
+
+    def __init__(self, tokenizer: Any, source: ModelSource | None) -> None:
+        self._tokenizer, self._source = tokenizer, source
+        self._rows = embedding_rows(source) if source else 0
+        self._seen: set[int] = set()
+        self._own: Any = None
+
+    def check(self, table: pa.Table) -> None:
+        """ModelError naming the first three ids that do not fit, or the row that is too long."""
+        if self._source is None:
+            return
+        refuse_long(self._source, table)
+        new = used_ids(table) - self._seen
+        beyond = sorted(i for i in new if i >= self._rows)[:3]
+        if beyond:
+            raise ModelError(
+                f"{self._source.name}: token ids {beyond} lie beyond its {self._rows} embedding rows: it was made for "
+                "another tokenizer. Score it in a run of its own, with its own reference or --tokenizer"
+            )
+        self._compare(new)
+        self._seen |= new
+
+    def _compare(self, new: set[int]) -> None:
+        own = self._own_tokenizer()
+        if own is None or self._tokenizer is None or self._source is None:
+            return
+        differing = same_ids(self._tokenizer, own, np.array(sorted(new), np.int64))
+        if differing:
+            shown = "; ".join(f"id {i}: {a!r} here, {b!r} there" for i, a, b in differing)
+            raise ModelError(
+                f"{self._source.name} was made for another tokenizer: {shown}. Score it in a run of its own, with a "
+                "reference of the same family, or name the tokenizer of both with --tokenizer"
+            )
+
+    def _own_tokenizer(self) -> Any:
+        """The model's own tokenizer; None where its folder has none (a bare checkpoint follows the run's)."""
+        if self._own is None and self._source is not None:
+            folder = self._source.tokenizer_folder
+            same = self._tokenizer is None or str(folder) == str(getattr(self._tokenizer, "name_or_path", ""))
+            has_one = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+            self._own = load_tokenizer(str(folder)) if has_one and not same else False
+        return self._own or None
+
+
+def used_ids(table: pa.Table) -> set[int]:
+    """Every token id of a text table."""
+    found: set[int] = set()
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        for chunk in table[name].chunks:
+            found.update(np.unique(chunk.flatten().to_numpy(zero_copy_only=False)).tolist())
+    return found

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from dpo_score.config.schema import LossSpec, PolicySpec, RunConfig
 from dpo_score.data.dataset import Dataset
+from dpo_score.data.formats.registry import BEST_OF_N, IDS, LISTS
 from dpo_score.errors import ConfigError, HalfWrittenError, ModelError
 from dpo_score.logprobs.numerics import Numerics
 from dpo_score.losses.parse import ResolvedLoss
@@ -198,18 +199,6 @@ def block_rows(total: int, mean_text_bytes: float, parameters: int, device_kind:
     return max(min(minute, total // 50, MOST_ROWS.get(device_kind, 512)), 64)
 
 
-CONVERSATIONS = ("F3", "F4", "F4b", "F5", "F10")
-"""Format codes whose rows hold messages, or are read as such."""
-TURNS = ("ab-label/one-hot", "ab-label/winner", "ranked/two-rows")
-"""Formats that do, where not all of their code do."""
-IDS = "F0"
-"""The format whose rows hold token ids."""
-LISTS = ("F8", "F9")
-"""Format codes whose rows hold several answers: their pairs carry a group_id."""
-BEST_OF_N = "F9"
-"""The format whose rows hold right and wrong answers: their pairs carry the number of right ones."""
-
-
 def extra_fields(datasets: Sequence[Dataset], keep: Sequence[str]) -> tuple[pa.Field, ...]:
     """Columns carried along: id, subset, group_id, num_correct where known, `tied` with --keep-ties, --keep-columns."""
     names = [*(name for name in ("id", "subset", "group_id", "num_correct") if _kinds(name, datasets)), *keep]
@@ -240,17 +229,6 @@ def _common_type(name: str, datasets: Sequence[Dataset]) -> pa.DataType:
     return known.get(kinds.pop(), pa.string()) if len(kinds) == 1 else pa.string()
 
 
-def is_conversational(dataset: Dataset) -> bool:
-    """Whether a set's rows are conversations, which a chat template has to render; so are texts with a system text."""
-    format_ = dataset.format
-    return format_.code in CONVERSATIONS or format_.full_name in TURNS or "system" in dataset.reader.columns
-
-
-def only_ids(datasets: Sequence[Dataset]) -> bool:
-    """Whether no set holds text."""
-    return all(dataset.format.code == IDS for dataset in datasets)
-
-
 _UNUSED_TEMPLATE = "the tokenizer has a chat template: --render chat applies it"
 _IDS = "token ids as they stand in the data"
 
@@ -263,7 +241,7 @@ def text_notice(job: Job) -> str:
     parts = [_IDS] if len(texts) < len(job.datasets) else []
     if job.config.text.render == "chat":
         return "; ".join(["everything is rendered with the chat template", *parts])
-    kinds = set(map(is_conversational, texts))
+    kinds = {dataset.is_conversational for dataset in texts}
     if False in kinds:
         parts.insert(0, _strings(job))
     if True in kinds:

@@ -12,8 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from dpo_score.config.schema import ModelSpec, PolicySpec, RunConfig
-from dpo_score.data.dataset import Dataset, mean_text_bytes
-from dpo_score.data.run_data import open_data
+from dpo_score.data.dataset import Dataset, mean_text_bytes, open_data
 from dpo_score.engine.context import Desk
 from dpo_score.engine.environment import continued, host, now, versions
 from dpo_score.engine.fast_path_check import trusted
@@ -36,12 +35,13 @@ from dpo_score.engine.revisions import commit_lines, commits, names, pinned
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.logprobs.numerics import Numerics, resolve_numerics, with_own_softmax
 from dpo_score.losses.parse import parse_loss
+from dpo_score.models.limits import text_limits
 from dpo_score.models.resolve import ModelSource, Resolver, resolve_policy
 from dpo_score.results.groups import check_slices
 from dpo_score.results.rewardbench import check_pairing
 from dpo_score.storage.fingerprint import Identities
 from dpo_score.storage.manifest import Manifest, ManifestRequest, open_manifest, read_manifest
-from dpo_score.tokenization.choose import REFERENCE, choose_tokenizer, homes_of, renderer_of
+from dpo_score.tokenization.choose import REFERENCE, choose_tokenizer, renderer_of
 from dpo_score.tokenization.render import Renderer
 from dpo_score.tokenization.rewardbench import text_of
 
@@ -126,9 +126,10 @@ class Preparation:
         text = self.config.text
         if text.date is None and self.found is not None:
             text = text.model_copy(update={"date": self.found.notes.get("date")})
-        homes = homes_of({REFERENCE: self.reference, **self.policies})
+        models = {REFERENCE: self.reference, **self.policies}
+        homes = ((name, str(m.tokenizer_folder)) for name, m in models.items() if isinstance(m, ModelSource))
         self.tokenizer = choose_tokenizer(self.config, text, self.datasets, homes, self.desk.progress.say)
-        return renderer_of(self.config, self.tokenizer, text, first.config if first else None)
+        return renderer_of(self.config, self.tokenizer, text, text_limits(first.config) if first else None)
 
     def _text_model(self) -> ModelSource | None:
         """Whose tokenizer and context limit hold for all: the reference's, else the first policy's that resolves."""

@@ -20,7 +20,7 @@ from dpo_score.engine.context import Desk, desk_at
 from dpo_score.engine.environment import versions
 from dpo_score.engine.finish import Outcome, finish
 from dpo_score.engine.input_check import refuse_changed_input
-from dpo_score.engine.limits import refuse_other_kind, refuse_unfit
+from dpo_score.engine.limits import TokenGuard, refuse_other_kind, refuse_unfit
 from dpo_score.engine.model_logprobs import FastPathRefusedError, ModelValues, plain
 from dpo_score.engine.own_references import on_plain_path
 from dpo_score.engine.plan import Job, PolicyJob, ReferenceJob, waiting
@@ -41,7 +41,6 @@ from dpo_score.storage.fingerprint import digest
 from dpo_score.storage.io import open_store
 from dpo_score.storage.manifest import Manifest, forget_policy, read_manifest, save_manifest
 from dpo_score.storage.resume import row_ranges
-from dpo_score.tokenization.choose import TokenGuard
 
 Compute = Callable[[BlockText], BlockResult]
 

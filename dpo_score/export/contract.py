@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_score.engine.plan import Job, is_conversational
+from dpo_score.engine.plan import Job
 from dpo_score.export.layout import Export
 from dpo_score.models.resolve import ModelSource
 
@@ -72,7 +72,7 @@ def _text(job: Job) -> dict[str, Any]:
         "prompt_split": text.prompt_split,
         "score": text.score,
         "render": text.render,
-        "chat": text.render == "chat" or any(map(is_conversational, job.datasets)),
+        "chat": text.render == "chat" or any(dataset.is_conversational for dataset in job.datasets),
         "template_sha256": identity["template_sha256"],
         "template_date": identity["date"],
         "tokenizer": tokenizer_digest(tokenizer, [tokenizer.pad_token]) if tokenizer is not None else None,

@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 from dpo_score.config.schema import TextSpec
 from dpo_score.data.types import Pair
 from dpo_score.export.as_scored import built_columns, layout, survey
-from dpo_score.tokenization.arrange import is_conversation
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 VALUES = ("ref_chosen_logps", "ref_rejected_logps")
@@ -45,7 +44,7 @@ def reference_pass(
     """row_id → what TRL makes of it; a row that TRL drops is absent. `pairs`: as scored, with explicit prompts."""
     found: dict[str, TrlRow] = {}
     for chat in (False, True):  # TRL decides by the first row of a set
-        kind = [pair for pair in pairs if is_conversation(pair) is chat]
+        kind = [pair for pair in pairs if pair.is_conversation is chat]
         if kind:
             found |= _pass(kind, model, tokenizer, text, max_length)
     return found

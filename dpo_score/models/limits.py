@@ -42,6 +42,11 @@ def side_limits(config: Mapping[str, Any]) -> SideLimits:
     return SideLimits(found["encoder"], found["decoder"])
 
 
+def text_limits(config: Mapping[str, Any]) -> int | SideLimits | None:
+    """What a renderer has to keep to for a model with this configuration: one limit, or one for each side."""
+    return side_limits(config) if config.get("is_encoder_decoder") else context_limit(config)
+
+
 def embedding_rows(source: ModelSource) -> int:
     """How many token ids the model has rows for: by the weights' own shape, else the configuration's vocab_size."""
     rows = files.embedding_rows(source.adapter_files) or files.embedding_rows(source.weights)

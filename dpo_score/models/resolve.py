@@ -21,12 +21,11 @@ from dpo_score.config.schema import PolicySpec
 from dpo_score.errors import HalfWrittenError, ModelError
 from dpo_score.models import weights as files
 from dpo_score.models.locate import Located, ProgressLine, locate, no_progress, stored_sha256
+from dpo_score.tokenization.tokenizer import TOKENIZER_FILES
 
 Sha256: TypeAlias = Callable[[Path], str]
 Stamp: TypeAlias = tuple[Path, int, int]
 """A file, its size and its time of change (ns) when its digest was taken."""
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,19 +16,20 @@ from typing import Any
 
 from dpo_score.config.load import load_config
 from dpo_score.config.schema import RunConfig
-from dpo_score.data.dataset import Dataset, read_rows_at
-from dpo_score.data.run_data import open_data
+from dpo_score.data.dataset import Dataset, open_data, read_rows_at
 from dpo_score.data.types import EncodedPair, Pair, Rejected, Text, row_place
 from dpo_score.engine.context import cache_folder
 from dpo_score.errors import DamageError, DpoScoreError, ModelError, UsageError
+from dpo_score.models.limits import text_limits
 from dpo_score.models.locate import locate, no_progress
-from dpo_score.models.resolve import TOKENIZER_FILES, ModelSource, Resolver, resolve_policy
+from dpo_score.models.resolve import ModelSource, Resolver, resolve_policy
 from dpo_score.storage.file_hashes import FileDigests
 from dpo_score.storage.io import Store
 from dpo_score.storage.manifest import Manifest
 from dpo_score.tokenization.choose import REFERENCE, Home, choose_tokenizer, renderer_of
 from dpo_score.tokenization.render import Renderer
 from dpo_score.tokenization.rewardbench import text_of
+from dpo_score.tokenization.tokenizer import TOKENIZER_FILES
 
 CONSENT = ("allow_pickle", "trust_remote_code")
 
@@ -112,7 +113,7 @@ def make_reader(
     first = _lender(config)
     homes = () if first is None else chain([first.home], _homes(config))
     tokenizer = choose_tokenizer(config, text, datasets, homes, say)
-    return Reader(tokenizer, renderer_of(config, tokenizer, text, first.config if first else None))
+    return Reader(tokenizer, renderer_of(config, tokenizer, text, text_limits(first.config) if first else None))
 
 
 @dataclass(frozen=True, slots=True)

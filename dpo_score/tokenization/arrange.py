@@ -7,15 +7,9 @@ from dataclasses import replace
 
 from dpo_score.config.schema import TextSpec
 from dpo_score.data.formats.base import ASSISTANT, hh_messages, wrapped_answer, wrapped_user
-from dpo_score.data.types import Message, Pair, Problem
+from dpo_score.data.types import SYSTEM_ROLES, Message, Pair, Problem
 from dpo_score.errors import ConfigError
 from dpo_score.tokenization.prompt import divided
-
-SYSTEM_ROLES = ("system", "developer")
-
-
-def is_conversation(pair: Pair) -> bool:
-    return not isinstance(pair.chosen, str)
 
 
 def arranged(pair: Pair, text: TextSpec) -> Pair | Problem:
@@ -23,10 +17,10 @@ def arranged(pair: Pair, text: TextSpec) -> Pair | Problem:
     found = divided(pair, text.prompt_split)
     if isinstance(found, Problem):
         return found
-    if not is_conversation(found) and text.render != "chat":
+    if not found.is_conversation and text.render != "chat":
         _refuse_system_in_text(found, text)
         return found
-    if is_conversation(found) and text.render == "raw":
+    if found.is_conversation and text.render == "raw":
         raise ConfigError(
             f"--render raw cannot score conversations, but row {pair.source.row_id} of {pair.source.file} is one; "
             "leave --render at auto, or give the set as strings"

@@ -16,10 +16,9 @@ from typing import Any
 
 from dpo_score.config.schema import TextSpec
 from dpo_score.data.formats.validate import MAX_CHARACTERS
-from dpo_score.data.types import Message, Problem, Source
+from dpo_score.data.types import SYSTEM_ROLES, Message, Problem, Source
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.escape import seen
-from dpo_score.tokenization.arrange import SYSTEM_ROLES
 from dpo_score.tokenization.deadline import template_deadline
 
 MAX_RENDERED = 4 * MAX_CHARACTERS

@@ -19,7 +19,7 @@ from dpo_score.data.types import EncodedPair, Pair, Problem, TokenIds
 from dpo_score.errors import ConfigError
 from dpo_score.tokenization import flags as marks
 from dpo_score.tokenization.render import Part, PartIds, Rendered, Renderer
-from dpo_score.tokenization.truncation import Cut, SideLimits, cut_apart
+from dpo_score.tokenization.truncation import SideLimits, cut_apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class EncoderDecoderRenderer(Renderer):
             found.append("double_bos")
         return self._cut(item.pair, TokenIds(prompt, chosen, rejected), found)
 
-    def _within(self, tokens: TokenIds) -> Cut | Problem:
+    def _within(self, tokens: TokenIds) -> TokenIds | Problem:
         return cut_apart(tokens, self.limits, self.text.truncation)
 
 

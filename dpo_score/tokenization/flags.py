@@ -26,7 +26,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 def example(encoded: EncodedPair) -> str:
     """A pair as a warning may show it: the last words of its prompt and of the better answer, or their ids."""
     pair, last = encoded.pair, (last_words(encoded.pair.prompt), last_words(encoded.pair.chosen))
-    shown = last if pair.tokens is None else (encoded.prompt_ids.tolist(), encoded.chosen_ids.tolist())
+    shown = last if pair.tokens is None else (encoded.tokens.prompt.tolist(), encoded.tokens.chosen.tolist())
     return " → ".join(_shortened(part) for part in shown)
 
 

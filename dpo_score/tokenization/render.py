@@ -19,11 +19,11 @@ from dpo_score.data.formats.row import rejected
 from dpo_score.data.types import EncodedPair, Ids, Mask, Message, Pair, Problem, Rejected, Text, TokenIds
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.tokenization import flags as marks
-from dpo_score.tokenization.arrange import arranged, is_conversation
+from dpo_score.tokenization.arrange import arranged
 from dpo_score.tokenization.chat_template import chat_template, refuses_system, system_refusal
 from dpo_score.tokenization.loss_mask import response_masks
 from dpo_score.tokenization.tokenizer import BatchEncoder, special_texts, tokenizer_digest
-from dpo_score.tokenization.truncation import Cut, boundary, cut, scored_count
+from dpo_score.tokenization.truncation import boundary, cut, scored_count
 
 VERSION = 1
 Part: TypeAlias = tuple[Literal["text", "chat", "labels"], str]
@@ -47,7 +47,7 @@ class Rendered:
     @property
     def parts(self) -> tuple[Part, ...]:
         """The texts, and how each becomes ids."""
-        chat = is_conversation(self.pair)
+        chat = self.pair.is_conversation
         return tuple(("chat" if chat else "text", text) for text in self.texts)
 
 
@@ -112,7 +112,7 @@ class Renderer:
         found = arranged(pair, self.text)
         if isinstance(found, Problem):
             return found
-        return self._chat(found) if is_conversation(found) else self._raw(found)
+        return self._chat(found) if found.is_conversation else self._raw(found)
 
     def _refuse_no_tokenizer(self, pair: Pair) -> None:
         if self._tokenizer is None:
@@ -190,7 +190,7 @@ class Renderer:
         seen = {
             "boundary_shift": shifted,
             "special_in_text": marks.has_special(pair, self._special, self._eos),
-            "content_altered": is_conversation(pair) and marks.is_altered(pair, *item.texts),
+            "content_altered": pair.is_conversation and marks.is_altered(pair, *item.texts),
             "no_eos": not all(self._ends.close(ids[begin:]) for ids in (chosen, rejected_)),
             "double_bos": marks.doubles_bos(chosen, self._bos_id),
             "empty_answer": marks.is_empty(pair.chosen) or marks.is_empty(pair.rejected),
@@ -202,32 +202,17 @@ class Renderer:
         kept = unscorable(tokens) or self._within(tokens)
         if isinstance(kept, Problem):
             return kept
-        problem = unscorable(kept.tokens)
-        if problem is not None:
-            return problem
-        return encoded_pair(pair, kept, found)
+        return unscorable(kept) or encoded_pair(pair, kept, found)
 
-    def _within(self, tokens: TokenIds) -> Cut | Problem:
+    def _within(self, tokens: TokenIds) -> TokenIds | Problem:
         """The tokens within the limit, or why they are not to be cut."""
         return cut(tokens, self.limit, self.text.truncation)
 
 
-def encoded_pair(pair: Pair, kept: Cut, found: list[str]) -> EncodedPair:
-    """The result for a pair: its tokens after the cut, and its marks."""
-    tokens = kept.tokens
+def encoded_pair(pair: Pair, tokens: TokenIds, found: list[str]) -> EncodedPair:
+    """The result for a pair: its tokens after truncation, and its marks."""
     identical = marks.is_identical(tokens.chosen, tokens.rejected)
-    return EncodedPair(
-        pair=pair,
-        prompt_ids=tokens.prompt,
-        chosen_ids=tokens.chosen,
-        rejected_ids=tokens.rejected,
-        prompt_mask=tokens.prompt_mask,
-        chosen_mask=tokens.chosen_mask,
-        rejected_mask=tokens.rejected_mask,
-        chosen_truncated=kept.chosen_truncated,
-        rejected_truncated=kept.rejected_truncated,
-        marks=(*found, "identical_pair") if identical else tuple(found),
-    )
+    return EncodedPair(pair, tokens, (*found, "identical_pair") if identical else tuple(found))
 
 
 def unscorable(tokens: TokenIds) -> Problem | None:

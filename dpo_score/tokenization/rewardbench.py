@@ -24,7 +24,7 @@ from dpo_score.data.types import EncodedPair, Ids, Mask, Message, Pair, Problem,
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.tokenization.prompt import divided
 from dpo_score.tokenization.render import PartIds, Rendered, Renderer, encoded_pair, unscorable
-from dpo_score.tokenization.truncation import Cut, shared_ids
+from dpo_score.tokenization.truncation import shared_ids
 
 MAX_LENGTH, MAX_PROMPT = 2048, 128
 Mode = Literal["exact", "corrected"]
@@ -96,8 +96,7 @@ class RewardBenchRenderer(Renderer):
         shifted = any(len(side.prompt) <= len(prompt) for side in sides)
         found = self._marks(item, shifted, *(np.concatenate([s.prompt, s.answer]) for s in sides))
         kept = joined(sides, cut_sides(*sides))
-        problem = self._too_long(kept.tokens) or unscorable(kept.tokens)
-        return problem if problem is not None else encoded_pair(item.pair, kept, found)
+        return self._too_long(kept) or unscorable(kept) or encoded_pair(item.pair, kept, found)
 
     def _side(self, prompt: Ids, whole: Ids) -> Side:
         """BOS + everything before the split, everything after it + EOS."""
@@ -128,7 +127,7 @@ def _cut(side: Side, longer: int) -> Side:
     return side
 
 
-def joined(before: Sides, sides: Sides) -> Cut:
+def joined(before: Sides, sides: Sides) -> TokenIds:
     """The two sides with their common prompt apart; what one side's prompt has more goes, unscored, before its answer.
 
     Prompts differ where a merged token moved the split of one side only. `before`: the sides before they were cut.
@@ -139,8 +138,8 @@ def joined(before: Sides, sides: Sides) -> Cut:
     masks: list[Mask | None] = [None, None]
     if k < max(len(chosen.prompt), len(rejected.prompt)):
         masks = [np.arange(len(a)) >= len(side.prompt) - k for a, side in zip(answers, sides, strict=True)]
-    tokens = TokenIds(chosen.prompt[:k], answers[0], answers[1], None, masks[0], masks[1])
-    return Cut(tokens, len(before[0]) > len(chosen), len(before[1]) > len(rejected))
+    shorter = [len(whole) > len(side) for whole, side in zip(before, sides, strict=True)]
+    return TokenIds(chosen.prompt[:k], answers[0], answers[1], None, masks[0], masks[1], shorter[0], shorter[1])
 
 
 def make_renderer(mode: Mode | None, tokenizer: Any, text: TextSpec, context_limit: int | None) -> Renderer:

@@ -22,6 +22,8 @@ from dpo_score.errors import ModelError
 
 _PROBES = ("", "a", " The quick  brown\n\nfox 1234567.\t", "naïve — 東京 🙂", "<s>[INST] x </s>")
 BATCH_CHARACTERS = 1 << 20
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
+"""Any of these files in a folder means that it holds a tokenizer."""
 _NO_PROGRAM_STATE = ("truncation", "padding")
 
 

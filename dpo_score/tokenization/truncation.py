@@ -26,16 +26,9 @@ def boundary(prompt: Ids, with_chosen: Ids, with_rejected: Ids) -> int:
     return min(shared_ids(prompt, with_chosen), shared_ids(prompt, with_rejected))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Cut:
-    """A pair after truncation, and whether each side lost tokens."""
-
-    tokens: TokenIds
-    chosen_truncated: bool = False
-    rejected_truncated: bool = False
-
-
-def cut(tokens: TokenIds, limit: int | None, truncation: Literal["keep_start", "keep_end", "reject"]) -> Cut | Problem:
+def cut(
+    tokens: TokenIds, limit: int | None, truncation: Literal["keep_start", "keep_end", "reject"]
+) -> TokenIds | Problem:
     """Both sequences brought to at most `limit` tokens.
 
     keep_start keeps the first ones, as TRL's collator does; keep_end the last ones of each sequence; reject none.
@@ -44,7 +37,7 @@ def cut(tokens: TokenIds, limit: int | None, truncation: Literal["keep_start", "
     n = len(tokens.prompt)
     lengths = n + len(tokens.chosen), n + len(tokens.rejected)
     if limit is None or max(lengths) <= limit:
-        return Cut(tokens)
+        return tokens
     if truncation == "keep_end":
         return _last(tokens, limit)
     if n >= limit:
@@ -54,14 +47,15 @@ def cut(tokens: TokenIds, limit: int | None, truncation: Literal["keep_start", "
             "too_long", f"the longer side has {max(lengths)} tokens, max_length is {limit}", None, max(lengths)
         )
     room = limit - n
-    kept = replace(
+    return replace(
         tokens,
         chosen=tokens.chosen[:room],
         rejected=tokens.rejected[:room],
         chosen_mask=_sliced(tokens.chosen_mask, slice(room)),
         rejected_mask=_sliced(tokens.rejected_mask, slice(room)),
+        chosen_truncated=lengths[0] > limit,
+        rejected_truncated=lengths[1] > limit,
     )
-    return Cut(kept, lengths[0] > limit, lengths[1] > limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +68,7 @@ class SideLimits:
 
 def cut_apart(
     tokens: TokenIds, limits: SideLimits, truncation: Literal["keep_start", "keep_end", "reject"]
-) -> Cut | Problem:
+) -> TokenIds | Problem:
     """The prompt and both answers, each brought to its own limit: an encoder and its decoder hold them apart.
 
     keep_start keeps the first tokens of each, keep_end the last ones; reject none. Both sides lose what a prompt loses.
@@ -86,9 +80,10 @@ def cut_apart(
     parts = [_part(len(ids), most, end) for ids, most in zip(given, (limits.prompt, *2 * [limits.answer]), strict=True)]
     prompt, chosen, rejected = (ids[part] for ids, part in zip(given, parts, strict=True))
     masks = (tokens.prompt_mask, tokens.chosen_mask, tokens.rejected_mask)
-    kept = TokenIds(prompt, chosen, rejected, *(_sliced(m, part) for m, part in zip(masks, parts, strict=True)))
-    asked = len(prompt) < len(tokens.prompt)
-    return Cut(kept, asked or len(chosen) < len(tokens.chosen), asked or len(rejected) < len(tokens.rejected))
+    masks_kept = [_sliced(mask, part) for mask, part in zip(masks, parts, strict=True)]
+    shorter = [len(after) < len(before) for after, before in zip((prompt, chosen, rejected), given, strict=True)]
+    kept = TokenIds(prompt, chosen, rejected, masks_kept[0], masks_kept[1], masks_kept[2])
+    return replace(kept, chosen_truncated=shorter[0] or shorter[1], rejected_truncated=shorter[0] or shorter[2])
 
 
 def _over(tokens: TokenIds, limits: SideLimits) -> Problem | None:
@@ -112,7 +107,7 @@ def _sliced(mask: Mask | None, part: slice) -> Mask | None:
     return None if mask is None else mask[part]
 
 
-def _last(tokens: TokenIds, limit: int) -> Cut:
+def _last(tokens: TokenIds, limit: int) -> TokenIds:
     """The last `limit` tokens of each sequence.
 
     Sides of different lengths lose different amounts of the prompt. Then no prompt is shared any more: what is
@@ -122,11 +117,12 @@ def _last(tokens: TokenIds, limit: int) -> Cut:
     n = len(tokens.prompt)
     if lost[0] == lost[1] and lost[0] <= n:
         prompt_mask = _sliced(tokens.prompt_mask, slice(lost[0], None))
-        return Cut(replace(tokens, prompt=tokens.prompt[lost[0] :], prompt_mask=prompt_mask), True, True)
+        prompt = tokens.prompt[lost[0] :]
+        return replace(tokens, prompt=prompt, prompt_mask=prompt_mask, chosen_truncated=True, rejected_truncated=True)
     chosen = _whole(tokens.prompt, tokens.prompt_mask, tokens.chosen, tokens.chosen_mask, lost[0])
     rejected = _whole(tokens.prompt, tokens.prompt_mask, tokens.rejected, tokens.rejected_mask, lost[1])
     none = np.zeros(0, dtype=np.int32)
-    return Cut(TokenIds(none, chosen[0], rejected[0], None, chosen[1], rejected[1]), lost[0] > 0, lost[1] > 0)
+    return TokenIds(none, chosen[0], rejected[0], None, chosen[1], rejected[1], lost[0] > 0, lost[1] > 0)
 
 
 def _whole(prompt: Ids, prompt_mask: Mask | None, side: Ids, mask: Mask | None, lost: int) -> tuple[Ids, Mask]:

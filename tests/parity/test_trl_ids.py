@@ -58,7 +58,7 @@ def ours(path: Path, tokenizer: Any, **text: Any) -> list[EncodedPair | Rejected
 
 
 def ids_of(item: EncodedPair) -> tuple[list[int], ...]:
-    return item.prompt_ids.tolist(), item.chosen_ids.tolist(), item.rejected_ids.tolist()
+    return item.tokens.prompt.tolist(), item.tokens.chosen.tolist(), item.tokens.rejected.tolist()
 
 
 def assert_same(mine: list[EncodedPair | Rejected], theirs: list[Row]) -> None:
@@ -134,8 +134,8 @@ def test_hh_default_split_scores_other_tokens_on_some_rows() -> None:
     assert {getattr(item, "code", "scored") for item in mine} <= {"scored", "context_mismatch"}
     for item, row in zip(mine, theirs, strict=True):
         if isinstance(item, EncodedPair):
-            assert [*item.prompt_ids, *item.chosen_ids] == row["prompt_ids"] + row["chosen_ids"]
-            assert len(item.prompt_ids) <= len(row["prompt_ids"])
+            assert [*item.tokens.prompt, *item.tokens.chosen] == row["prompt_ids"] + row["chosen_ids"]
+            assert len(item.tokens.prompt) <= len(row["prompt_ids"])
 
 
 @pytest.mark.slow

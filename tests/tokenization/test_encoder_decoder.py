@@ -30,7 +30,7 @@ def encode(pair: Pair, own: SideLimits | None = None, tokenizer: Any = None, **s
 
 
 def ids(item: EncodedPair) -> list[list[int]]:
-    return [part.tolist() for part in (item.prompt_ids, item.chosen_ids, item.rejected_ids)]
+    return [part.tolist() for part in (item.tokens.prompt, item.tokens.chosen, item.tokens.rejected)]
 
 
 def test_prompt_and_answers_are_each_what_the_tokenizer_makes_of_them() -> None:
@@ -52,7 +52,7 @@ def test_a_tokenizer_that_ends_no_text_is_marked_and_gets_no_end() -> None:
 
 def test_an_end_that_the_text_spells_out_is_one_too_many() -> None:
     found = encode(text("abc", "de<|endoftext|>"))
-    assert found.chosen_ids.tolist()[-2:] == [END, END]
+    assert found.tokens.chosen.tolist()[-2:] == [END, END]
     assert found.marks == ("special_in_text",)
 
 
@@ -87,7 +87,7 @@ def test_token_rows_pass_through_without_a_tokenizer() -> None:
 
 
 def lengths(item: EncodedPair) -> tuple[int, int, int]:
-    return len(item.prompt_ids), len(item.chosen_ids), len(item.rejected_ids)
+    return len(item.tokens.prompt), len(item.tokens.chosen), len(item.tokens.rejected)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def lengths(item: EncodedPair) -> tuple[int, int, int]:
 def test_each_side_has_its_own_limit(own: SideLimits, asked: int | None, found: Any, cut: Any) -> None:
     item = encode(text("a" * 40, "b" * 30, "c" * 5), own, max_length=asked)
     assert lengths(item) == found
-    assert (item.chosen_truncated, item.rejected_truncated) == cut
+    assert (item.tokens.chosen_truncated, item.tokens.rejected_truncated) == cut
 
 
 def test_a_limit_beyond_the_models_own_is_refused() -> None:

@@ -34,7 +34,7 @@ def encode(*pairs: Pair, tokenizer: Any = None, context_limit: int | None = None
 
 
 def decoded(item: EncodedPair, tokenizer: Any = None) -> tuple[str, str, str]:
-    parts = (item.prompt_ids, item.chosen_ids, item.rejected_ids)
+    parts = (item.tokens.prompt, item.tokens.chosen, item.tokens.rejected)
     a, b, c = ((tokenizer or byte_tokenizer()).decode(ids) for ids in parts)
     return a, b, c
 
@@ -104,10 +104,10 @@ def test_the_limit_is_max_length_or_else_the_models_own() -> None:
         encode(long, context_limit=20),
         encode(long, context_limit=20, max_length=10),
     )
-    lengths = [len(item.prompt_ids) + len(item.chosen_ids) for item in (unlimited, own, asked)]
+    lengths = [len(item.tokens.prompt) + len(item.tokens.chosen) for item in (unlimited, own, asked)]
     assert lengths == [53, 20, 10]
-    assert [item.chosen_truncated for item in (unlimited, own, asked)] == [False, True, True]
-    assert not asked.rejected_truncated
+    assert [item.tokens.chosen_truncated for item in (unlimited, own, asked)] == [False, True, True]
+    assert not asked.tokens.rejected_truncated
     assert [i.code for i in encode(text(0, "q" * 30), text(1, "q", "y" * 30), max_length=20, truncation="reject")] == [
         "prompt_too_long", "too_long",
     ]  # fmt: skip
@@ -120,7 +120,11 @@ def test_token_rows_pass_through_without_a_tokenizer() -> None:
     pair = Pair(at(0), "", "", "", tokens=TokenIds(*ids, chosen_mask=np.array([True, False, True])))
     [found] = Renderer(None, TextSpec(max_length=4)).encode([pair])
     assert isinstance(found, EncodedPair)
-    assert [found.prompt_ids.tolist(), found.chosen_ids.tolist(), found.rejected_ids.tolist()] == [[1, 2], [3, 4], [6]]
+    assert [found.tokens.prompt.tolist(), found.tokens.chosen.tolist(), found.tokens.rejected.tolist()] == [
+        [1, 2],
+        [3, 4],
+        [6],
+    ]
     assert found.sequence("chosen").scored_positions.tolist() == [2]
     with pytest.raises(ModelError, match=r"row 0:1 of rows\.parquet is text, but no tokenizer is given"):
         Renderer(None, TextSpec()).encode([text(1)])

@@ -90,22 +90,22 @@ def test_a_token_that_merges_on_one_side_moves_that_side_alone() -> None:
     found = encoded(TOKENIZERS["bare"], pair("xa", "b", "x"))
     assert isinstance(found, EncodedPair)
     assert "boundary_shift" in found.marks
-    assert found.chosen_mask is None or found.chosen_mask.all()
-    assert found.rejected_mask is not None
-    assert found.rejected_mask.tolist() == [False, True, True]
+    assert found.tokens.chosen_mask is None or found.tokens.chosen_mask.all()
+    assert found.tokens.rejected_mask is not None
+    assert found.tokens.rejected_mask.tolist() == [False, True, True]
 
 
 def test_cut_sides_are_marked() -> None:
     found = encoded(TOKENIZERS["chatml"], pair("q", "a" * 2100, "b"))
     assert isinstance(found, EncodedPair)
-    assert (found.chosen_truncated, found.rejected_truncated) == (True, False)
+    assert (found.tokens.chosen_truncated, found.tokens.rejected_truncated) == (True, False)
 
 
 def test_bos_is_put_in_front_of_a_template_that_writes_its_own() -> None:
     doubled = merging_tokenizer("{{ bos_token }}" + BARE, "<s>")
     found = encoded(doubled, pair("q", "a", "b"))
     assert isinstance(found, EncodedPair)
-    assert found.prompt_ids[:2].tolist() == [doubled.bos_token_id] * 2
+    assert found.tokens.prompt[:2].tolist() == [doubled.bos_token_id] * 2
     assert "double_bos" in found.marks
     assert_twins(doubled, "q", "a", "b")
 
@@ -114,7 +114,7 @@ def test_a_prompt_repeated_in_the_answer_is_taken_out_of_it() -> None:
     tokenizer = TOKENIZERS["bare"]
     found = encoded(tokenizer, pair("xy", "1 xy 2", "3"))
     assert isinstance(found, EncodedPair)
-    assert "".join(tokenizer.convert_ids_to_tokens(found.chosen_ids.tolist())) == "1ĠĠ2</s>"
+    assert "".join(tokenizer.convert_ids_to_tokens(found.tokens.chosen.tolist())) == "1ĠĠ2</s>"
 
 
 @pytest.mark.parametrize(

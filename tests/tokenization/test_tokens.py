@@ -17,11 +17,9 @@ from dpo_score.cli.inspect import inspect
 from dpo_score.config.schema import DataSpec
 from dpo_score.data.dataset import open_datasets, read_pairs
 from dpo_score.data.types import Pair
-from dpo_score.engine.plan import is_conversational
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.run import run
 from dpo_score.errors import ModelError
-from dpo_score.tokenization.arrange import is_conversation
 from tests.data.formats.golden import GOLDEN, Golden
 from tests.exported import chat_rows, text_rows
 from tests.run_fixtures import write_rows
@@ -120,7 +118,7 @@ def test_every_format_of_messages_is_known_as_one(golden: Golden, tmp_path: Path
     spec = DataSpec(name="set", path=str(tmp_path / "rows.parquet"), **golden.options)
     [dataset] = open_datasets([spec])
     pairs = [pair for pair in read_pairs([dataset], 0, dataset.rows) if isinstance(pair, Pair)]
-    assert {is_conversation(pair) for pair in pairs} == {is_conversational(dataset)}
+    assert {pair.is_conversation for pair in pairs} == {dataset.is_conversational}
 
 
 # --- token ids -----------------------------------------------------------------------------------------------------

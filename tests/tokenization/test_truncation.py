@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_score.data.types import EncodedPair, Pair, Problem, Source, TokenIds
-from dpo_score.tokenization.truncation import Cut, SideLimits, boundary, cut, cut_apart, scored_count, shared_ids
+from dpo_score.data.types import NOWHERE, EncodedPair, Pair, Problem, TokenIds
+from dpo_score.tokenization.truncation import SideLimits, boundary, cut, cut_apart, scored_count, shared_ids
 
 id_lists = st.lists(st.integers(0, 3), max_size=12)
 
@@ -32,18 +32,8 @@ def test_the_boundary_is_the_shorter_shared_prefix(p: list[int], pc: list[int], 
     assert boundary(ids(p), ids(pc), ids(pr)) == min(shared(p, pc), shared(p, pr))
 
 
-def sequence(found: Cut, side: Any) -> tuple[list[int], list[int]]:
-    t = found.tokens
-    pair = EncodedPair(
-        Pair(Source("s", "f", 0, 0), "", "", ""),
-        t.prompt,
-        t.chosen,
-        t.rejected,
-        t.prompt_mask,
-        t.chosen_mask,
-        t.rejected_mask,
-    )
-    kept = pair.sequence(side)
+def sequence(found: TokenIds, side: Any) -> tuple[list[int], list[int]]:
+    kept = EncodedPair(Pair(NOWHERE, "", "", ""), found).sequence(side)
     return [*kept.prompt, *kept.response], kept.scored_positions.tolist()
 
 
@@ -71,8 +61,8 @@ def test_a_cut_leaves_the_slice_and_its_completion_mask(n: int, c: int, r: int, 
 def test_nothing_is_cut_without_a_limit_or_within_it() -> None:
     whole = tokens(3, 4, 5)
     for found in (cut(whole, None, "keep_start"), cut(whole, 8, "reject")):
-        assert isinstance(found, Cut)
-        assert found.tokens is whole
+        assert isinstance(found, TokenIds)
+        assert found is whole
         assert not found.chosen_truncated
 
 
@@ -86,9 +76,9 @@ def test_reject_rejects(limit: int, code: str) -> None:
 def test_masks_are_cut_along() -> None:
     mask = np.array([True, False, True, True])
     found = cut(tokens(2, 4, 1, chosen_mask=mask, prompt_mask=np.array([False, True])), 4, "keep_start")
-    assert isinstance(found, Cut)
-    assert found.tokens.chosen_mask is not None
-    assert found.tokens.chosen_mask.tolist() == [True, False]
+    assert isinstance(found, TokenIds)
+    assert found.chosen_mask is not None
+    assert found.chosen_mask.tolist() == [True, False]
     assert sequence(found, "chosen") == ([0, 1, 100, 101], [1, 2])
 
 
@@ -119,14 +109,14 @@ def test_an_encoder_and_its_decoder_are_cut_apart(sizes: Any, most: Any, end: bo
     """The twin: slice each list and its mask by its own limit."""
     whole = tokens(*sizes, prompt_mask=np.arange(sizes[0]) % 2 == 0, chosen_mask=np.arange(sizes[1]) % 3 == 0)
     found = cut_apart(whole, SideLimits(*most), "keep_end" if end else "keep_start")
-    assert isinstance(found, Cut)
+    assert isinstance(found, TokenIds)
 
     def part(values: Any, limit: int | None) -> list[Any]:
         return list(values) if limit is None else list(values)[-limit:] if end else list(values)[:limit]
 
     for name, limit in (("prompt", most[0]), ("chosen", most[1]), ("rejected", most[1])):
-        assert list(getattr(found.tokens, name)) == part(getattr(whole, name), limit)
+        assert list(getattr(found, name)) == part(getattr(whole, name), limit)
         mask = getattr(whole, f"{name}_mask")
-        assert mask is None or list(getattr(found.tokens, f"{name}_mask")) == part(mask, limit)
+        assert mask is None or list(getattr(found, f"{name}_mask")) == part(mask, limit)
     over = [limit is not None and size > limit for size, limit in zip(sizes, (most[0], *2 * [most[1]]), strict=True)]
     assert (found.chosen_truncated, found.rejected_truncated) == (over[0] or over[1], over[0] or over[2])

@@ -1,17 +1,17 @@
-"""What a format's reader yields: one comparison, before it is given a source and an id.
+"""The rules that the readers of formats share. A reader yields pairs without a source and an id; row.py adds both.
 
-Also the few rules that the readers share: how a system text joins a prompt, how two whole conversations become
+The rules: how a system text joins a prompt, how two whole conversations become
 one comparison, how the turns written into one string are told apart.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from dpo_score.data.types import Message, Problem, Text, TokenIds, Unusable
+from dpo_score.data.types import NOWHERE, Message, Pair, Problem, Text, Unusable
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -28,31 +28,17 @@ class Reading:
     seed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """`chosen` is better than `rejected`, unless `tied`. The fields are those of `records.Pair`."""
-
-    prompt: Text
-    chosen: Text
-    rejected: Text
-    tied: bool = False
-    implicit: bool = False
-    tokens: TokenIds | None = None
-    tools: Any = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-
 def ordered(prompt: Text, first: Text, second: Text, preference: float, how: Reading, column: str) -> list[Any]:
     """One comparison from a signed preference: positive = `first` is better; zero is a tie."""
     if preference == 0:
         return [tie(prompt, first, second, how, column)]
     chosen, rejected = (first, second) if preference > 0 else (second, first)
-    return [Comparison(prompt, chosen, rejected)]
+    return [Pair(NOWHERE, prompt, chosen, rejected)]
 
 
-def tie(prompt: Text, first: Text, second: Text, how: Reading, column: str) -> Comparison | Problem:
+def tie(prompt: Text, first: Text, second: Text, how: Reading, column: str) -> Pair | Problem:
     if how.keep_ties:
-        return Comparison(prompt, first, second, tied=True)
+        return Pair(NOWHERE, prompt, first, second, tied=True)
     return Problem("tie", f"{column} says neither answer is better (--keep-ties scores such rows as given)", column)
 
 
@@ -66,9 +52,9 @@ def wrapped_answer(text: str) -> tuple[Message, ...]:
     return ({"role": "assistant", "content": text},)
 
 
-def from_conversations(chosen: Sequence[Message], rejected: Sequence[Message]) -> Comparison:
+def from_conversations(chosen: Sequence[Message], rejected: Sequence[Message]) -> Pair:
     """Two whole conversations: what they share is the prompt, which `text.prompt_split` finds."""
-    return Comparison((), tuple(chosen), tuple(rejected), implicit=True)
+    return Pair(NOWHERE, (), tuple(chosen), tuple(rejected), implicit=True)
 
 
 def same_context(first: Sequence[Message], second: Sequence[Message], columns: str) -> tuple[Message, ...]:

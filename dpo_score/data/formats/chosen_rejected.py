@@ -11,14 +11,13 @@ from typing import Any, TypeAlias
 from dpo_score.data.column_types import Shape, Shapes, is_message, is_messages, is_text, is_texts
 from dpo_score.data.formats.base import (
     ASSISTANT,
-    Comparison,
     Reading,
     from_conversations,
     wrapped_answer,
     wrapped_user,
 )
 from dpo_score.data.formats.validate import Row, answer, conversation, optional_text, struct_item, text_cell
-from dpo_score.data.types import Message, Unusable
+from dpo_score.data.types import NOWHERE, Message, Pair, Unusable
 
 Binding: TypeAlias = dict[str, str]
 """Canonical name a reader uses → the column that holds it."""
@@ -63,13 +62,13 @@ def bind_pair_text(shapes: Shapes) -> Binding | None:
     return {"prompt": prompts[0], **found, **optional(shapes, system=SYSTEM_NAMES)}
 
 
-def read_pair_text(row: Row, how: Reading) -> Iterable[Comparison]:
+def read_pair_text(row: Row, how: Reading) -> Iterable[Pair]:
     """With a system column the row is a conversation; without one it is text, as TRL reads it."""
     prompt, chosen, rejected = (text_cell(row, column) for column in ("prompt", "chosen", "rejected"))
     if "system" not in row:
-        return [Comparison(prompt, chosen, rejected)]
+        return [Pair(NOWHERE, prompt, chosen, rejected)]
     context = wrapped_user(prompt, optional_text(row, "system"))
-    return [Comparison(context, wrapped_answer(chosen), wrapped_answer(rejected))]
+    return [Pair(NOWHERE, context, wrapped_answer(chosen), wrapped_answer(rejected))]
 
 
 # --- F2 hh-transcript, and two whole texts without its markers --------------------------------------------------
@@ -82,16 +81,16 @@ def bind_pair_text_implicit(shapes: Shapes) -> Binding | None:
     return found if not is_messages(shapes.get("prompt")) else None
 
 
-def read_pair_text_implicit(row: Row, how: Reading) -> Iterable[Comparison]:
-    return [Comparison("", text_cell(row, "chosen"), text_cell(row, "rejected"), implicit=True)]
+def read_pair_text_implicit(row: Row, how: Reading) -> Iterable[Pair]:
+    return [Pair(NOWHERE, "", text_cell(row, "chosen"), text_cell(row, "rejected"), implicit=True)]
 
 
-def read_hh_transcript(row: Row, how: Reading) -> Iterable[Comparison]:
+def read_hh_transcript(row: Row, how: Reading) -> Iterable[Pair]:
     chosen, rejected = text_cell(row, "chosen"), text_cell(row, "rejected")
     for column, text in (("chosen", chosen), ("rejected", rejected)):
         if ASSISTANT not in text:
             raise Unusable("not_hh_transcript", f"{column} holds no {ASSISTANT!r}", column, text)
-    return [Comparison("", chosen, rejected, implicit=True)]
+    return [Pair(NOWHERE, "", chosen, rejected, implicit=True)]
 
 
 # --- F3 messages-full: both sides are whole conversations -------------------------------------------------------
@@ -105,11 +104,11 @@ def bind_messages_full(shapes: Shapes) -> Binding | None:
     return {**(found or {}), **({"prompt": prompts[0]} if prompts else {})}
 
 
-def read_messages_full(row: Row, how: Reading) -> Iterable[Comparison]:
+def read_messages_full(row: Row, how: Reading) -> Iterable[Pair]:
     """The context is what stands before the answer; a prompt column serves only where there is none."""
     chosen, rejected = answer(row, "chosen"), answer(row, "rejected")
     if len(chosen) == len(rejected) == 1 and row.get("prompt"):
-        return [Comparison(wrapped_user(text_cell(row, "prompt")), chosen, rejected)]
+        return [Pair(NOWHERE, wrapped_user(text_cell(row, "prompt")), chosen, rejected)]
     return [from_conversations(chosen, rejected)]
 
 
@@ -123,10 +122,10 @@ def bind_messages_explicit(shapes: Shapes) -> Binding | None:
     return {"prompt": "prompt", **(found or {})}
 
 
-def read_messages_explicit(row: Row, how: Reading) -> Iterable[Comparison]:
+def read_messages_explicit(row: Row, how: Reading) -> Iterable[Pair]:
     prompt = conversation(row, "prompt")
     chosen, rejected = answer(row, "chosen"), answer(row, "rejected")
-    return [Comparison(prompt, _after(prompt, chosen), _after(prompt, rejected))]
+    return [Pair(NOWHERE, prompt, _after(prompt, chosen), _after(prompt, rejected))]
 
 
 def _after(prompt: tuple[Message, ...], side: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -145,11 +144,11 @@ def bind_openai(shapes: Shapes) -> Binding | None:
     return {name: name for name in names} if good and is_messages(inner.get("messages")) else None
 
 
-def read_openai(row: Row, how: Reading) -> Iterable[Comparison]:
+def read_openai(row: Row, how: Reading) -> Iterable[Pair]:
     given = struct_item(row.get("input"), "input")
     prompt = conversation(given, "messages")
     chosen, rejected = answer(row, "preferred_output"), answer(row, "non_preferred_output")
-    return [Comparison(prompt, chosen, rejected, tools=given.get("tools"))]
+    return [Pair(NOWHERE, prompt, chosen, rejected, tools=given.get("tools"))]
 
 
 # --- F9 best-of-n -----------------------------------------------------------------------------------------------
@@ -174,12 +173,12 @@ def bind_sharegpt(shapes: Shapes) -> Binding | None:
     return {"conversations": "conversations", **(found or {}), **optional(shapes, system=SYSTEM_NAMES)}
 
 
-def read_sharegpt(row: Row, how: Reading) -> Iterable[Comparison]:
+def read_sharegpt(row: Row, how: Reading) -> Iterable[Pair]:
     prompt = conversation(row, "conversations")
     system = optional_text(row, "system")
     if system and prompt[0]["role"] != "system":
         prompt = ({"role": "system", "content": system}, *prompt)
-    return [Comparison(prompt, answer(row, "chosen"), answer(row, "rejected"))]
+    return [Pair(NOWHERE, prompt, answer(row, "chosen"), answer(row, "rejected"))]
 
 
 def unpaired(shapes: Shapes) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dpo_score.data.formats.base import hh_messages
-from dpo_score.data.types import Pair, Text
-from dpo_score.tokenization.arrange import SYSTEM_ROLES
+from dpo_score.data.types import SYSTEM_ROLES, Pair, Text
 
 
 def messages(pair: Pair) -> int | None:

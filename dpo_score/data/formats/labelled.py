@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dpo_score.data.column_types import Shapes, is_messages, is_number, is_text
-from dpo_score.data.formats.base import Comparison, Reading, nemo_messages, ordered, same_context, wrapped_answer
+from dpo_score.data.formats.base import Reading, nemo_messages, ordered, same_context, wrapped_answer
 from dpo_score.data.formats.chosen_rejected import Binding, sides
 from dpo_score.data.formats.validate import (
     Row,
@@ -25,10 +25,10 @@ from dpo_score.data.formats.validate import (
     struct_item,
     text_cell,
 )
-from dpo_score.data.types import Problem, Unusable
+from dpo_score.data.types import Pair, Problem, Unusable
 from dpo_score.escape import seen
 
-Found = Iterable[Comparison | Problem]
+Found = Iterable[Pair | Problem]
 
 
 def _columns(shapes: Shapes, *names: str, text: Iterable[str] = (), numbers: Iterable[str] = ()) -> Binding | None:

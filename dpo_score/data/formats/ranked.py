@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_score.data.column_types import Shape, Shapes, is_number, is_numbers, is_text, is_texts
-from dpo_score.data.formats.base import Comparison, Reading, nemo_messages, tie, wrapped_answer
+from dpo_score.data.formats.base import Reading, nemo_messages, tie, wrapped_answer
 from dpo_score.data.formats.chosen_rejected import Binding, sides, text_prompts
 from dpo_score.data.formats.validate import (
     Row,
@@ -27,9 +27,9 @@ from dpo_score.data.formats.validate import (
     struct_item,
     text_cell,
 )
-from dpo_score.data.types import Problem, Text, Unusable
+from dpo_score.data.types import NOWHERE, Pair, Problem, Text, Unusable
 
-Found = Iterable[Comparison | Problem]
+Found = Iterable[Pair | Problem]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,8 @@ def expand(prompt: Text, answers: Sequence[Scored], how: Reading, column: str) -
         if better.score == worse.score:
             found = tie(prompt, better.answer, worse.answer, how, column)
         else:
-            found = Comparison(prompt, better.answer, worse.answer)
-        yield replace(found, extra={"group_id": group}) if isinstance(found, Comparison) else found
+            found = Pair(NOWHERE, prompt, better.answer, worse.answer)
+        yield replace(found, extra={"group_id": group}) if isinstance(found, Pair) else found
 
 
 def group_id(prompt: Text, answers: Sequence[Scored]) -> str:
@@ -199,4 +199,4 @@ def read_best_of_n(row: Row, how: Reading) -> Found:
     elif how.pairing == "adjacent":
         pairs = [(right[-1], wrong[0])]
     extra = {"group_id": group, "num_correct": len(right)}
-    return [Comparison(prompt, a.answer, b.answer, extra=extra) for a, b in pairs]
+    return [Pair(NOWHERE, prompt, a.answer, b.answer, extra=extra) for a, b in pairs]

@@ -15,10 +15,10 @@ from dpo_score.data.formats import chosen_rejected as sides
 from dpo_score.data.formats import labelled as labels
 from dpo_score.data.formats import ranked as lists
 from dpo_score.data.formats import token_ids as ids
-from dpo_score.data.formats.base import Comparison, Reading
+from dpo_score.data.formats.base import Reading
 from dpo_score.data.formats.chosen_rejected import Binding
 from dpo_score.data.formats.validate import Row
-from dpo_score.data.types import Problem
+from dpo_score.data.types import Pair, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Format:
     columns: str
     polarity: str
     bind: Callable[[Shapes], Binding | None]
-    read: Callable[[Row, Reading], Iterable[Comparison | Problem]]
+    read: Callable[[Row, Reading], Iterable[Pair | Problem]]
     version: int = 1
     rows_per_unit: int = 1
     """Rows of the file that make one unit: 2 where consecutive rows are the two answers to one prompt."""
@@ -253,6 +253,17 @@ TABLE: tuple[Format, ...] = (
         labels.read_summary,
     ),
 )
+
+CONVERSATIONS = ("F3", "F4", "F4b", "F5", "F10")
+"""Format codes whose rows hold messages, or are read as such."""
+TURNS = ("ab-label/one-hot", "ab-label/winner", "ranked/two-rows")
+"""Formats that do, where not all of their code do."""
+IDS = "F0"
+"""The format whose rows hold token ids."""
+LISTS = ("F8", "F9")
+"""Format codes whose rows hold several answers: their pairs carry a group_id."""
+BEST_OF_N = "F9"
+"""The format whose rows hold right and wrong answers: their pairs carry the number of right ones."""
 
 
 def describe_formats() -> list[dict[str, Any]]:

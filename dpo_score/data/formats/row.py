@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_score.data.column_types import Shapes
-from dpo_score.data.formats.base import Comparison, Reading
+from dpo_score.data.formats.base import Reading
 from dpo_score.data.formats.registry import Format
 from dpo_score.data.formats.validate import Row, decoded_json, plain
 from dpo_score.data.types import Pair, Problem, Rejected, Source, Text, TokenIds, Unusable
@@ -39,11 +39,11 @@ class RowReader:
 
     def read(self, raw: Sequence[Mapping[str, Any]], source: Callable[[int | None], Source]) -> list[Pair | Rejected]:
         """`raw`: the rows of one unit (one, or two consecutive ones). `source(part)` names each result."""
-        found = self._comparisons(raw)
+        found = self._found(raw)
         parts: list[int | None] = [None] if len(found) == 1 else list(range(len(found)))
         return [self._placed(item, raw[0], source(part)) for item, part in zip(found, parts, strict=True)]
 
-    def _comparisons(self, raw: Sequence[Mapping[str, Any]]) -> list[Comparison | Problem]:
+    def _found(self, raw: Sequence[Mapping[str, Any]]) -> list[Pair | Problem]:
         try:
             rows = [self._canonical(row, self.columns) for row in raw]
             row: Row = rows[0] if self.format.rows_per_unit == 1 else {"rows": rows}
@@ -51,7 +51,7 @@ class RowReader:
         except Unusable as unusable:
             return [unusable.problem]
 
-    def _placed(self, item: Comparison | Problem, raw: Mapping[str, Any], source: Source) -> Pair | Rejected:
+    def _placed(self, item: Pair | Problem, raw: Mapping[str, Any], source: Source) -> Pair | Rejected:
         if isinstance(item, Problem):
             return rejected(source, item)
         try:
@@ -66,22 +66,17 @@ class RowReader:
         shape = self.unpacked.get(column)
         return value if shape is None else plain(value, shape, column, self.keep_nulls)
 
-    def _pair(self, found: Comparison, raw: Mapping[str, Any], source: Source) -> Pair:
+    def _pair(self, found: Pair, raw: Mapping[str, Any], source: Source) -> Pair:
         """`found` with its tools, template arguments, carried columns, source and id."""
         carried = self._canonical(raw, self.carried)
         tools = _tools(carried.get("tools") if found.tools is None else found.tools)
         kept = {name: raw.get(name) for name in self.kept}
         extra = {key: carried[key] for key in ("id", "subset", "group_id") if carried.get(key) is not None}
-        return Pair(
+        return replace(
+            found,
             source=source,
-            prompt=found.prompt,
-            chosen=found.chosen,
-            rejected=found.rejected,
-            tokens=found.tokens,
             tools=tools,
             chat_template_kwargs=_template_arguments(carried.get("chat_template_kwargs")),
-            tied=found.tied,
-            implicit=found.implicit,
             extra={**found.extra, **extra, **kept},
             pair_id=pair_id(found, tools),
         )
@@ -111,7 +106,7 @@ def _template_arguments(value: Any) -> Mapping[str, Any]:
     return {str(key): item for key, item in value.items()}
 
 
-def pair_id(found: Comparison, tools: Any) -> str:
+def pair_id(found: Pair, tools: Any) -> str:
     """blake2b-128 (hex) of the canonical JSON of what is compared.
 
     Conversations and texts count whole, so a row has one id whether its prompt is a column of its own or not.

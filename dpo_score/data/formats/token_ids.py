@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_score.data.column_types import Shapes, is_ids
-from dpo_score.data.formats.base import Comparison, Reading
+from dpo_score.data.formats.base import Reading
 from dpo_score.data.formats.chosen_rejected import Binding
 from dpo_score.data.formats.validate import Row, list_cell
-from dpo_score.data.types import Ids, Mask, TokenIds, Unusable
+from dpo_score.data.types import NOWHERE, Ids, Mask, Pair, TokenIds, Unusable
 
 IGNORED = -100
 _LARGEST_ID = 2**31 - 1
@@ -38,12 +38,12 @@ def bind_ids(shapes: Shapes) -> Binding | None:
     return None
 
 
-def read_ids(row: Row, how: Reading) -> Iterable[Comparison]:
+def read_ids(row: Row, how: Reading) -> Iterable[Pair]:
     prompt, chosen, rejected = (ids_cell(row, side) for side in ("prompt", "chosen", "rejected"))
     sizes = {"prompt": len(prompt), "chosen": len(chosen), "rejected": len(rejected)}
-    masks = {f"{side}_mask": _mask_cell(row, f"{side}_mask", size) for side, size in sizes.items()}
-    tokens = TokenIds(prompt, chosen, rejected, **masks)
-    return [_comparison(tokens)]
+    masks = [_mask_cell(row, f"{side}_mask", size) for side, size in sizes.items()]
+    tokens = TokenIds(prompt, chosen, rejected, masks[0], masks[1], masks[2])
+    return [_pair(tokens)]
 
 
 def bind_labelled_ids(shapes: Shapes) -> Binding | None:
@@ -53,7 +53,7 @@ def bind_labelled_ids(shapes: Shapes) -> Binding | None:
     return {**_present(shapes, "chosen_attention_mask", "rejected_attention_mask"), **{n: n for n in names}}
 
 
-def read_labelled_ids(row: Row, how: Reading) -> Iterable[Comparison]:
+def read_labelled_ids(row: Row, how: Reading) -> Iterable[Pair]:
     chosen, rejected = (_labelled(row, side) for side in ("chosen", "rejected"))
     k = min(_shared(chosen.ids, rejected.ids), chosen.first, rejected.first)
     tokens = TokenIds(
@@ -64,17 +64,17 @@ def read_labelled_ids(row: Row, how: Reading) -> Iterable[Comparison]:
         _unless_all(chosen.scored[k:]),
         _unless_all(rejected.scored[k:]),
     )
-    return [_comparison(tokens)]
+    return [_pair(tokens)]
 
 
-def _comparison(tokens: TokenIds) -> Comparison:
+def _pair(tokens: TokenIds) -> Pair:
     for side, ids, mask in (
         ("chosen", tokens.chosen, tokens.chosen_mask),
         ("rejected", tokens.rejected, tokens.rejected_mask),
     ):
         if len(ids) == 0 or (mask is not None and not mask.any() and tokens.prompt_mask is None):
             raise Unusable("no_completion_tokens", f"{side} has no token to score", f"{side}_ids")
-    return Comparison("", "", "", tokens=tokens)
+    return Pair(NOWHERE, "", "", "", tokens=tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
