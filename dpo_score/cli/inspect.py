@@ -91,7 +91,7 @@ def _sides(item: EncodedPair, tokenizer: Any, plain: bool) -> Iterator[Text]:
     sides: tuple[Side, Side] = ("chosen", "rejected")
     for side in sides:
         found = side_tokens(tokenizer, item, side)
-        cut = ", cut" if getattr(item, f"{side}_truncated") else ""
+        cut = ", cut" if getattr(item.tokens, f"{side}_truncated") else ""
         yield _heading(f"{side} (begins at token {len(prompt)})", _scored(found) + cut)
         yield coloured(found, plain)
 

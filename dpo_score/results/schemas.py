@@ -92,7 +92,8 @@ def _text_row(encoded: EncodedPair, extra: Sequence[pa.Field]) -> dict[str, Any]
         "chosen_truncated": encoded.tokens.chosen_truncated,
         "rejected_truncated": encoded.tokens.rejected_truncated,
         "marks": list(encoded.marks),
-        **{name: getattr(encoded, name) for name in ID_NAMES},
+        **{f"{part}_ids": getattr(encoded.tokens, part) for part in ("prompt", *SIDES)},
+        **{f"{part}_mask": getattr(encoded.tokens, f"{part}_mask") for part in ("prompt", *SIDES)},
     }
 
 
