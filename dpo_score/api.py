@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from dpo_score.engine.finish import Outcome
-    from dpo_score.engine.in_memory_model import HeldModel
+    from dpo_score.engine.in_memory_model import InMemoryModel
     from dpo_score.export.precompute import PrecomputeOutcome
 
 __all__ = ["precompute", "rescore", "run", "score"]
@@ -114,26 +114,26 @@ def score(
 def _scored(
     pairs: Any, policy: Any, reference: Any, tokenizer: Any, quiet: bool, options: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
-    from dpo_score.engine.context import desk_at
+    from dpo_score.engine.context import open_context
     from dpo_score.engine.in_memory import scored_tables, written
     from dpo_score.engine.progress import Progress
     from dpo_score.storage.io import open_store
 
     _refuse_options_of_runs(options)
     policies = dict(policy) if isinstance(policy, Mapping) else {"policy": policy}
-    held = _held(policies, reference)
+    loaded = _loaded(policies, reference)
     settings = {
         **options,
         "data": [f"pairs={written(pairs, folder)}"],
-        "policy": [f"{name}={'held' if name in held else os.fspath(model)}" for name, model in policies.items()],
-        **({"reference": os.fspath(reference)} if reference is not None and "" not in held else {}),
+        "policy": [f"{name}={'held' if name in loaded else os.fspath(model)}" for name, model in policies.items()],
+        **({"reference": os.fspath(reference)} if reference is not None and "" not in loaded else {}),
         **({"tokenizer": os.fspath(tokenizer)} if isinstance(tokenizer, str | Path) else {}),
     }
     config = configured(None, settings)
-    desk = desk_at(config, Progress(quiet), open_store(folder / "out"))
+    context = open_context(config, Progress(quiet), open_store(folder / "out"))
     if config.compute.tensor_parallel > 1:
         raise ConfigError("score computes in one process: for tensor_parallel, write the pairs to a file and use run")
-    return scored_tables(config, desk, held, None if isinstance(tokenizer, str | Path) else tokenizer)
+    return scored_tables(config, context, loaded, None if isinstance(tokenizer, str | Path) else tokenizer)
 
 
 def _refuse_options_of_runs(options: Mapping[str, Any]) -> None:
@@ -144,15 +144,15 @@ def _refuse_options_of_runs(options: Mapping[str, Any]) -> None:
         )
 
 
-def _held(policies: Mapping[str, Any], reference: Any) -> dict[str, HeldModel]:
+def _loaded(policies: Mapping[str, Any], reference: Any) -> dict[str, InMemoryModel]:
     """The models among policies and reference that are objects, not names; "" is the reference."""
-    from dpo_score.engine.in_memory_model import HeldModel
+    from dpo_score.engine.in_memory_model import InMemoryModel
 
-    held = {name: HeldModel(model) for name, model in policies.items() if not isinstance(model, str | Path)}
-    if reference == "base" and len(held) != 1:
+    loaded = {name: InMemoryModel(model) for name, model in policies.items() if not isinstance(model, str | Path)}
+    if reference == "base" and len(loaded) != 1:
         raise ConfigError('reference "base": give one loaded PEFT model as the policy, whose base is meant')
     if reference == "base":
-        held[""] = HeldModel(next(iter(held.values())).model, bare=True)
+        loaded[""] = InMemoryModel(next(iter(loaded.values())).model, bare=True)
     elif reference is not None and not isinstance(reference, str | Path):
-        held[""] = HeldModel(reference)
-    return held
+        loaded[""] = InMemoryModel(reference)
+    return loaded

@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from dpo_score.data.dataset import PairReader, read_rows_at
 from dpo_score.data.types import EncodedPair, Pair, Rejected, Source
-from dpo_score.engine.context import Desk
-from dpo_score.engine.plan import Job
+from dpo_score.engine.context import RunContext
+from dpo_score.engine.plan import RunPlan
 from dpo_score.errors import DamageError
 from dpo_score.results.schemas import text_table
 
@@ -36,9 +36,9 @@ class BlockText:
 class BlockTexts:
     """Texts of one run's blocks. Not for two threads at once: the tokenizer and the reader have state."""
 
-    def __init__(self, desk: Desk, job: Job, identity: str) -> None:
-        self._desk, self._job, self._identity = desk, job, identity
-        self._reader = PairReader(job.datasets)
+    def __init__(self, context: RunContext, plan: RunPlan, identity: str) -> None:
+        self._context, self._plan, self._identity = context, plan, identity
+        self._reader = PairReader(plan.datasets)
 
     def each(self, blocks: Iterable[int]) -> Iterator[BlockText]:
         for block in blocks:
@@ -53,29 +53,29 @@ class BlockTexts:
         return made
 
     def _make(self, block: int) -> BlockText:
-        start, stop = self._job.rows.span(block)
+        start, stop = self._plan.rows.span(block)
         read = self._read(start, stop)
-        encoded = self._job.renderer.encode([item for item in read if isinstance(item, Pair)])
+        encoded = self._plan.renderer.encode([item for item in read if isinstance(item, Pair)])
         rejected = [item for item in [*read, *encoded] if isinstance(item, Rejected)]
         rejected.sort(key=lambda item: (item.source.file_index, item.source.row, item.source.part or 0))
         pairs = [item for item in encoded if isinstance(item, EncodedPair)]
-        return BlockText(block, start, stop, text_table(pairs, self._job.extra), tuple(rejected))
+        return BlockText(block, start, stop, text_table(pairs, self._plan.extra), tuple(rejected))
 
     def _read(self, start: int, stop: int) -> list[Pair | Rejected]:
-        sample = self._job.rows.sample
+        sample = self._plan.rows.sample
         if sample is None:
             return self._reader.read(start, stop)
-        return read_rows_at(self._job.datasets, sample[start:stop])
+        return read_rows_at(self._plan.datasets, sample[start:stop])
 
     def _name(self, block: int) -> str:
-        return f".work/text/{block:05d}-of-{self._job.rows.blocks:05d}.parquet"
+        return f".work/text/{block:05d}-of-{self._plan.rows.blocks:05d}.parquet"
 
     def _kept(self, block: int) -> BlockText | None:
-        name, span = self._name(block), self._job.rows.span(block)
-        if not self._desk.store.exists(name):
+        name, span = self._name(block), self._plan.rows.span(block)
+        if not self._context.store.exists(name):
             return None
         try:
-            table = self._desk.store.read_table(name)
+            table = self._context.store.read_table(name)
         except DamageError:
             return None
         metadata = table.schema.metadata or {}
@@ -89,7 +89,7 @@ class BlockTexts:
             _IDENTITY.decode(): self._stamp((made.start, made.stop)),
             _REJECTED.decode(): json.dumps([asdict(item) for item in made.rejected]),
         }
-        self._desk.store.write_table(self._name(made.block), made.table, metadata)
+        self._context.store.write_table(self._name(made.block), made.table, metadata)
 
     def _stamp(self, span: tuple[int, int]) -> str:
         return f"{self._identity}:{span[0]}:{span[1]}"

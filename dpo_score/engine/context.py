@@ -23,16 +23,16 @@ from dpo_score.storage.io import Store
 from dpo_score.storage.manifest import read_manifest, reopen_manifest
 
 if TYPE_CHECKING:
-    from dpo_score.engine.plan import Job, PolicyJob, ReferenceJob
+    from dpo_score.engine.plan import PolicyTask, ReferenceTask, RunPlan
     from dpo_score.models.loader import ModelLoader
     from dpo_score.storage.commits import CommitRecord
 
 
-class Crew(Protocol):
+class WorkerPool(Protocol):
     """Other processes that compute blocks. `work` returns when all of `todo` is committed, or raises as a stage does
     that runs here."""
 
-    def work(self, job: Job, task: ReferenceJob | PolicyJob, todo: Sequence[int]) -> None: ...
+    def work(self, plan: RunPlan, task: ReferenceTask | PolicyTask, todo: Sequence[int]) -> None: ...
 
 
 def _unnoticed(_record: CommitRecord) -> None:
@@ -40,7 +40,7 @@ def _unnoticed(_record: CommitRecord) -> None:
 
 
 @dataclass
-class Desk:
+class RunContext:
     """Shared by the stages of one process. The model shelf is made on first use: a full cache needs no torch model.
 
     `cache_url`: where log-probs are kept when that is an object store; what only this machine needs is in `cache_dir`.
@@ -60,7 +60,7 @@ class Desk:
     quantization: Literal["int8", "nf4"] | None = None
     tensor_parallel: int = 1
     cache_url: str | None = None
-    crew: Crew | None = None
+    pool: WorkerPool | None = None
     committed: Callable[[CommitRecord], None] = _unnoticed
     skipped: dict[str, str] = field(default_factory=dict)
     turn: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -92,9 +92,9 @@ class Desk:
             self.shelf.close()
 
 
-def desk_at(config: RunConfig, progress: Progress, store: Store) -> Desk:
+def open_context(config: RunConfig, progress: Progress, store: Store) -> RunContext:
     """What one process works with; takes no lock."""
-    return Desk(
+    return RunContext(
         store,
         cache_folder(config.cache_dir),
         progress,

@@ -18,12 +18,12 @@ import numpy as np
 from dpo_score.config.schema import RunConfig
 from dpo_score.data.dataset import read_rows_at
 from dpo_score.data.types import EncodedPair, Pair, Rejected, TokenSequence
-from dpo_score.engine.context import Desk
-from dpo_score.engine.model_logprobs import FastPathRefusedError, ModelValues, cache_fields, plain
-from dpo_score.engine.plan import SPEED, Job, text_notice
+from dpo_score.engine.context import RunContext
+from dpo_score.engine.model_logprobs import CachedLogprobs, FastPathRefusedError, cache_fields, plain
+from dpo_score.engine.plan import SPEED, RunPlan, text_notice
 from dpo_score.engine.prepare import Preparation, parameters
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.run import at_desk
+from dpo_score.engine.run import run_context
 from dpo_score.errors import ConfigError, DataError
 from dpo_score.logprobs.numerics import Numerics
 from dpo_score.models.memory import clone_bytes, peak_bytes
@@ -40,53 +40,53 @@ PROBE_PACKS = 3
 
 def dry_run(config: RunConfig, progress: Progress) -> dict[str, Any]:
     """Format and polarity, rows, lengths, tokens with and without sharing, memory, time, cache hits, identities."""
-    with _scratch(config, progress) as desk:
-        job = Preparation(config, desk).job()
-        sample, rows = _sampled(job)
+    with _scratch(config, progress) as context:
+        plan = Preparation(config, context).plan()
+        sample, rows = _sampled(plan)
         encoded = [item for item in sample if isinstance(item, EncodedPair)]
-        due = _due(desk, job, encoded)
-        found: dict[str, Any] = {"data": [dataset.summary() for dataset in job.datasets]}
-        found["rows"] = f"{job.rows.wanted:,} in {len(list(job.rows))} blocks of {job.rows.block_rows:,}"
+        due = _due(context, plan, encoded)
+        found: dict[str, Any] = {"data": [dataset.summary() for dataset in plan.datasets]}
+        found["rows"] = f"{plan.rows.wanted:,} in {len(list(plan.rows))} blocks of {plan.rows.block_rows:,}"
         found["sampled"] = f"{rows:,} rows; {_rejects(sample)}"
-        found |= _lengths(encoded, job.rows.wanted / max(rows, 1))
-        found |= _cost(job, due, encoded, rows)
+        found |= _lengths(encoded, plan.rows.wanted / max(rows, 1))
+        found |= _cost(plan, due, encoded, rows)
         found["cache"] = [item.line for item in due]
-        found["identities"] = [f"text {job.identities.text_digest}", f"reference {job.identities.reference_digest}"]
-        found["text"] = text_notice(job)
+        found["identities"] = [f"text {plan.identities.text_digest}", f"reference {plan.identities.reference_digest}"]
+        found["text"] = text_notice(plan)
         return found
 
 
 def probe(config: RunConfig, progress: Progress, price_per_hour: float | None) -> dict[str, Any]:
     """Score a few packs with every kind of model that has anything to compute: rows/s, hours in all, and money."""
-    with _scratch(config, progress) as desk:
-        job = Preparation(config, desk).job()
-        if not job.models:
+    with _scratch(config, progress) as context:
+        plan = Preparation(config, context).plan()
+        if not plan.models:
             raise ConfigError("nothing to probe: no reference and no policy is a model")
-        sample, rows = _sampled(job)
+        sample, rows = _sampled(plan)
         encoded = [item for item in sample if isinstance(item, EncodedPair)]
         if not encoded:
             raise DataError(f"nothing to probe: no pair of {rows:,} sampled rows can be scored; {_rejects(sample)}")
-        due = _due(desk, job, encoded)
-        speeds = _speeds(desk, job, [item for item in due if item.tokens], encoded)
-        return _forecast(due, speeds, job.rows.wanted, rows, price_per_hour)
+        due = _due(context, plan, encoded)
+        speeds = _speeds(context, plan, [item for item in due if item.tokens], encoded)
+        return _forecast(due, speeds, plan.rows.wanted, rows, price_per_hour)
 
 
 @contextmanager
-def _scratch(config: RunConfig, progress: Progress) -> Iterator[Desk]:
+def _scratch(config: RunConfig, progress: Progress) -> Iterator[RunContext]:
     """A desk in a folder that is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="dpo-score-") as folder, at_desk(config, progress, folder) as desk:
-        yield desk
+    with tempfile.TemporaryDirectory(prefix="dpo-score-") as folder, run_context(config, progress, folder) as context:
+        yield context
 
 
-def _sampled(job: Job) -> tuple[list[EncodedPair | Rejected], int]:
+def _sampled(plan: RunPlan) -> tuple[list[EncodedPair | Rejected], int]:
     """Short runs of rows, spread evenly over what would be scored, rendered and tokenised."""
-    wanted, together = job.rows.wanted, np.arange(SAMPLE_RUN)
+    wanted, together = plan.rows.wanted, np.arange(SAMPLE_RUN)
     starts = np.linspace(0, max(wanted - SAMPLE_RUN, 0), SAMPLE // SAMPLE_RUN).astype(int)
     every = np.arange(wanted) if wanted <= SAMPLE else np.unique(starts[:, None] + together)
-    rows = every.tolist() if job.rows.sample is None else [job.rows.sample[place] for place in every]
-    read = read_rows_at(job.datasets, rows)
+    rows = every.tolist() if plan.rows.sample is None else [plan.rows.sample[place] for place in every]
+    read = read_rows_at(plan.datasets, rows)
     rejected = [item for item in read if isinstance(item, Rejected)]
-    return [*job.renderer.encode([item for item in read if isinstance(item, Pair)]), *rejected], len(rows)
+    return [*plan.renderer.encode([item for item in read if isinstance(item, Pair)]), *rejected], len(rows)
 
 
 def _rejects(sample: Sequence[EncodedPair | Rejected]) -> str:
@@ -137,37 +137,40 @@ class Due:
         return self.source.config.get("model_type"), parameters(self.source), beside, self.numerics
 
 
-def _due(desk: Desk, job: Job, encoded: Sequence[EncodedPair]) -> list[Due]:
+def _due(context: RunContext, plan: RunPlan, encoded: Sequence[EncodedPair]) -> list[Due]:
     """As a run decides: the cache first, and nothing for a policy that equals its reference."""
     sequences = {sequence.key: sequence for sequence in _sequences(encoded)}
-    models = [(r.label, r.source, r.numerics, False) for r in job.references]
-    models += [(p.name, p.source, p.numerics, p.equals_reference) for p in job.policies]
+    models = [(r.label, r.source, r.numerics, False) for r in plan.references]
+    models += [(p.name, p.source, p.numerics, p.equals_reference) for p in plan.policies]
     there = ((label, s, n, same) for label, s, n, same in models if s is not None and n is not None)
     return [
         Due(label, source, numerics, 0, f"{label}: equals its reference, whose values it takes over")
         if same
-        else _looked_up(desk, job, (label, source, numerics), sequences)
+        else _looked_up(context, plan, (label, source, numerics), sequences)
         for label, source, numerics, same in there
     ]
 
 
 def _looked_up(
-    desk: Desk, job: Job, model: tuple[str, ModelSource, Numerics], sequences: Mapping[bytes, TokenSequence]
+    context: RunContext,
+    plan: RunPlan,
+    model: tuple[str, ModelSource, Numerics],
+    sequences: Mapping[bytes, TokenSequence],
 ) -> Due:
     from dpo_score.logprobs.scorer import token_costs
 
     label, source, numerics = model
-    space = desk.cache.namespace(cache_fields(source, numerics))
-    hits = space.view(space.snapshot()).lookup(list(sequences), wanted=[STATS[name] for name in job.stats])
+    space = context.cache.namespace(cache_fields(source, numerics))
+    hits = space.view(space.snapshot()).lookup(list(sequences), wanted=[STATS[name] for name in plan.stats])
     tokens = sum(token_costs([sequence for key, sequence in sequences.items() if key not in hits]))
     line = f"{label}: {len(hits):,} of {len(sequences):,} sampled sequences are known"
     return Due(label, source, numerics, tokens, line)
 
 
-def _cost(job: Job, due: Sequence[Due], encoded: Sequence[EncodedPair], rows: int) -> dict[str, str]:
+def _cost(plan: RunPlan, due: Sequence[Due], encoded: Sequence[EncodedPair], rows: int) -> dict[str, str]:
     if not due:
         return {"models": "none is needed"}
-    numerics, scale = due[0].numerics, job.rows.wanted / max(rows, 1)
+    numerics, scale = due[0].numerics, plan.rows.wanted / max(rows, 1)
     seconds = sum(2.0 * parameters(d.source) * d.tokens * scale / SPEED[d.numerics.device_kind] for d in due)
     longest = max(
         (len(e.tokens.prompt) + max(len(e.tokens.chosen), len(e.tokens.rejected)) for e in encoded), default=0
@@ -230,20 +233,20 @@ class Speed:
     tokens: float
 
 
-def _speeds(desk: Desk, job: Job, due: Sequence[Due], encoded: Sequence[EncodedPair]) -> dict[Any, Speed]:
+def _speeds(context: RunContext, plan: RunPlan, due: Sequence[Due], encoded: Sequence[EncodedPair]) -> dict[Any, Speed]:
     """By kind of model, measured with the first of each."""
     first: dict[Any, Due] = {}
     for item in due:
         first.setdefault(item.kind, item)
-    return {kind: _speed(item, _scorer(desk, job, item), encoded) for kind, item in first.items()}
+    return {kind: _speed(item, _scorer(context, plan, item), encoded) for kind, item in first.items()}
 
 
-def _scorer(desk: Desk, job: Job, item: Due) -> PairScorer:
-    stats = [STATS[name] for name in job.stats]
+def _scorer(context: RunContext, plan: RunPlan, item: Due) -> PairScorer:
+    stats = [STATS[name] for name in plan.stats]
     try:
-        return ModelValues(desk, item.source, item.numerics, stats, snapshot=()).scorer()
+        return CachedLogprobs(context, item.source, item.numerics, stats, snapshot=()).scorer()
     except FastPathRefusedError:
-        return ModelValues(desk, item.source, plain(item.numerics), stats, snapshot=()).scorer()
+        return CachedLogprobs(context, item.source, plain(item.numerics), stats, snapshot=()).scorer()
 
 
 def _speed(item: Due, scorer: PairScorer, encoded: Sequence[EncodedPair]) -> Speed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from dpo_score.engine.context import Desk
+from dpo_score.engine.context import RunContext
 from dpo_score.engine.environment import versions
 from dpo_score.engine.model_logprobs import plain
 from dpo_score.errors import DamageError
@@ -18,16 +18,16 @@ from dpo_score.storage.fingerprint import digest
 from dpo_score.storage.io import open_store
 
 
-def trusted(desk: Desk, source: ModelSource, numerics: Numerics) -> Numerics:
+def trusted(context: RunContext, source: ModelSource, numerics: Numerics) -> Numerics:
     """`numerics` as they are where the fast path reproduces the plain one, else with the plain path, said aloud."""
     if numerics.path != "fast":
         return numerics
-    reason = _remembered(desk, source, numerics)
+    reason = _remembered(context, source, numerics)
     if reason is None:
-        reason = _find_out(desk, source, numerics)
+        reason = _find_out(context, source, numerics)
     if not reason:
         return numerics
-    desk.progress.warn(f"{source.name}: scored on the plain path, which is slower: {reason}")
+    context.progress.warn(f"{source.name}: scored on the plain path, which is slower: {reason}")
     return plain(numerics)
 
 
@@ -36,8 +36,8 @@ def _name(source: ModelSource, numerics: Numerics) -> str:
     return f"verdicts/{digest(asked)}.json"
 
 
-def _remembered(desk: Desk, source: ModelSource, numerics: Numerics) -> str | None:
-    store, name = open_store(desk.cache_dir), _name(source, numerics)
+def _remembered(context: RunContext, source: ModelSource, numerics: Numerics) -> str | None:
+    store, name = open_store(context.cache_dir), _name(source, numerics)
     if not store.exists(name):
         return None
     try:
@@ -46,12 +46,12 @@ def _remembered(desk: Desk, source: ModelSource, numerics: Numerics) -> str | No
         return None
 
 
-def _find_out(desk: Desk, source: ModelSource, numerics: Numerics) -> str:
+def _find_out(context: RunContext, source: ModelSource, numerics: Numerics) -> str:
     from dpo_score.logprobs.self_check import verify_fast_path
 
-    desk.progress.say(f"loading {source.name} ({numerics.dtype} on {numerics.device}) to check the fast path")
-    verdict = verify_fast_path(desk.shelf.load(source, numerics).model, numerics)
+    context.progress.say(f"loading {source.name} ({numerics.dtype} on {numerics.device}) to check the fast path")
+    verdict = verify_fast_path(context.shelf.load(source, numerics).model, numerics)
     reason = "" if verdict.ok else verdict.reason
     delta = verdict.max_delta if verdict.max_delta is not None and math.isfinite(verdict.max_delta) else None
-    open_store(desk.cache_dir).write_json(_name(source, numerics), {"refused": reason, "delta": delta})
+    open_store(context.cache_dir).write_json(_name(source, numerics), {"refused": reason, "delta": delta})
     return reason

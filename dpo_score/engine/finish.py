@@ -16,12 +16,12 @@ import pyarrow as pa
 from dpo_score.config.checkpoint_glob import natural
 from dpo_score.config.load import dump_config
 from dpo_score.data.types import MARKS, EncodedPair
-from dpo_score.engine.context import Desk
+from dpo_score.engine.context import RunContext
 from dpo_score.engine.environment import now
-from dpo_score.engine.plan import SCHEMA_VERSION, Job, text_notice
+from dpo_score.engine.plan import SCHEMA_VERSION, RunPlan, text_notice
 from dpo_score.engine.resume import missing_of
 from dpo_score.engine.stages import part
-from dpo_score.engine.threads import at_once
+from dpo_score.engine.threads import map_threads
 from dpo_score.errors import BadRowsError, PolicyFailedError
 from dpo_score.metrics.summary import summarise
 from dpo_score.results import groups as slices
@@ -66,44 +66,44 @@ def check_bad_rows(label: str, rows: int, bad: int, allowed: float | None, out: 
     )
 
 
-def finish(desk: Desk, job: Job, failures: Mapping[str, str]) -> Outcome:
+def finish(context: RunContext, plan: RunPlan, failures: Mapping[str, str]) -> Outcome:
     """Write what a person reads, then mark the manifest complete."""
-    summary = summary_of(desk, job, failures)
-    warn_of_marks(desk, job, summary["text"]["marks"], summary["data"]["scored_by_reference"])
-    warn_of_noise(desk, summary)
-    reopen_manifest(desk.store)
+    summary = summary_of(context, plan, failures)
+    warn_of_marks(context, plan, summary["text"]["marks"], summary["data"]["scored_by_reference"])
+    warn_of_noise(context, summary)
+    reopen_manifest(context.store)
     outputs = [
-        _written(desk.store, SUMMARY, summary),
-        _text(desk.store, README, card(desk.store)),
-        _text(desk.store, "pipeline.yaml", dump_config(job.config)),
+        _written(context.store, SUMMARY, summary),
+        _text(context.store, README, card(context.store)),
+        _text(context.store, "pipeline.yaml", dump_config(plan.config)),
     ]
-    beside = data_set(desk.store)
+    beside = data_set(context.store)
     outputs += beside.files if beside is not None else ()
-    _clear_texts(desk.store)
-    manifest = read_manifest(desk.store)
+    _clear_texts(context.store)
+    manifest = read_manifest(context.store)
     assert manifest is not None
-    manifest = replace(manifest, warnings=tuple(dict.fromkeys((*manifest.warnings, *desk.progress.warnings))))
-    finish_manifest(desk.store, manifest, now(), outputs)
-    assert job.config.out is not None
-    return Outcome(job.config.out, summary, failures, job.config.max_bad_rows)
+    manifest = replace(manifest, warnings=tuple(dict.fromkeys((*manifest.warnings, *context.progress.warnings))))
+    finish_manifest(context.store, manifest, now(), outputs)
+    assert plan.config.out is not None
+    return Outcome(plan.config.out, summary, failures, plan.config.max_bad_rows)
 
 
-def summary_of(desk: Desk, job: Job, failures: Mapping[str, str]) -> dict[str, Any]:
+def summary_of(context: RunContext, plan: RunPlan, failures: Mapping[str, str]) -> dict[str, Any]:
     """Numbers of every policy whose wanted blocks are all committed, whatever command scored it.
 
     `skipped` and `failed` say why the others that were asked for are not there.
     """
-    store = desk.store
+    store = context.store
     manifest = read_manifest(store)
     names = sorted(manifest.identities.policies, key=natural) if manifest else []
-    scored = [name for name in names if not missing_of(store, job.rows, f"scores/{name}")]
-    found = slices.of_run(job)
+    scored = [name for name in names if not missing_of(store, plan.rows, f"scores/{name}")]
+    found = slices.of_run(plan)
     return {
         "schema_version": SCHEMA_VERSION,
-        "data": _data_summary(store, job),
-        "text": {"marks": marks(store, job), "render": text_notice(job)},
-        "policies": {name: _policy_summary(store, job, name, found) for name in scored},
-        "skipped": {name: reason for name, reason in sorted(desk.skipped.items()) if name not in scored},
+        "data": _data_summary(store, plan),
+        "text": {"marks": marks(store, plan), "render": text_notice(plan)},
+        "policies": {name: _policy_summary(store, plan, name, found) for name in scored},
+        "skipped": {name: reason for name, reason in sorted(context.skipped.items()) if name not in scored},
         "failed": {name: reason for name, reason in sorted(failures.items()) if name not in scored},
     }
 
@@ -112,100 +112,100 @@ WORTH_A_WARNING = ("content_altered", "no_eos", "double_bos", "boundary_shift", 
 MARKED_SHARE = 0.01
 
 
-def warn_of_marks(desk: Desk, job: Job, found: Mapping[str, Any], pairs: int) -> None:
+def warn_of_marks(context: RunContext, plan: RunPlan, found: Mapping[str, Any], pairs: int) -> None:
     """What was done to the text of more than 1 % of the pairs, or is odd about it, with one of them to look at."""
     for mark, seen in found.items():
         if mark in WORTH_A_WARNING and seen["pairs"] > MARKED_SHARE * pairs:
             share = f"{seen['pairs']:,} of {pairs:,} pairs"
             line = f"{mark}: {MARKS[mark]}: {share}, e.g. row {seen['first']}"
-            desk.progress.warn(line, "".join(f": {text}" for text in _shown(job, seen["first"])))
+            context.progress.warn(line, "".join(f": {text}" for text in _shown(plan, seen["first"])))
 
 
-def _shown(job: Job, row_id: str) -> Iterator[str]:
+def _shown(plan: RunPlan, row_id: str) -> Iterator[str]:
     """A row's pair, read again: another process, or an earlier one, may have made its tokens."""
-    pairs = TextSource(job.config, job.datasets).pairs([row_id]).values()
-    return (example(item) for item in job.renderer.encode(list(pairs)) if isinstance(item, EncodedPair))
+    pairs = TextSource(plan.config, plan.datasets).pairs([row_id]).values()
+    return (example(item) for item in plan.renderer.encode(list(pairs)) if isinstance(item, EncodedPair))
 
 
-def _data_summary(store: Store, job: Job) -> dict[str, Any]:
-    counts = total_counts(store, job, "reference")
+def _data_summary(store: Store, plan: RunPlan) -> dict[str, Any]:
+    counts = total_counts(store, plan, "reference")
     return {
         "rows": counts.pop("rows", 0),
-        "files": sum(len(dataset.files) for dataset in job.datasets),
+        "files": sum(len(dataset.files) for dataset in plan.datasets),
         "datasets": {
             d.spec.name: {"rows": d.rows, "format": d.format.full_name, "polarity": d.format.polarity}
-            for d in job.datasets
+            for d in plan.datasets
         },
         "scored_by_reference": counts.pop("scored", 0),
         "rejected": counts,
     }
 
 
-def total_counts(store: Store, job: Job, stage: str) -> dict[str, int]:
+def total_counts(store: Store, plan: RunPlan, stage: str) -> dict[str, int]:
     """Counts of all wanted blocks of a stage, added up."""
     total: dict[str, int] = {}
-    for record in _records(store, job, stage):
+    for record in _records(store, plan, stage):
         for name, count in record.counts.items():
             total[name] = total.get(name, 0) + count
     return dict(sorted(total.items()))
 
 
-def _policy_summary(store: Store, job: Job, name: str, columns: pa.Table | None) -> dict[str, Any]:
+def _policy_summary(store: Store, plan: RunPlan, name: str, columns: pa.Table | None) -> dict[str, Any]:
     """`columns`: columns to group by that scores lack."""
-    own = next((policy.reference.stage for policy in job.policies if policy.name == name), "reference")
+    own = next((policy.reference.stage for policy in plan.policies if policy.name == name), "reference")
     rejects = ["rejects/data", f"rejects/{own}", f"rejects/{name}"]
     summary = summarise(
-        slices.sliced(_tables(store, job, f"scores/{name}"), columns),
-        slices=job.config.slices,
-        rejects=(table for folder in rejects for table in _tables(store, job, folder)),
+        slices.sliced(_tables(store, plan, f"scores/{name}"), columns),
+        slices=plan.config.slices,
+        rejects=(table for folder in rejects for table in _tables(store, plan, folder)),
     )
-    loss = next((policy.loss.identity() for policy in job.policies if policy.name == name), None)
+    loss = next((policy.loss.identity() for policy in plan.policies if policy.name == name), None)
     if loss is None:
         manifest = read_manifest(store)
         loss = manifest.identities.policies[name]["loss"] if manifest else None
-    found = {"loss": loss, **summary, "noise": _noise(store, job, name, own)}
-    return {**found, "rewardbench": _rewardbench(store, job, name, rejects)} if job.config.rewardbench else found
+    found = {"loss": loss, **summary, "noise": _noise(store, plan, name, own)}
+    return {**found, "rewardbench": _rewardbench(store, plan, name, rejects)} if plan.config.rewardbench else found
 
 
-def _rewardbench(store: Store, job: Job, name: str, rejects: Sequence[str]) -> dict[str, Any]:
+def _rewardbench(store: Store, plan: RunPlan, name: str, rejects: Sequence[str]) -> dict[str, Any]:
     """The benchmark's table of one policy."""
-    lost = (table["row_id"].to_pylist() for folder in rejects for table in _tables(store, job, folder, ["row_id"]))
+    lost = (table["row_id"].to_pylist() for folder in rejects for table in _tables(store, plan, folder, ["row_id"]))
     manifest = read_manifest(store)
     assert manifest is not None
-    setting = rewardbench.Setting.of(manifest, str(job.config.rewardbench), name)
-    return rewardbench.summary(setting, _tables(store, job, f"scores/{name}"), [row for rows in lost for row in rows])
+    setting = rewardbench.Setting.of(manifest, str(plan.config.rewardbench), name)
+    return rewardbench.summary(setting, _tables(store, plan, f"scores/{name}"), [row for rows in lost for row in rows])
 
 
-def _noise(store: Store, job: Job, name: str, reference: str) -> dict[str, Any]:
+def _noise(store: Store, plan: RunPlan, name: str, reference: str) -> dict[str, Any]:
     """The noise floor under this policy's margins, from the first block of both stages."""
-    own, other = _first_note(store, job, f"scores/{name}"), _first_note(store, job, reference)
+    own, other = _first_note(store, plan, f"scores/{name}"), _first_note(store, plan, reference)
     if own is None and other is not None:  # taken over from the reference: the noise of both cancels
         return {"policy": None, "reference": None, "margin_mean": 0.0, "margin_max": 0.0, "share_below": 0.0}
-    parts = _tables(store, job, f"scores/{name}", ["margins_nats"])
+    parts = _tables(store, plan, f"scores/{name}", ["margins_nats"])
     margins = [part["margins_nats"].drop_null().to_numpy() for part in parts]
     return noise.of_policy(own, other, np.concatenate([np.empty(0), *margins]))
 
 
-def _first_note(store: Store, job: Job, stage: str) -> Mapping[str, Any] | None:
-    first = next(_records(store, job, stage), None)
+def _first_note(store: Store, plan: RunPlan, stage: str) -> Mapping[str, Any] | None:
+    first = next(_records(store, plan, stage), None)
     return first.notes.get("noise") if first is not None else None
 
 
-def warn_of_noise(desk: Desk, summary: Mapping[str, Any]) -> None:
+def warn_of_noise(context: RunContext, summary: Mapping[str, Any]) -> None:
     """Margins that are smaller than the error they were computed with say nothing."""
     for name, policy in summary["policies"].items():
         floor, mean = policy["noise"]["margin_mean"], policy["overall"]["margins_nats"]["mean"]
         if floor is not None and mean is not None and floor > abs(mean) > 0.0:
-            desk.progress.warn(
+            context.progress.warn(
                 f"{name}: the mean margin, {mean:.2g} nats, is below the noise floor of its numerics, {floor:.2g} nats "
                 "a pair: use --dtype float32"
             )
 
 
-def marks(store: Store, job: Job) -> dict[str, Any]:
+def marks(store: Store, plan: RunPlan) -> dict[str, Any]:
     """How many scored pairs carry each mark, with the first row that does."""
     found: dict[str, dict[str, Any]] = {}
-    for table in _tables(store, job, "reference", ["row_id", "marks"]):
+    for table in _tables(store, plan, "reference", ["row_id", "marks"]):
         for row_id, names in zip(table["row_id"].to_pylist(), table["marks"].to_pylist(), strict=True):
             for name in names:
                 entry = found.setdefault(name, {"pairs": 0, "first": row_id})
@@ -213,17 +213,17 @@ def marks(store: Store, job: Job) -> dict[str, Any]:
     return found
 
 
-def _tables(store: Store, job: Job, folder: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+def _tables(store: Store, plan: RunPlan, folder: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
     there = set(store.list(folder))
-    names = (part(folder, block, job.rows.blocks) for block in job.rows)
+    names = (part(folder, block, plan.rows.blocks) for block in plan.rows)
     present = (name for name in names if name in there)
-    return at_once(lambda name: store.read_table(name, columns), present, store.width)
+    return map_threads(lambda name: store.read_table(name, columns), present, store.width)
 
 
-def _records(store: Store, job: Job, stage: str) -> Iterator[CommitRecord]:
+def _records(store: Store, plan: RunPlan, stage: str) -> Iterator[CommitRecord]:
     records = read_records(store, stage)
-    names = (record_name(stage, block, job.rows.blocks) for block in job.rows)
-    return (record for record in at_once(records.get, names, store.width) if isinstance(record, CommitRecord))
+    names = (record_name(stage, block, plan.rows.blocks) for block in plan.rows)
+    return (record for record in map_threads(records.get, names, store.width) if isinstance(record, CommitRecord))
 
 
 def _written(store: Store, name: str, summary: Mapping[str, Any]) -> FileRecord:
@@ -243,5 +243,5 @@ def _record(store: Store, name: str) -> FileRecord:
 
 
 def _clear_texts(store: Store) -> None:
-    for _ in at_once(store.remove, store.list(".work/text"), store.width):
+    for _ in map_threads(store.remove, store.list(".work/text"), store.width):
         pass

@@ -18,12 +18,12 @@ from dpo_score.config.schema import PolicySpec, RunConfig
 from dpo_score.data.dataset import Dataset, PairReader, only_ids, open_data
 from dpo_score.data.types import EncodedPair, Pair, Rejected, TokenSequence, row_place
 from dpo_score.engine.block_inputs import BlockText
-from dpo_score.engine.context import Desk
+from dpo_score.engine.context import RunContext
 from dpo_score.engine.fast_path_check import trusted
-from dpo_score.engine.in_memory_model import HeldModel, HeldValues
+from dpo_score.engine.in_memory_model import InMemoryLogprobs, InMemoryModel
 from dpo_score.engine.limits import TokenGuard, refuse_long, refuse_other_kind
-from dpo_score.engine.model_logprobs import BlockValues, FastPathRefusedError, ModelValues, Values, plain
-from dpo_score.engine.plan import Job, PolicyJob, ReferenceJob, Rows, extra_fields
+from dpo_score.engine.model_logprobs import BlockLogprobs, CachedLogprobs, FastPathRefusedError, Values, plain
+from dpo_score.engine.plan import PolicyTask, ReferenceTask, RowBlocks, RunPlan, extra_fields
 from dpo_score.engine.prepare import parameters
 from dpo_score.engine.stages import BlockResult, part, policy_block, reference_block
 from dpo_score.errors import ConfigError, DataError, ModelError
@@ -36,7 +36,7 @@ from dpo_score.results.schemas import STATS, text_table
 from dpo_score.storage.fingerprint import Identities
 from dpo_score.tokenization.choose import REFERENCE, choose_tokenizer, renderer_of
 
-Model: TypeAlias = ModelSource | HeldModel
+Model: TypeAlias = ModelSource | InMemoryModel
 
 
 def written(pairs: Any, folder: Path) -> Path:
@@ -79,11 +79,11 @@ class Participants:
 
     def source(self, name: str) -> ModelSource | None:
         model = self.models.get(name)
-        return model.source if isinstance(model, HeldModel) else model
+        return model.source if isinstance(model, InMemoryModel) else model
 
 
 def scored_tables(
-    config: RunConfig, desk: Desk, held: Mapping[str, HeldModel], tokenizer: Any = None
+    config: RunConfig, context: RunContext, loaded: Mapping[str, InMemoryModel], tokenizer: Any = None
 ) -> dict[str, pa.Table]:
     """Policy → score columns, a row for every pair in the order of the input; `status` says which were scored.
 
@@ -91,14 +91,14 @@ def scored_tables(
     not be scored are null but for where they come from. Raises UsageError.
     """
     datasets = open_data(config, keep_columns=_kept(config))
-    models = _resolved(config, desk, held)
-    taking_part = Participants(models, _numerics(config, desk, models))
-    tokenizer = tokenizer if tokenizer is not None else _tokenizer(config, desk, datasets, models)
-    job = _job(config, datasets, taking_part, tokenizer)
-    text = _text(job)
-    values = {name: _values(desk, job, taking_part, name, text) for name in models}
-    first = reference_block(job, job.references[0], text, values.get(""))
-    return {policy.name: _policy_table(job, policy, text, first, values) for policy in job.policies}
+    models = _resolved(config, context, loaded)
+    taking_part = Participants(models, _numerics(config, context, models))
+    tokenizer = tokenizer if tokenizer is not None else _tokenizer(config, context, datasets, models)
+    plan = _plan(config, datasets, taking_part, tokenizer)
+    text = _text(plan)
+    values = {name: _values(context, plan, taking_part, name, text) for name in models}
+    first = reference_block(plan, plan.references[0], text, values.get(""))
+    return {policy.name: _policy_table(plan, policy, text, first, values) for policy in plan.policies}
 
 
 def _kept(config: RunConfig) -> tuple[str, ...]:
@@ -108,42 +108,42 @@ def _kept(config: RunConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*config.keep_columns, *columns, *(name for name in offsets if name))))
 
 
-def _resolved(config: RunConfig, desk: Desk, held: Mapping[str, HeldModel]) -> dict[str, Model]:
+def _resolved(config: RunConfig, context: RunContext, loaded: Mapping[str, InMemoryModel]) -> dict[str, Model]:
     trust, how = (config.allow_pickle, config.trust_remote_code), config.compute.quantization
-    resolver = Resolver(desk.cache_dir, desk.digests.sha256, *trust, quantization=how)
+    resolver = Resolver(context.cache_dir, context.digests.sha256, *trust, quantization=how)
     found: dict[str, Model] = {}
     spec = config.reference
-    if "" in held:
-        found[""] = held[""]
+    if "" in loaded:
+        found[""] = loaded[""]
     elif spec is not None and spec.columns is None:
         found[""] = resolver.resolve(spec.model, revision=spec.revision, adapter=spec.adapter)
     base = found.get("")
     for policy in config.policies:
         reference = base if isinstance(base, ModelSource) else None
-        found[policy.name] = held.get(policy.name) or resolve_policy(policy, reference, config.policy_base, resolver)
+        found[policy.name] = loaded.get(policy.name) or resolve_policy(policy, reference, config.policy_base, resolver)
     return found
 
 
-def _numerics(config: RunConfig, desk: Desk, models: Mapping[str, Model]) -> dict[str, Numerics]:
+def _numerics(config: RunConfig, context: RunContext, models: Mapping[str, Model]) -> dict[str, Numerics]:
     """Held models compute as they are; named ones alike, as the first of them needs."""
     named = [model for model in models.values() if isinstance(model, ModelSource)]
     common = None
     if named:
         asked = resolve_numerics(config.compute, named[0].config, parameters(named[0]))
-        common = trusted(desk, named[0], asked)
+        common = trusted(context, named[0], asked)
     return {
-        name: model.numerics(config.compute) if isinstance(model, HeldModel) else cast(Numerics, common)
+        name: model.numerics(config.compute) if isinstance(model, InMemoryModel) else cast(Numerics, common)
         for name, model in models.items()
     }
 
 
-def _tokenizer(config: RunConfig, desk: Desk, datasets: Sequence[Dataset], models: Mapping[str, Model]) -> Any:
+def _tokenizer(config: RunConfig, context: RunContext, datasets: Sequence[Dataset], models: Mapping[str, Model]) -> Any:
     """As a run chooses it; a held model says by name where its own is."""
     homes = [(name or REFERENCE, _home(model)) for name, model in models.items()]
     if not (config.text.tokenizer or homes[0][1] or only_ids(datasets)):
         raise ModelError("the loaded model does not say where its tokenizer is: give tokenizer=…")
     known = homes[:1] + [home for home in homes[1:] if home[1]]
-    return choose_tokenizer(config, config.text, datasets, known, desk.progress.say)
+    return choose_tokenizer(config, config.text, datasets, known, context.progress.say)
 
 
 def _home(model: Model) -> str:
@@ -153,15 +153,15 @@ def _home(model: Model) -> str:
     return getattr(model.model.config, "name_or_path", None) or getattr(model.model, "name_or_path", None) or ""
 
 
-def _job(config: RunConfig, datasets: tuple[Dataset, ...], taking_part: Participants, tokenizer: Any) -> Job:
+def _plan(config: RunConfig, datasets: tuple[Dataset, ...], taking_part: Participants, tokenizer: Any) -> RunPlan:
     source, spec, rows = taking_part.source(""), config.reference, sum(dataset.rows for dataset in datasets)
     first = taking_part.source(next(iter(taking_part.models), ""))
-    reference = ReferenceJob("", source, spec.columns if spec else None, taking_part.numerics.get(""), {}, "")
-    policies = [_policy_job(config, policy, taking_part, reference) for policy in config.policies]
-    return Job(
+    reference = ReferenceTask("", source, spec.columns if spec else None, taking_part.numerics.get(""), {}, "")
+    policies = [_policy_task(config, policy, taking_part, reference) for policy in config.policies]
+    return RunPlan(
         config=config,
         datasets=datasets,
-        rows=Rows(rows, max(rows, 1)),
+        rows=RowBlocks(rows, max(rows, 1)),
         tokenizer=tokenizer,
         renderer=renderer_of(config, tokenizer, config.text, text_limits(first.config) if first else None),
         extra=extra_fields(datasets, _kept(config)),
@@ -172,59 +172,61 @@ def _job(config: RunConfig, datasets: tuple[Dataset, ...], taking_part: Particip
     )
 
 
-def _weighs(policy: PolicyJob) -> bool:
+def _weighs(policy: PolicyTask) -> bool:
     return policy.loss.modifiers.wpo
 
 
-def _policy_job(config: RunConfig, spec: PolicySpec, taking_part: Participants, reference: ReferenceJob) -> PolicyJob:
+def _policy_task(
+    config: RunConfig, spec: PolicySpec, taking_part: Participants, reference: ReferenceTask
+) -> PolicyTask:
     loss = spec.loss or config.loss
     source, numerics = taking_part.source(spec.name), taking_part.numerics[spec.name]
     resolved = parse_loss(loss)
     if reference.source is None and reference.columns is None and not resolved.reference_free:
         raise ConfigError(f"loss {resolved.name!r} compares with a reference: give reference=…")
-    return PolicyJob(spec.name, source, resolved, loss, reference, numerics, {}, "")
+    return PolicyTask(spec.name, source, resolved, loss, reference, numerics, {}, "")
 
 
-def _text(job: Job) -> BlockText:
-    read = PairReader(job.datasets).read(0, job.rows.total)
-    encoded = job.renderer.encode([item for item in read if isinstance(item, Pair)])
+def _text(plan: RunPlan) -> BlockText:
+    read = PairReader(plan.datasets).read(0, plan.rows.total)
+    encoded = plan.renderer.encode([item for item in read if isinstance(item, Pair)])
     rejected = tuple(item for item in [*read, *encoded] if isinstance(item, Rejected))
     pairs = [item for item in encoded if isinstance(item, EncodedPair)]
-    return BlockText(0, 0, job.rows.total, text_table(pairs, job.extra), rejected)
+    return BlockText(0, 0, plan.rows.total, text_table(pairs, plan.extra), rejected)
 
 
-def _values(desk: Desk, job: Job, taking_part: Participants, name: str, text: BlockText) -> Values:
-    model, numerics, stats = taking_part.models[name], taking_part.numerics[name], [STATS[s] for s in job.stats]
-    refuse_other_kind(job.renderer, taking_part.source(name))
-    if isinstance(model, HeldModel):
+def _values(context: RunContext, plan: RunPlan, taking_part: Participants, name: str, text: BlockText) -> Values:
+    model, numerics, stats = taking_part.models[name], taking_part.numerics[name], [STATS[s] for s in plan.stats]
+    refuse_other_kind(plan.renderer, taking_part.source(name))
+    if isinstance(model, InMemoryModel):
         refuse_long(model.source, text.table)
-        return HeldValues(model, numerics, stats)
-    TokenGuard(job.tokenizer, model).check(text.table)
-    return TrustedValues(desk, model, numerics, stats)
+        return InMemoryLogprobs(model, numerics, stats)
+    TokenGuard(plan.tokenizer, model).check(text.table)
+    return CheckedLogprobs(context, model, numerics, stats)
 
 
-class TrustedValues:
+class CheckedLogprobs:
     """Values of one named model, on the plain path where the fast one is refused at its load, said aloud."""
 
-    def __init__(self, desk: Desk, source: ModelSource, numerics: Numerics, stats: Sequence[str]) -> None:
-        self._desk, self._source, self._numerics, self._stats = desk, source, numerics, stats
-        self._values = ModelValues(desk, source, numerics, stats)
+    def __init__(self, context: RunContext, source: ModelSource, numerics: Numerics, stats: Sequence[str]) -> None:
+        self._context, self._source, self._numerics, self._stats = context, source, numerics, stats
+        self._values = CachedLogprobs(context, source, numerics, stats)
 
-    def block(self, name: str, sequences: Sequence[TokenSequence], sample: int = 0) -> BlockValues:
+    def block(self, name: str, sequences: Sequence[TokenSequence], sample: int = 0) -> BlockLogprobs:
         try:
             return self._values.block(name, sequences, sample)
         except FastPathRefusedError as refusal:
-            self._desk.progress.warn(f"{self._source.name}: scored on the plain path, which is slower: {refusal}")
-        self._values = ModelValues(self._desk, self._source, plain(self._numerics), self._stats)
+            self._context.progress.warn(f"{self._source.name}: scored on the plain path, which is slower: {refusal}")
+        self._values = CachedLogprobs(self._context, self._source, plain(self._numerics), self._stats)
         return self._values.block(name, sequences, sample)
 
 
 def _policy_table(
-    job: Job, policy: PolicyJob, text: BlockText, first: BlockResult, values: Mapping[str, Values]
+    plan: RunPlan, policy: PolicyTask, text: BlockText, first: BlockResult, values: Mapping[str, Values]
 ) -> pa.Table:
     """Scores and rejects of one policy, in the order of the rows."""
     own = None if policy.equals_reference else values[policy.name]
-    result = policy_block(job, policy, text, first.tables[part("reference", 0, 1)], own)
+    result = policy_block(plan, policy, text, first.tables[part("reference", 0, 1)], own)
     scores = result.tables[part(policy.stage, 0, 1)]
     rejects = [t for found in (first, result) for name, t in found.tables.items() if name.startswith("rejects/")]
     rows = [fitted(_unscored(table), scores.schema) for table in rejects if table.num_rows]

@@ -14,7 +14,7 @@ from typing import Any
 
 from dpo_score.config.schema import ComputeSpec
 from dpo_score.data.types import TokenSequence
-from dpo_score.engine.model_logprobs import BlockValues
+from dpo_score.engine.model_logprobs import BlockLogprobs
 from dpo_score.errors import ModelError
 from dpo_score.logprobs.numerics import Numerics, resolve_numerics
 from dpo_score.logprobs.types import SequenceLogps, Unscored
@@ -23,7 +23,7 @@ from dpo_score.storage.cache.cache import CacheEntry
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class HeldModel:
+class InMemoryModel:
     """A transformers or PEFT model; `bare`: with its adapters switched off."""
 
     model: Any
@@ -65,28 +65,28 @@ class HeldModel:
                 parameter.requires_grad_(flag)
 
 
-class HeldValues:
+class InMemoryLogprobs:
     """Values of one held model."""
 
-    def __init__(self, held: HeldModel, numerics: Numerics, stats: Sequence[str] = ()) -> None:
-        self._held, self._numerics, self._stats = held, numerics, tuple(stats)
+    def __init__(self, loaded: InMemoryModel, numerics: Numerics, stats: Sequence[str] = ()) -> None:
+        self._loaded, self._numerics, self._stats = loaded, numerics, tuple(stats)
 
-    def block(self, name: str, sequences: Sequence[TokenSequence], sample: int = 0) -> BlockValues:
+    def block(self, name: str, sequences: Sequence[TokenSequence], sample: int = 0) -> BlockLogprobs:
         from dpo_score.logprobs.scorer import PairScorer
 
         self._refuse_unknown_ids(sequences)
-        with self._held.as_found():
-            results = PairScorer(self._held.model, self._numerics, self._stats).score(sequences)
+        with self._loaded.as_found():
+            results = PairScorer(self._loaded.model, self._numerics, self._stats).score(sequences)
         redone = frozenset(i for i, r in enumerate(results) if isinstance(r, SequenceLogps) and r.redone_dtype)
-        return BlockValues([_entry(result) for result in results], redone)
+        return BlockLogprobs([_entry(result) for result in results], redone)
 
     def _refuse_unknown_ids(self, sequences: Sequence[TokenSequence]) -> None:
-        rows = int(self._held.model.get_input_embeddings().weight.shape[0])
+        rows = int(self._loaded.model.get_input_embeddings().weight.shape[0])
         largest = max((int(ids.max()) for s in sequences for ids in (s.prompt, s.response) if len(ids)), default=0)
         if largest >= rows:
             raise ModelError(
-                f"{type(self._held.model).__name__}: token id {largest} lies beyond its {rows} embedding rows; it was "
-                "made for another tokenizer: name its own with tokenizer=…"
+                f"{type(self._loaded.model).__name__}: token id {largest} lies beyond its {rows} embedding rows; it "
+                "was made for another tokenizer: name its own with tokenizer=…"
             )
 
 

@@ -6,27 +6,27 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 from dpo_score.data.dataset import DataFile
-from dpo_score.engine.context import Desk
-from dpo_score.engine.plan import Job
+from dpo_score.engine.context import RunContext
+from dpo_score.engine.plan import RunPlan
 from dpo_score.errors import DataError
 
 
-def refuse_changed_input(desk: Desk, job: Job, start: int, stop: int) -> None:
+def refuse_changed_input(context: RunContext, plan: RunPlan, start: int, stop: int) -> None:
     """DataError when a file behind the wanted rows [start, stop) is not the one that the run began with.
 
     Files that these rows do not come from are not looked at: a block costs the same among a thousand files.
     """
-    for file in files_behind(job, start, stop):
-        if desk.digests.sha256(file.path) != file.sha256:
+    for file in files_behind(plan, start, stop):
+        if context.digests.sha256(file.path) != file.sha256:
             raise DataError(f"{file.path} changed while it was being scored: run the same command with --restart")
 
 
-def files_behind(job: Job, start: int, stop: int) -> Iterator[DataFile]:
+def files_behind(plan: RunPlan, start: int, stop: int) -> Iterator[DataFile]:
     """The files that hold the wanted rows [start, stop), in order."""
-    sample = job.rows.sample
+    sample = plan.rows.sample
     rows: Sequence[int] = range(start, stop) if sample is None else sample[start:stop]
     first = 0
-    for file in (file for dataset in job.datasets for file in dataset.files):
+    for file in (file for dataset in plan.datasets for file in dataset.files):
         if _any_within(rows, first, first + file.rows):
             yield file
         first += file.rows

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from dpo_score.engine.context import Desk
-from dpo_score.engine.plan import Job, PolicyJob
+from dpo_score.engine.context import RunContext
+from dpo_score.engine.plan import PolicyTask, RunPlan
 from dpo_score.engine.stages import part
 from dpo_score.errors import ModelError
 from dpo_score.models.limits import context_limit, embedding_rows, side_limits
@@ -71,18 +71,18 @@ def _sizes(table: pa.Table) -> dict[str, NDArray[Any]]:
     return {"prompt": prompt, "answer": answer, "prompt and answer": prompt + answer}
 
 
-def refuse_unfit(desk: Desk, job: Job, policy: PolicyJob) -> None:
+def refuse_unfit(context: RunContext, plan: RunPlan, policy: PolicyTask) -> None:
     """ModelError for a policy that cannot take what stage one has committed, before a row of it is scored."""
     source = policy.source
     if source is None or policy.equals_reference:
         return
-    refuse_other_kind(job.renderer, source)
-    if not _shorter(bounds(source), job.renderer.bounds):
+    refuse_other_kind(plan.renderer, source)
+    if not _shorter(bounds(source), plan.renderer.bounds):
         return
-    done, blocks = read_records(desk.store, policy.stage), job.rows.blocks
-    for block in desk.stop.between(job.rows):
+    done, blocks = read_records(context.store, policy.stage), plan.rows.blocks
+    for block in context.stop.between(plan.rows):
         if record_name(policy.stage, block, blocks) not in done:
-            refuse_long(source, desk.store.read_table(part(policy.reference.stage, block, blocks), list(COUNTS)))
+            refuse_long(source, context.store.read_table(part(policy.reference.stage, block, blocks), list(COUNTS)))
 
 
 def _shorter(own: Mapping[str, int | None], cut_to: Mapping[str, int | None]) -> bool:

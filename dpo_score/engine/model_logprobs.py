@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dpo_score.config.schema import ComputeSpec
 from dpo_score.data.types import TokenSequence
-from dpo_score.engine.context import Desk
+from dpo_score.engine.context import RunContext
 from dpo_score.errors import ConfigError
 from dpo_score.logprobs.numerics import Numerics
 from dpo_score.logprobs.types import SequenceLogps, Unscored
@@ -33,7 +33,7 @@ class FastPathRefusedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class BlockValues:
+class BlockLogprobs:
     """`entries` in the order of the sequences asked for; `redone`: keys computed again in float32."""
 
     entries: list[Entry]
@@ -79,23 +79,23 @@ def placed(numerics: Numerics, device: str) -> Numerics:
 class Values(Protocol):
     """Where a stage gets token log-probabilities from, a block of sequences at a time."""
 
-    def block(self, name: str, sequences: Sequence[TokenSequence], sample: int = 0) -> BlockValues: ...
+    def block(self, name: str, sequences: Sequence[TokenSequence], sample: int = 0) -> BlockLogprobs: ...
 
 
-class ModelValues:
+class CachedLogprobs:
     """One model of one run. `stats` are the scorer's statistics that every entry must carry."""
 
     def __init__(
         self,
-        desk: Desk,
+        context: RunContext,
         source: ModelSource,
         numerics: Numerics,
         stats: Sequence[str] = (),
         snapshot: Sequence[str] | None = None,
         upcoming: ModelSource | None = None,
     ) -> None:
-        self._desk, self._source, self._begun, self._stats = desk, source, numerics, tuple(stats)
-        self._space: CacheSpace = desk.cache.namespace(cache_fields(source, numerics))
+        self._context, self._source, self._begun, self._stats = context, source, numerics, tuple(stats)
+        self._space: CacheSpace = context.cache.namespace(cache_fields(source, numerics))
         self.snapshot = tuple(self._space.snapshot() if snapshot is None else snapshot)
         self._view = self._space.view(self.snapshot)
         self._upcoming = upcoming
@@ -103,7 +103,7 @@ class ModelValues:
         self._model: Any = None
         self._packs_split = 0
 
-    def block(self, name: str, sequences: Sequence[TokenSequence], sample: int = 0) -> BlockValues:
+    def block(self, name: str, sequences: Sequence[TokenSequence], sample: int = 0) -> BlockLogprobs:
         """Values of one block. `name` names the cache file that its new values go to; the noise floor is measured
         on the first `sample` sequences."""
         keys = [sequence.key for sequence in sequences]
@@ -118,23 +118,23 @@ class ModelValues:
         notes = self._notes(len(missing))
         if sample:
             notes["noise"] = self._noise(sequences[:sample], entries[:sample])
-        return BlockValues(entries, redone, notes)
+        return BlockLogprobs(entries, redone, notes)
 
     @cached_property
     def _numerics(self) -> Numerics:
         """Those that the run began with, on the device asked for, with the kernel that runs here."""
         from dpo_score.logprobs.torch_settings import in_effect
 
-        return in_effect(placed(self._begun, self._desk.device))
+        return in_effect(placed(self._begun, self._context.device))
 
     @cached_property
     def _own_space(self) -> CacheSpace:
         """Where new values go: that of the run's numerics, but for another kernel its own."""
         same = self._numerics.kernel == self._begun.kernel
-        return self._space if same else self._desk.cache.namespace(cache_fields(self._source, self._numerics))
+        return self._space if same else self._context.cache.namespace(cache_fields(self._source, self._numerics))
 
     def _noise(self, sequences: Sequence[TokenSequence], entries: Sequence[Entry]) -> noise.Noise:
-        store = self._desk.cache.store
+        store = self._context.cache.store
         if self._scorer is None:
             return noise.remembered(store, _namespace(self._space))
         found = noise.measure(self._model, self._numerics, sequences, entries)
@@ -150,7 +150,7 @@ class ModelValues:
         results = scorer.score(sequences)
         self._packs_split = scorer.packs_split - split_before
         for note in scorer.notes:
-            self._desk.progress.warn(f"{self._source.name}: {note}")
+            self._context.progress.warn(f"{self._source.name}: {note}")
         return results
 
     def _keep(self, name: str, fresh: Mapping[bytes, SequenceLogps | Unscored]) -> None:
@@ -176,16 +176,20 @@ class ModelValues:
     def _load(self) -> PairScorer:
         from dpo_score.logprobs.scorer import PairScorer
 
-        desk = self._desk
+        context = self._context
         _refuse_absent(self._source, self._numerics)
-        desk.progress.say(f"loading {self._source.name} ({self._numerics.dtype} on {self._numerics.device})")
-        loaded = desk.shelf.load(self._source, self._numerics)
+        context.progress.say(f"loading {self._source.name} ({self._numerics.dtype} on {self._numerics.device})")
+        loaded = context.shelf.load(self._source, self._numerics)
         self._verify(loaded.model)
         self._model = loaded.model
         if self._upcoming is not None:
-            desk.shelf.prefetch(self._upcoming)
+            context.shelf.prefetch(self._upcoming)
         return PairScorer(
-            loaded.model, self._numerics, self._stats, on_progress=desk.progress.tokens, should_stop=desk.stop.check
+            loaded.model,
+            self._numerics,
+            self._stats,
+            on_progress=context.progress.tokens,
+            should_stop=context.stop.check,
         )
 
     def _verify(self, model: Any) -> None:

@@ -30,7 +30,7 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RowBlocks:
     """Which rows of all sets are scored, in blocks. Boundaries depend on `total` alone, so a `limit` shares them.
 
     `share` (i, n): this process works on the i-th of n contiguous runs of blocks, and iteration yields those alone.
@@ -77,7 +77,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class ReferenceJob:
+class ReferenceTask:
     """Stage one for one reference. `name` is empty for the run's own, else the policy that brought its own."""
 
     name: str
@@ -102,14 +102,14 @@ class ReferenceJob:
 
 
 @dataclass(frozen=True, slots=True)
-class PolicyJob:
+class PolicyTask:
     """Stage two for one policy. `failure`: why it cannot be loaded, now or at all (then `source` is None)."""
 
     name: str
     source: ModelSource | None
     loss: ResolvedLoss
     loss_spec: LossSpec
-    reference: ReferenceJob
+    reference: ReferenceTask
     numerics: Numerics | None
     fields: Mapping[str, Any]
     identity: str
@@ -129,17 +129,17 @@ class PolicyJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class RunPlan:
     """A run, ready to be worked through."""
 
     config: RunConfig
     datasets: tuple[Dataset, ...]
-    rows: Rows
+    rows: RowBlocks
     tokenizer: Any
     renderer: Renderer
     extra: tuple[pa.Field, ...]
-    references: tuple[ReferenceJob, ...]
-    policies: tuple[PolicyJob, ...]
+    references: tuple[ReferenceTask, ...]
+    policies: tuple[PolicyTask, ...]
     identities: Identities
     stats: tuple[str, ...] = ()
     cache_snapshots: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -152,7 +152,7 @@ class Job:
         return tuple((label, s, n) for label, s, n in named if s is not None and n is not None)
 
 
-def with_numerics(reference: ReferenceJob, numerics: Numerics, run: Identities) -> ReferenceJob:
+def with_numerics(reference: ReferenceTask, numerics: Numerics, run: Identities) -> ReferenceTask:
     """The reference with other numerics, and the identity that follows from them."""
     fields = {**reference.fields, "numerics": numerics.to_json()}
     identity = replace(run, reference=fields).reference_digest
@@ -233,26 +233,26 @@ _UNUSED_TEMPLATE = "the tokenizer has a chat template: --render chat applies it"
 _IDS = "token ids as they stand in the data"
 
 
-def text_notice(job: Job) -> str:
+def text_notice(plan: RunPlan) -> str:
     """How rows become text, in one sentence; names the flag where a chat template goes unused."""
-    texts = [dataset for dataset in job.datasets if dataset.format.code != IDS]
-    if job.tokenizer is None or not texts:
+    texts = [dataset for dataset in plan.datasets if dataset.format.code != IDS]
+    if plan.tokenizer is None or not texts:
         return _IDS
-    parts = [_IDS] if len(texts) < len(job.datasets) else []
-    if job.config.text.render == "chat":
+    parts = [_IDS] if len(texts) < len(plan.datasets) else []
+    if plan.config.text.render == "chat":
         return "; ".join(["everything is rendered with the chat template", *parts])
     kinds = {dataset.is_conversational for dataset in texts}
     if False in kinds:
-        parts.insert(0, _strings(job))
+        parts.insert(0, _strings(plan))
     if True in kinds:
         parts.insert(0, "conversations are rendered with the chat template")
     return "; ".join(parts)
 
 
-def _strings(job: Job) -> str:
+def _strings(plan: RunPlan) -> str:
     """What becomes of plain strings."""
-    unused = _UNUSED_TEMPLATE if job.tokenizer.chat_template and job.config.text.render == "auto" else ""
-    if "answer" in job.renderer.bounds:
+    unused = _UNUSED_TEMPLATE if plan.tokenizer.chat_template and plan.config.text.render == "auto" else ""
+    if "answer" in plan.renderer.bounds:
         apart = "prompts go to the encoder and answers to the decoder, each as the tokenizer ends a text"
         return apart + (f" ({unused})" if unused else "")
     return "strings are scored raw" + (f", as TRL does ({unused})" if unused else "")

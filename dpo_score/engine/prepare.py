@@ -13,16 +13,16 @@ from typing import Any
 
 from dpo_score.config.schema import ModelSpec, PolicySpec, RunConfig
 from dpo_score.data.dataset import Dataset, mean_text_bytes, open_data
-from dpo_score.engine.context import Desk
+from dpo_score.engine.context import RunContext
 from dpo_score.engine.environment import continued, host, now, versions
 from dpo_score.engine.fast_path_check import trusted
 from dpo_score.engine.model_logprobs import cache_fields, overlaid, placed, plain
 from dpo_score.engine.placement import check_placement
 from dpo_score.engine.plan import (
-    Job,
-    PolicyJob,
-    ReferenceJob,
-    Rows,
+    PolicyTask,
+    ReferenceTask,
+    RowBlocks,
+    RunPlan,
     block_rows,
     extra_fields,
     loss_spec,
@@ -51,15 +51,15 @@ Turn = Callable[[], AbstractContextManager[None]]
 class Preparation:
     """One pass over a configuration; `job()` is its result. `computes`: may load models and run custom losses."""
 
-    def __init__(self, config: RunConfig, desk: Desk, computes: bool = True) -> None:
-        self.config, self.desk = config, desk
-        self.found: Manifest | None = read_manifest(desk.store)
+    def __init__(self, config: RunConfig, context: RunContext, computes: bool = True) -> None:
+        self.config, self.context = config, context
+        self.found: Manifest | None = read_manifest(context.store)
         self.resolver = Resolver(
-            desk.cache_dir,
-            desk.digests.sha256,
+            context.cache_dir,
+            context.digests.sha256,
             allow_pickle=config.allow_pickle,
             trust_remote_code=config.trust_remote_code,
-            say=desk.progress.say,
+            say=context.progress.say,
             quantization=config.compute.quantization,
         )
         self.losses = {policy.name: parse_loss(loss_spec(config, policy), computes) for policy in config.policies}
@@ -69,11 +69,11 @@ class Preparation:
         self.policies = {policy.name: self._resolve_policy(policy) for policy in config.policies}
         self.config = pinned(self.config, self.reference, self.policies)
         found = (self.reference, *self.policies.values())
-        check_placement(config.compute, [s for s in found if isinstance(s, ModelSource)], desk.progress.say)
+        check_placement(config.compute, [s for s in found if isinstance(s, ModelSource)], context.progress.say)
         self.renderer = self._make_renderer()
         self.numerics = self._decide_numerics()
         self.rows = self._decide_rows()
-        self.versions = self._environment(computes and desk.crew is None)
+        self.versions = self._environment(computes and context.pool is None)
 
     def _settled(self, config: RunConfig) -> RunConfig:
         """`config` with commits in place of branches, and the text settings that a benchmark asks for."""
@@ -83,7 +83,7 @@ class Preparation:
         return config.model_copy(update={"data": data, "text": text})
 
     def _open_data(self) -> tuple[Dataset, ...]:
-        return open_data(self.config, sha256=self.desk.digests.sha256, keep_columns=self._kept_columns())
+        return open_data(self.config, sha256=self.context.digests.sha256, keep_columns=self._kept_columns())
 
     def _kept_columns(self) -> tuple[str, ...]:
         """--keep-columns, and the columns that the reference or a loss reads."""
@@ -118,7 +118,7 @@ class Preparation:
             return resolve_policy(policy, self.reference, self.config.policy_base, self.resolver)
         except ModelError as error:
             if waiting(policy, error):
-                self.desk.skipped[policy.name] = str(error)
+                self.context.skipped[policy.name] = str(error)
             return str(error)
 
     def _make_renderer(self) -> Renderer:
@@ -128,7 +128,7 @@ class Preparation:
             text = text.model_copy(update={"date": self.found.notes.get("date")})
         models = {REFERENCE: self.reference, **self.policies}
         homes = ((name, str(m.tokenizer_folder)) for name, m in models.items() if isinstance(m, ModelSource))
-        self.tokenizer = choose_tokenizer(self.config, text, self.datasets, homes, self.desk.progress.say)
+        self.tokenizer = choose_tokenizer(self.config, text, self.datasets, homes, self.context.progress.say)
         return renderer_of(self.config, self.tokenizer, text, text_limits(first.config) if first else None)
 
     def _text_model(self) -> ModelSource | None:
@@ -150,15 +150,15 @@ class Preparation:
         numerics = resolve_numerics(self.config.compute, model.config, parameters(model), rows_hint=rows)
         if self.config.rewardbench == "exact":
             numerics = with_own_softmax(numerics)
-        return trusted(self.desk, model, numerics)
+        return trusted(self.context, model, numerics)
 
     def _environment(self, computes: bool) -> dict[str, str]:
         """Versions and device, held against those that OUT was begun with."""
-        here = versions(placed(self.numerics, self.desk.device) if computes and self.numerics else None)
+        here = versions(placed(self.numerics, self.context.device) if computes and self.numerics else None)
         begun = self.found.versions if self.found is not None else here
-        return continued(begun, here, self.config.strict_env, self.desk.progress.warn)
+        return continued(begun, here, self.config.strict_env, self.context.progress.warn)
 
-    def _decide_rows(self) -> Rows:
+    def _decide_rows(self) -> RowBlocks:
         total = sum(dataset.rows for dataset in self.datasets)
         sample = sampled(total, self.config.sample, self.config.seed)
         if self.found is not None:
@@ -168,7 +168,7 @@ class Preparation:
             bytes_ = sum(mean_text_bytes(d) * d.rows for d in self.datasets) / max(total, 1)
             kind = self.numerics.device_kind if self.numerics else "cpu"
             size = block_rows(len(sample) if sample else total, bytes_, parameters(model) if model else 1, kind)
-        return Rows(total, size, self.config.limit, sample, self.config.share)
+        return RowBlocks(total, size, self.config.limit, sample, self.config.share)
 
     def text_fields(self) -> dict[str, Any]:
         return {
@@ -194,13 +194,13 @@ class Preparation:
         needed = ["wpo"] if any(loss.modifiers.wpo for loss in self.losses.values()) else []
         return tuple(dict.fromkeys((*self.config.compute.stats, *needed)))
 
-    def job(self) -> Job:
+    def plan(self) -> RunPlan:
         spec = self.config.reference
         run = Identities(self.text_fields(), self.reference_fields(self.reference, spec.columns if spec else None))
-        own = self._reference_job("", spec, self.reference, run)
-        policies = tuple(self._policy_job(policy, own, run) for policy in self.config.policies)
+        own = self._reference_task("", spec, self.reference, run)
+        policies = tuple(self._policy_task(policy, own, run) for policy in self.config.policies)
         brought = {policy.reference.name: policy.reference for policy in policies if policy.reference.name}
-        return Job(
+        return RunPlan(
             config=self.config,
             datasets=self.datasets,
             rows=self.rows,
@@ -213,13 +213,13 @@ class Preparation:
             stats=self.stats(),
         )
 
-    def _reference_job(self, name: str, spec: Any, source: ModelSource | None, run: Identities) -> ReferenceJob:
+    def _reference_task(self, name: str, spec: Any, source: ModelSource | None, run: Identities) -> ReferenceTask:
         columns = spec.columns if spec is not None else None
         fields = self.reference_fields(source, columns)
         identity = replace(run, reference=fields).reference_digest
-        job = ReferenceJob(name, source, columns, self.numerics if source else None, fields, identity)
-        stored = self.found.numerics.get(job.stage) if self.found and name and source else None
-        return job if stored is None else with_numerics(job, Numerics.from_json(stored), run)
+        plan = ReferenceTask(name, source, columns, self.numerics if source else None, fields, identity)
+        stored = self.found.numerics.get(plan.stage) if self.found and name and source else None
+        return plan if stored is None else with_numerics(plan, Numerics.from_json(stored), run)
 
     def _numerics_of(self, policy: str) -> Numerics | None:
         """The run's, but plain for a policy that OUT had to score on the plain path."""
@@ -228,68 +228,70 @@ class Preparation:
             return self.numerics
         return plain(self.numerics)
 
-    def _policy_job(self, policy: PolicySpec, own: ReferenceJob, run: Identities) -> PolicyJob:
+    def _policy_task(self, policy: PolicySpec, own: ReferenceTask, run: Identities) -> PolicyTask:
         reference = own
         if policy.reference is not None:
             spec = policy.reference
             source = None
             if spec.columns is None:
                 source = self._resolved(spec)
-            reference = self._reference_job(policy.name, spec, source, run)
+            reference = self._reference_task(policy.name, spec, source, run)
         found = self.policies[policy.name]
         source, failure = (found, None) if isinstance(found, ModelSource) else (None, found)
         loss, spec_of_loss = self.losses[policy.name], loss_spec(self.config, policy)
         numerics = self._numerics_of(policy.name)
-        job = PolicyJob(policy.name, source, loss, spec_of_loss, reference, numerics, {}, "", failure)
-        return identified(job, run)
+        plan = PolicyTask(policy.name, source, loss, spec_of_loss, reference, numerics, {}, "", failure)
+        return identified(plan, run)
 
 
-def identified(job: PolicyJob, run: Identities) -> PolicyJob:
+def identified(plan: PolicyTask, run: Identities) -> PolicyTask:
     """The job with the fields and the identity that follow from its source, numerics, loss and own reference."""
     fields: dict[str, Any] = {
-        "weights": job.source.key if job.source else None,
-        "numerics": job.numerics.to_json() if job.numerics else None,
-        "loss": job.loss.identity(),
+        "weights": plan.source.key if plan.source else None,
+        "numerics": plan.numerics.to_json() if plan.numerics else None,
+        "loss": plan.loss.identity(),
     }
-    if job.reference.name:
-        fields["reference"] = dict(job.reference.fields)
-    alone = Identities(run.text, run.reference, {job.name: fields})
-    return replace(job, fields=fields, identity=alone.policy_digest(job.name))
+    if plan.reference.name:
+        fields["reference"] = dict(plan.reference.fields)
+    alone = Identities(run.text, run.reference, {plan.name: fields})
+    return replace(plan, fields=fields, identity=alone.policy_digest(plan.name))
 
 
-def prepare(config: RunConfig, desk: Desk, opening: Turn = nullcontext, computes: bool = True) -> tuple[Job, Manifest]:
+def prepare(
+    config: RunConfig, context: RunContext, opening: Turn = nullcontext, computes: bool = True
+) -> tuple[RunPlan, Manifest]:
     """Resolve everything and open the manifest, inside `opening()`.
 
     Raises UsageError (data, model, configuration, identity, environment under --strict-env).
     """
-    preparation = Preparation(config, desk, computes)
-    job = preparation.job()
-    check_slices(job)
+    preparation = Preparation(config, context, computes)
+    plan = preparation.plan()
+    check_slices(plan)
     request = ManifestRequest(
-        identities=job.identities,
+        identities=plan.identities,
         numerics={"run": preparation.numerics.to_json()} if preparation.numerics else {},
-        block_rows=job.rows.block_rows,
-        total_rows=job.rows.total,
+        block_rows=plan.rows.block_rows,
+        total_rows=plan.rows.total,
         started=now(),
         host=host(),
         versions=preparation.versions,
-        cache_snapshots=snapshots(desk, job),
-        notes={"date": preparation.renderer.identity()["date"], "names": names(job), "commits": commits(job)},
+        cache_snapshots=snapshots(context, plan),
+        notes={"date": preparation.renderer.identity()["date"], "names": names(plan), "commits": commits(plan)},
         strict_env=config.strict_env,
         out=config.out or "",
     )
     with opening():
-        manifest = open_manifest(desk.store, request)
-    for line in (*(dataset.summary() for dataset in job.datasets), *commit_lines(job), text_notice(job)):
-        desk.progress.say(line)
-    return replace(job, cache_snapshots=manifest.cache_snapshots), manifest
+        manifest = open_manifest(context.store, request)
+    for line in (*(dataset.summary() for dataset in plan.datasets), *commit_lines(plan), text_notice(plan)):
+        context.progress.say(line)
+    return replace(plan, cache_snapshots=manifest.cache_snapshots), manifest
 
 
-def snapshots(desk: Desk, job: Job) -> dict[str, list[str]]:
+def snapshots(context: RunContext, plan: RunPlan) -> dict[str, list[str]]:
     """Cache files that exist now, by the weights they belong to: lookups of this OUT see these and no others."""
     return {
-        source.key: list(desk.cache.namespace(cache_fields(source, numerics)).snapshot())
-        for _, source, numerics in job.models
+        source.key: list(context.cache.namespace(cache_fields(source, numerics)).snapshot())
+        for _, source, numerics in plan.models
     }
 
 

@@ -8,7 +8,7 @@ from dpo_score.storage.io import Store
 from dpo_score.storage.manifest import restart
 
 
-def throw_away(store: Store) -> None:
+def discard_results(store: Store) -> None:
     """Raises ConfigError where `precompute` wrote a data set: it would outlive the values and records it belongs to."""
     if store.exists(CONTRACT):
         raise ConfigError(

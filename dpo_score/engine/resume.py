@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 
-from dpo_score.engine.context import Desk
-from dpo_score.engine.plan import Job, Rows
+from dpo_score.engine.context import RunContext
+from dpo_score.engine.plan import RowBlocks, RunPlan
 from dpo_score.engine.stages import part
-from dpo_score.engine.threads import at_once
+from dpo_score.engine.threads import map_threads
 from dpo_score.storage.commits import StoredRecord, StoredRecords, read_records, record_name
 from dpo_score.storage.io import Store
 from dpo_score.storage.resume import (
@@ -29,31 +29,31 @@ from dpo_score.storage.resume import (
 Look = tuple[int, StoredRecord | None, Action]
 
 
-def due_blocks(desk: Desk, job: Job, stage: str, identity: str, folders: Sequence[str]) -> list[int]:
+def pending_blocks(context: RunContext, plan: RunPlan, stage: str, identity: str, folders: Sequence[str]) -> list[int]:
     """Blocks to compute, after every found block was skipped, cleared or set aside.
 
     `folders`: where the stage puts its parts. IdentityError when a block belongs to another request; Interrupted.
     """
-    records, blocks, due = read_records(desk.store, stage), job.rows.blocks, []
-    there = {name for folder in folders for name in desk.store.list(folder)}
-    look = partial(_look, desk.store, job, identity, records, stage)
-    with closing(at_once(look, job.rows, desk.store.width)) as looks:
-        for block, record, action in desk.stop.between(looks):
+    records, blocks, due = read_records(context.store, stage), plan.rows.blocks, []
+    there = {name for folder in folders for name in context.store.list(folder)}
+    look = partial(_look, context.store, plan, identity, records, stage)
+    with closing(map_threads(look, plan.rows, context.store.width)) as looks:
+        for block, record, action in context.stop.between(looks):
             outputs = [name for folder in folders if (name := part(folder, block, blocks)) in there]
             if record is not None or outputs:
-                _settle(desk, record_name(stage, block, blocks), action, record, outputs)
+                _settle(context, record_name(stage, block, blocks), action, record, outputs)
             if action is not Action.SKIP:
                 due.append(block)
     return due
 
 
-def _look(store: Store, job: Job, identity: str, records: StoredRecords, stage: str, block: int) -> Look:
-    blocks = job.rows.blocks
+def _look(store: Store, plan: RunPlan, identity: str, records: StoredRecords, stage: str, block: int) -> Look:
+    blocks = plan.rows.blocks
     record = records.get(record_name(stage, block, blocks))
-    return block, record, next_action(identity, job.rows.range(block), record, file_states(store, record))
+    return block, record, next_action(identity, plan.rows.range(block), record, file_states(store, record))
 
 
-def missing_of(store: Store, rows: Rows, stage: str, prove: bool = False) -> list[tuple[int, int]]:
+def missing_of(store: Store, rows: RowBlocks, stage: str, prove: bool = False) -> list[tuple[int, int]]:
     """Row ranges of a stage that are wanted and not committed; none means that the stage is complete.
 
     `prove`: also reads the files that the records name; else the records alone decide.
@@ -64,11 +64,13 @@ def missing_of(store: Store, rows: Rows, stage: str, prove: bool = False) -> lis
         record = records.get(record_name(stage, block, rows.blocks))
         return rows.range(block), record, file_states(store, record) if prove else ()
 
-    with closing(at_once(look, rows, store.width)) as looks:
+    with closing(map_threads(look, rows, store.width)) as looks:
         return missing_rows(looks)
 
 
-def _settle(desk: Desk, name: str, action: Action, record: StoredRecord | None, outputs: Sequence[str]) -> None:
-    warning = settle(desk.store, name, action, record, outputs)
+def _settle(
+    context: RunContext, name: str, action: Action, record: StoredRecord | None, outputs: Sequence[str]
+) -> None:
+    warning = settle(context.store, name, action, record, outputs)
     if warning:
-        desk.progress.warn(warning)
+        context.progress.warn(warning)

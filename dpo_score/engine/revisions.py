@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dpo_score.config.schema import RunConfig
-from dpo_score.engine.plan import Job
+from dpo_score.engine.plan import RunPlan
 from dpo_score.models.resolve import ModelSource
 
 Sources = Mapping[str, ModelSource | str]
@@ -35,27 +35,27 @@ def _of_revision(source: ModelSource, both: bool) -> str | None:
     return source.adapter_commit if source.adapter is not None and not both else source.commit
 
 
-def names(job: Job) -> dict[str, str]:
+def names(plan: RunPlan) -> dict[str, str]:
     """How the models of a run were called: "reference" and the policies."""
-    return {name: source.name for name, source in _sources(job).items()}
+    return {name: source.name for name, source in _sources(plan).items()}
 
 
-def commits(job: Job) -> dict[str, dict[str, str]]:
+def commits(plan: RunPlan) -> dict[str, dict[str, str]]:
     """Name → commit of the base and of the adapter; only those that came from the hub."""
-    found = {name: {"model": s.commit, "adapter": s.adapter_commit} for name, s in _sources(job).items()}
+    found = {name: {"model": s.commit, "adapter": s.adapter_commit} for name, s in _sources(plan).items()}
     known = {name: {kind: commit for kind, commit in kinds.items() if commit} for name, kinds in found.items()}
     return {name: kinds for name, kinds in known.items() if kinds}
 
 
-def commit_lines(job: Job) -> list[str]:
+def commit_lines(plan: RunPlan) -> list[str]:
     """A line for each model from the hub."""
-    called = names(job)
+    called = names(plan)
     return [
         f"{name}: {called[name]}, " + ", ".join(f"{kind} at commit {commit}" for kind, commit in kinds.items())
-        for name, kinds in commits(job).items()
+        for name, kinds in commits(plan).items()
     ]
 
 
-def _sources(job: Job) -> dict[str, ModelSource]:
-    named = {"reference": job.references[0].source} | {policy.name: policy.source for policy in job.policies}
+def _sources(plan: RunPlan) -> dict[str, ModelSource]:
+    named = {"reference": plan.references[0].source} | {policy.name: policy.source for policy in plan.policies}
     return {name: source for name, source in named.items() if source is not None}

@@ -16,22 +16,22 @@ import pyarrow as pa
 
 from dpo_score.config.schema import RunConfig
 from dpo_score.engine.block_inputs import BlockText, BlockTexts
-from dpo_score.engine.context import Desk, desk_at
+from dpo_score.engine.context import RunContext, open_context
 from dpo_score.engine.environment import versions
 from dpo_score.engine.finish import Outcome, finish
 from dpo_score.engine.input_check import refuse_changed_input
 from dpo_score.engine.limits import TokenGuard, refuse_other_kind, refuse_unfit
-from dpo_score.engine.model_logprobs import FastPathRefusedError, ModelValues, plain
+from dpo_score.engine.model_logprobs import CachedLogprobs, FastPathRefusedError, plain
 from dpo_score.engine.own_references import on_plain_path
-from dpo_score.engine.plan import Job, PolicyJob, ReferenceJob, waiting
+from dpo_score.engine.plan import PolicyTask, ReferenceTask, RunPlan, waiting
 from dpo_score.engine.prepare import identified, prepare
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.publish import publish
-from dpo_score.engine.restart import throw_away
-from dpo_score.engine.resume import due_blocks, missing_of
-from dpo_score.engine.signals import listening
+from dpo_score.engine.restart import discard_results
+from dpo_score.engine.resume import missing_of, pending_blocks
+from dpo_score.engine.signals import signal_handlers
 from dpo_score.engine.stages import BlockResult, metadata, part, policy_block, reference_block, write_block
-from dpo_score.engine.threads import ahead, behind
+from dpo_score.engine.threads import background_writer, prefetch
 from dpo_score.errors import ConfigError, HalfWrittenError, ModelError
 from dpo_score.logprobs.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
@@ -60,11 +60,11 @@ def run(config: RunConfig, progress: Progress, restart: bool = False) -> Outcome
 
     Raises UsageError before any work, StorageError, Interrupted.
     """
-    with at_desk(config, progress, check(config)) as desk:
+    with run_context(config, progress, check(config)) as context:
         if restart:
-            throw_away(desk.store)
-        job, manifest = prepare(config, desk)
-        return ended(desk, job, run_stages(desk, job, manifest))
+            discard_results(context.store)
+        plan, manifest = prepare(config, context)
+        return ended(context, plan, run_stages(context, plan, manifest))
 
 
 def check(config: RunConfig) -> str:
@@ -77,185 +77,192 @@ def check(config: RunConfig) -> str:
     return config.out
 
 
-def run_stages(desk: Desk, job: Job, manifest: Manifest) -> dict[str, str]:
+def run_stages(context: RunContext, plan: RunPlan, manifest: Manifest) -> dict[str, str]:
     """Every block of both stages that is due; returns the policies that failed, with the reason."""
-    job = run_references(desk, job)
-    return {policy.name: text for policy in job.policies if (text := _try_policy(desk, job, manifest, policy))}
+    plan = run_references(context, plan)
+    return {policy.name: text for policy in plan.policies if (text := _try_policy(context, plan, manifest, policy))}
 
 
-def ended(desk: Desk, job: Job, failures: Mapping[str, str]) -> Outcome:
+def ended(context: RunContext, plan: RunPlan, failures: Mapping[str, str]) -> Outcome:
     """The summary, and what people read."""
-    desk.stop.check()
-    outcome = finish(desk, job, failures)
-    publish(desk, job)
+    context.stop.check()
+    outcome = finish(context, plan, failures)
+    publish(context, plan)
     return outcome
 
 
 @contextmanager
-def at_desk(config: RunConfig, progress: Progress, out: str, share: str | None = None) -> Iterator[Desk]:
+def run_context(config: RunConfig, progress: Progress, out: str, share: str | None = None) -> Iterator[RunContext]:
     """OUT, or one share of it, locked and swept, signals heard, the model let go at the end."""
     if config.blocks is not None and share is None:
         raise ConfigError("--blocks divides `dpo-score run` alone: leave it out here")
     store = open_store(out, warnings_to=progress.warn)
-    with store.share(share) if share else store.lock(), listening() as stop:
+    with store.share(share) if share else store.lock(), signal_handlers() as stop:
         store.sweep()
-        with closing(desk_at(config, progress, store)) as desk:
-            desk.stop = stop
+        with closing(open_context(config, progress, store)) as context:
+            context.stop = stop
             if share:
-                desk.turn = store.turn
-            yield desk
+                context.turn = store.turn
+            yield context
 
 
-def run_references(desk: Desk, job: Job) -> Job:
+def run_references(context: RunContext, plan: RunPlan) -> RunPlan:
     """Stage one for the run's reference and for those that policies brought along; the job with the paths they took."""
-    for reference in job.references:
-        job = _try_reference(desk, job, reference)
-    return job
+    for reference in plan.references:
+        plan = _try_reference(context, plan, reference)
+    return plan
 
 
-def _try_reference(desk: Desk, job: Job, reference: ReferenceJob) -> Job:
+def _try_reference(context: RunContext, plan: RunPlan, reference: ReferenceTask) -> RunPlan:
     """The job, on the plain path where a policy's own reference needs it."""
-    refuse_other_kind(job.renderer, reference.source)
+    refuse_other_kind(plan.renderer, reference.source)
     try:
-        run_reference(desk, job, reference)
+        run_reference(context, plan, reference)
     except FastPathRefusedError as refusal:
-        job = on_plain_path(desk, job, reference, refusal)
-        run_reference(desk, job, next(other for other in job.references if other.name == reference.name))
-    return job
+        plan = on_plain_path(context, plan, reference, refusal)
+        run_reference(context, plan, next(other for other in plan.references if other.name == reference.name))
+    return plan
 
 
-def run_reference(desk: Desk, job: Job, reference: ReferenceJob) -> None:
+def run_reference(context: RunContext, plan: RunPlan, reference: ReferenceTask) -> None:
     """Stage one for one reference."""
-    todo = due_blocks(desk, job, reference.stage, reference.identity, _reference_outputs(reference))
-    _let(desk, job, reference, todo)
+    todo = pending_blocks(context, plan, reference.stage, reference.identity, _reference_outputs(reference))
+    _let(context, plan, reference, todo)
 
 
-def reference_work(desk: Desk, job: Job, reference: ReferenceJob) -> tuple[Stage, Compute]:
+def reference_work(context: RunContext, plan: RunPlan, reference: ReferenceTask) -> tuple[Stage, Compute]:
     """What is done with each block of stage one."""
-    values = _model_values(desk, job, reference.source, reference.numerics)
-    guard = TokenGuard(job.tokenizer, reference.source)
+    values = _model_values(context, plan, reference.source, reference.numerics)
+    guard = TokenGuard(plan.tokenizer, reference.source)
 
     def compute(text: BlockText) -> BlockResult:
         guard.check(text.table)
-        return reference_block(job, reference, text, values)
+        return reference_block(plan, reference, text, values)
 
     return Stage(reference.stage, reference.label, reference.identity, metadata(reference.identity)), compute
 
 
-def _let(desk: Desk, job: Job, task: ReferenceJob | PolicyJob, todo: Sequence[int]) -> None:
+def _let(context: RunContext, plan: RunPlan, task: ReferenceTask | PolicyTask, todo: Sequence[int]) -> None:
     """Have the blocks of one stage computed: by the crew where there is one, else here."""
     if not todo:
         return
-    if desk.crew is not None:
-        desk.crew.work(job, task, todo)
+    if context.pool is not None:
+        context.pool.work(plan, task, todo)
     else:
-        work(desk, job, *stage_work(desk, job, task), todo)
+        work(context, plan, *stage_work(context, plan, task), todo)
 
 
-def stage_work(desk: Desk, job: Job, task: ReferenceJob | PolicyJob) -> tuple[Stage, Compute]:
+def stage_work(context: RunContext, plan: RunPlan, task: ReferenceTask | PolicyTask) -> tuple[Stage, Compute]:
     """What is done with each block of a stage. The model is loaded at the first miss."""
-    return policy_work(desk, job, task) if isinstance(task, PolicyJob) else reference_work(desk, job, task)
+    return policy_work(context, plan, task) if isinstance(task, PolicyTask) else reference_work(context, plan, task)
 
 
-def _try_policy(desk: Desk, job: Job, manifest: Manifest, policy: PolicyJob) -> str | None:
+def _try_policy(context: RunContext, plan: RunPlan, manifest: Manifest, policy: PolicyTask) -> str | None:
     """None when the policy is scored, else why not."""
     if policy.failure is not None:
-        return _scored_before(desk, job, manifest, policy.name, policy.failure)
+        return _scored_before(context, plan, manifest, policy.name, policy.failure)
     try:
-        refuse_unfit(desk, job, policy)
-        run_policy(desk, job, policy)
+        refuse_unfit(context, plan, policy)
+        run_policy(context, plan, policy)
     except FastPathRefusedError as refusal:
-        desk.progress.warn(f"{policy.name}: scored on the plain path, which is slower: {refusal}")
-        return _retry_plain(desk, job, manifest, policy)
+        context.progress.warn(f"{policy.name}: scored on the plain path, which is slower: {refusal}")
+        return _retry_plain(context, plan, manifest, policy)
     except ModelError as error:
-        return _not_scored(desk, job, policy, error)
+        return _not_scored(context, plan, policy, error)
     return None
 
 
-def _not_scored(desk: Desk, job: Job, policy: PolicyJob, error: ModelError) -> str | None:
+def _not_scored(context: RunContext, plan: RunPlan, policy: PolicyTask, error: ModelError) -> str | None:
     """Why not, or None for a checkpoint that waits. Weights of which nothing is stored may be others next time."""
-    if isinstance(error, HalfWrittenError) and not read_records(desk.store, policy.stage):
-        with desk.turn():
-            forget_policy(desk.store, policy.name)
-    if waiting(next(spec for spec in job.config.policies if spec.name == policy.name), error):
-        desk.skipped[policy.name] = str(error)
-    return _unless_waiting(desk, policy.name, str(error))
+    if isinstance(error, HalfWrittenError) and not read_records(context.store, policy.stage):
+        with context.turn():
+            forget_policy(context.store, policy.name)
+    if waiting(next(spec for spec in plan.config.policies if spec.name == policy.name), error):
+        context.skipped[policy.name] = str(error)
+    return _unless_waiting(context, policy.name, str(error))
 
 
-def _unless_waiting(desk: Desk, policy: str, reason: str) -> str | None:
+def _unless_waiting(context: RunContext, policy: str, reason: str) -> str | None:
     """`reason`, or None after saying that the policy is left for the next run."""
-    if policy not in desk.skipped:
+    if policy not in context.skipped:
         return reason
-    desk.progress.say(f"{policy}: skipped, the same command scores it once it is whole: {reason}")
+    context.progress.say(f"{policy}: skipped, the same command scores it once it is whole: {reason}")
     return None
 
 
-def _retry_plain(desk: Desk, job: Job, manifest: Manifest, policy: PolicyJob) -> str | None:
+def _retry_plain(context: RunContext, plan: RunPlan, manifest: Manifest, policy: PolicyTask) -> str | None:
     """The policy once more with plain numerics."""
     try:
-        run_policy(desk, job, _made_plain(desk, manifest, policy))
+        run_policy(context, plan, _made_plain(context, manifest, policy))
     except ModelError as error:
         return str(error)
     return None
 
 
-def _made_plain(desk: Desk, manifest: Manifest, policy: PolicyJob) -> PolicyJob:
+def _made_plain(context: RunContext, manifest: Manifest, policy: PolicyTask) -> PolicyTask:
     """The policy with plain numerics, which become part of its identity in OUT."""
-    with desk.turn():
-        manifest = read_manifest(desk.store) or manifest
+    with context.turn():
+        manifest = read_manifest(context.store) or manifest
         assert policy.numerics is not None
         again = identified(replace(policy, numerics=plain(policy.numerics)), manifest.identities)
         identities = manifest.identities.joined(replace(manifest.identities, policies={policy.name: again.fields}))
-        save_manifest(desk.store, replace(manifest, identities=identities))
+        save_manifest(context.store, replace(manifest, identities=identities))
     return again
 
 
-def run_policy(desk: Desk, job: Job, policy: PolicyJob) -> None:
+def run_policy(context: RunContext, plan: RunPlan, policy: PolicyTask) -> None:
     """Stage two for one policy."""
     folders = (policy.stage, f"rejects/{policy.name}")
-    _let(desk, job, policy, due_blocks(desk, job, policy.stage, policy.identity, folders))
+    _let(context, plan, policy, pending_blocks(context, plan, policy.stage, policy.identity, folders))
 
 
-def policy_work(desk: Desk, job: Job, policy: PolicyJob) -> tuple[Stage, Compute]:
+def policy_work(context: RunContext, plan: RunPlan, policy: PolicyTask) -> tuple[Stage, Compute]:
     """What is done with each block of stage two."""
-    blocks = job.rows.blocks
-    values = None if policy.equals_reference else _model_values(desk, job, policy.source, policy.numerics)
-    guard = TokenGuard(job.tokenizer, policy.source)
+    blocks = plan.rows.blocks
+    values = None if policy.equals_reference else _model_values(context, plan, policy.source, policy.numerics)
+    guard = TokenGuard(plan.tokenizer, policy.source)
 
     def compute(text: BlockText) -> BlockResult:
         guard.check(text.table)
-        found = desk.store.read_table(part(policy.reference.stage, text.block, blocks))
-        return policy_block(job, policy, text, found.replace_schema_metadata(None), values)
+        found = context.store.read_table(part(policy.reference.stage, text.block, blocks))
+        return policy_block(plan, policy, text, found.replace_schema_metadata(None), values)
 
     return Stage(policy.stage, policy.name, policy.identity, metadata(policy.identity, policy)), compute
 
 
-def _model_values(desk: Desk, job: Job, source: ModelSource | None, numerics: Numerics | None) -> ModelValues | None:
+def _model_values(
+    context: RunContext, plan: RunPlan, source: ModelSource | None, numerics: Numerics | None
+) -> CachedLogprobs | None:
     if source is None or numerics is None:
         return None
     from dpo_score.results.schemas import STATS
 
-    stats = [STATS[name] for name in job.stats]
-    return ModelValues(desk, source, numerics, stats, job.cache_snapshots.get(source.key), _next_after(job, source))
+    stats = [STATS[name] for name in plan.stats]
+    return CachedLogprobs(
+        context, source, numerics, stats, plan.cache_snapshots.get(source.key), _next_after(plan, source)
+    )
 
 
-def _next_after(job: Job, source: ModelSource) -> ModelSource | None:
+def _next_after(plan: RunPlan, source: ModelSource) -> ModelSource | None:
     """The model that comes after `source`: its weights are read while `source` computes."""
-    sources = [found for _, found, _ in job.models]
+    sources = [found for _, found, _ in plan.models]
     place = sources.index(source)
     return next((later for later in sources[place + 1 :] if later.digest != source.digest), None)
 
 
-def work(desk: Desk, job: Job, stage: Stage, compute: Compute, todo: Sequence[int]) -> None:
+def work(context: RunContext, plan: RunPlan, stage: Stage, compute: Compute, todo: Sequence[int]) -> None:
     """Read ahead, compute, commit behind; in block order."""
-    desk.reopen()
-    texts = BlockTexts(desk, job, job.references[0].identity)
-    with desk.progress.stage(stage.label, job.rows.mine, job.rows.mine - job.rows.count(todo)), behind() as submit:
-        for text in ahead(texts.each(todo)):
-            desk.stop.check()
-            desk.progress.block(text.stop - text.start, unique_tokens(text.table))
-            submit(partial(_commit, desk, job, stage, text, compute(text)))
-            desk.progress.rows(text.stop - text.start)
+    context.reopen()
+    texts = BlockTexts(context, plan, plan.references[0].identity)
+    with (
+        context.progress.stage(stage.label, plan.rows.mine, plan.rows.mine - plan.rows.count(todo)),
+        background_writer() as submit,
+    ):
+        for text in prefetch(texts.each(todo)):
+            context.stop.check()
+            context.progress.block(text.stop - text.start, unique_tokens(text.table))
+            submit(partial(_commit, context, plan, stage, text, compute(text)))
+            context.progress.rows(text.stop - text.start)
 
 
 def unique_tokens(text: pa.Table) -> int:
@@ -263,38 +270,38 @@ def unique_tokens(text: pa.Table) -> int:
     return sum(len(text[f"{part}_ids"].combine_chunks().flatten()) for part in ("prompt", "chosen", "rejected"))
 
 
-def _commit(desk: Desk, job: Job, stage: Stage, text: BlockText, result: BlockResult) -> None:
-    refuse_changed_input(desk, job, text.start, text.stop)
+def _commit(context: RunContext, plan: RunPlan, stage: Stage, text: BlockText, result: BlockResult) -> None:
+    refuse_changed_input(context, plan, text.start, text.stop)
     record = CommitRecord(
         stage=stage.name,
         block=text.block,
-        blocks=job.rows.blocks,
+        blocks=plan.rows.blocks,
         start=text.start,
         stop=text.stop,
         identity=stage.identity,
-        files=write_block(desk, result, stage.describe),
+        files=write_block(context, result, stage.describe),
         counts=result.counts,
         row_ids_digest=digest(list(result.row_ids)),
         notes=result.notes,
         versions=versions(None),
     )
-    commit(desk.store, record)
-    desk.committed(record)
+    commit(context.store, record)
+    context.committed(record)
 
 
-def _reference_outputs(reference: ReferenceJob) -> list[str]:
+def _reference_outputs(reference: ReferenceTask) -> list[str]:
     folders = [reference.stage, f"rejects/{reference.stage}"]
     return folders if reference.name else [*folders, "rejects/data"]
 
 
-def _scored_before(desk: Desk, job: Job, manifest: Manifest, policy: str, failure: str) -> str | None:
+def _scored_before(context: RunContext, plan: RunPlan, manifest: Manifest, policy: str, failure: str) -> str | None:
     """None for a policy that cannot be loaded but of which every wanted row is committed, else why it is not scored."""
     if policy not in manifest.identities.policies:
-        return _unless_waiting(desk, policy, failure)
-    missing = missing_of(desk.store, job.rows, f"scores/{policy}", prove=True)
+        return _unless_waiting(context, policy, failure)
+    missing = missing_of(context.store, plan.rows, f"scores/{policy}", prove=True)
     if not missing:
-        desk.skipped.pop(policy, None)
-        desk.progress.say(f"{policy}: scored before; its folder is not read again")
+        context.skipped.pop(policy, None)
+        context.progress.say(f"{policy}: scored before; its folder is not read again")
         return None
-    rows = f"{row_ranges(missing)} of {job.rows.wanted:,} are not scored"
-    return _unless_waiting(desk, policy, f"{rows}, counted from 0, and it cannot be loaded: {failure}")
+    rows = f"{row_ranges(missing)} of {plan.rows.wanted:,} are not scored"
+    return _unless_waiting(context, policy, f"{rows}, counted from 0, and it cannot be loaded: {failure}")

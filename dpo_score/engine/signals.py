@@ -43,7 +43,7 @@ class StopRequest:
 
 
 @contextmanager
-def listening() -> Iterator[StopRequest]:
+def signal_handlers() -> Iterator[StopRequest]:
     """Install the handlers for the length of a run (main thread only; elsewhere nothing is installed)."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

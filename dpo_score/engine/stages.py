@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_score.engine.block_inputs import BlockText
-from dpo_score.engine.context import Desk
-from dpo_score.engine.model_logprobs import BlockValues, Values
-from dpo_score.engine.plan import SCHEMA_VERSION, Job, PolicyJob, ReferenceJob
+from dpo_score.engine.context import RunContext
+from dpo_score.engine.model_logprobs import BlockLogprobs, Values
+from dpo_score.engine.plan import SCHEMA_VERSION, PolicyTask, ReferenceTask, RunPlan
 from dpo_score.errors import DataError
 from dpo_score.escape import seen
 from dpo_score.logprobs.types import Unscored
@@ -46,16 +46,16 @@ def part(folder: str, block: int, blocks: int) -> str:
     return f"{folder}/part-{block:05d}-of-{blocks:05d}.parquet"
 
 
-def reference_block(job: Job, reference: ReferenceJob, text: BlockText, values: Values | None) -> BlockResult:
+def reference_block(plan: RunPlan, reference: ReferenceTask, text: BlockText, values: Values | None) -> BlockResult:
     """Stage one for one block. `values` is None where there is no model: no reference, or columns of the data."""
     bare = text.table.drop_columns(list(tables.ID_NAMES))
     notes = _NOTHING
     if values is not None:
-        table, reasons, notes = _with_model(job, "ref", bare, text.table, values, text.block == 0)
+        table, reasons, notes = _with_model(plan, "ref", bare, text.table, values, text.block == 0)
     else:
         table, reasons = _from_columns(bare, reference)
     rejects = tables.reject_rows(text.table, reasons)
-    blocks, stage = job.rows.blocks, reference.stage
+    blocks, stage = plan.rows.blocks, reference.stage
     found = {
         part(stage, text.block, blocks): _keep_rows(table, reasons),
         part(f"rejects/{stage}", text.block, blocks): rejects,
@@ -72,15 +72,15 @@ def reference_block(job: Job, reference: ReferenceJob, text: BlockText, values: 
 
 
 def policy_block(
-    job: Job, policy: PolicyJob, text: BlockText, reference_part: pa.Table, values: Values | None
+    plan: RunPlan, policy: PolicyTask, text: BlockText, reference_part: pa.Table, values: Values | None
 ) -> BlockResult:
     """Stage two for one block. `values` is None for a policy that equals its reference: its values are taken over."""
     ids = _rows_of(text.table, reference_part)
     table, reasons, notes = _taken_over(reference_part), Reasons(), _NOTHING
     if values is not None:
-        table, reasons, notes = _with_model(job, "policy", reference_part, ids, values, text.block == 0)
+        table, reasons, notes = _with_model(plan, "policy", reference_part, ids, values, text.block == 0)
     scored = derive_table(_keep_rows(table, reasons), policy.loss, has_reference=policy.reference.exists)
-    blocks = job.rows.blocks
+    blocks = plan.rows.blocks
     found = {
         part(policy.stage, text.block, blocks): scored,
         part(f"rejects/{policy.name}", text.block, blocks): tables.reject_rows(ids, reasons),
@@ -89,7 +89,7 @@ def policy_block(
     return BlockResult(found, counts, ids["row_id"].to_pylist(), notes)
 
 
-def metadata(identity: str, policy: PolicyJob | None = None) -> dict[str, str]:
+def metadata(identity: str, policy: PolicyTask | None = None) -> dict[str, str]:
     """What every part says of itself: schema, identity, and for scores the loss as it was asked for and resolved."""
     found = {"dpo_score.schema": str(SCHEMA_VERSION), "dpo_score.identity": identity}
     if policy is not None:
@@ -99,16 +99,16 @@ def metadata(identity: str, policy: PolicyJob | None = None) -> dict[str, str]:
 
 
 def _with_model(
-    job: Job, role: str, table: pa.Table, ids: pa.Table, values: Values, first: bool
+    plan: RunPlan, role: str, table: pa.Table, ids: pa.Table, values: Values, first: bool
 ) -> tuple[pa.Table, Reasons, Mapping[str, Any]]:
     sample = 2 * noise.sample_size(ids) if first else 0
     sequences = tables.sequences(ids)
     found = values.block(role, sequences, sample)
     reasons = _unscored(found)
-    empty = _blank(job.stats)
+    empty = _blank(plan.stats)
     entries = [empty if isinstance(entry, Unscored) else entry for entry in found.entries]
-    columns = tables.value_columns(role, entries, job.stats, job.config.compute.per_token)
-    if job.config.text.score == "all-assistant":
+    columns = tables.value_columns(role, entries, plan.stats, plan.config.compute.per_token)
+    if plan.config.text.score == "all-assistant":
         columns |= tables.turn_columns(role, entries, sequences)
     table = tables.with_columns(table, columns)
     return _with_dtype(table, found), reasons, found.notes
@@ -120,7 +120,7 @@ def _blank(stats: Sequence[str]) -> Any:
     return CacheEntry(nothing, {tables.STATS[name]: nothing for name in stats})
 
 
-def _unscored(found: BlockValues) -> Reasons:
+def _unscored(found: BlockLogprobs) -> Reasons:
     reasons: Reasons = {}
     for index, entry in enumerate(found.entries):
         if isinstance(entry, Unscored):
@@ -129,7 +129,7 @@ def _unscored(found: BlockValues) -> Reasons:
     return reasons
 
 
-def _with_dtype(table: pa.Table, found: BlockValues) -> pa.Table:
+def _with_dtype(table: pa.Table, found: BlockLogprobs) -> pa.Table:
     """`compute_dtype`: float32 where a pack overflowed 16 bits and was computed again, else null."""
     redone = {index // 2 for index in found.redone}
     before = table["compute_dtype"].to_pylist() if "compute_dtype" in table.column_names else [None] * table.num_rows
@@ -139,7 +139,7 @@ def _with_dtype(table: pa.Table, found: BlockValues) -> pa.Table:
     return table.append_column("compute_dtype", pa.array(dtypes, pa.string()))
 
 
-def _from_columns(bare: pa.Table, reference: ReferenceJob) -> tuple[pa.Table, Reasons]:
+def _from_columns(bare: pa.Table, reference: ReferenceTask) -> tuple[pa.Table, Reasons]:
     """Reference values that stand in the data, or nulls where the run has no reference."""
     reasons: Reasons = {}
     columns: dict[str, Any] = {}
@@ -204,10 +204,10 @@ def _codes(where: str, codes: Sequence[str]) -> dict[str, int]:
     return {f"rejected/{where}/{code}": codes.count(code) for code in sorted(set(codes))}
 
 
-def write_block(desk: Desk, result: BlockResult, describe: Mapping[str, str]) -> tuple[Any, ...]:
+def write_block(context: RunContext, result: BlockResult, describe: Mapping[str, str]) -> tuple[Any, ...]:
     """Write the tables of a block that hold anything (score and reference parts always); returns file records."""
     return tuple(
-        desk.store.write_table(name, table, describe)
+        context.store.write_table(name, table, describe)
         for name, table in result.tables.items()
         if table.num_rows or not name.startswith("rejects/")
     )

@@ -19,7 +19,7 @@ R = TypeVar("R")
 _END = object()
 
 
-def ahead(items: Iterable[T], depth: int = 1) -> Iterator[T]:
+def prefetch(items: Iterable[T], depth: int = 1) -> Iterator[T]:
     """Yield `items`, produced in a thread up to `depth` ahead of the consumer."""
     waiting: queue.Queue[object] = queue.Queue(maxsize=depth)
     abandoned = threading.Event()
@@ -56,7 +56,7 @@ def _offer(waiting: queue.Queue[object], item: object, abandoned: threading.Even
     return False
 
 
-def at_once(function: Callable[[T], R], items: Iterable[T], width: int) -> Generator[R, None, None]:
+def map_threads(function: Callable[[T], R], items: Iterable[T], width: int) -> Generator[R, None, None]:
     """`function` of each item, in order, up to `width` of them under way: for reading from where answers take time."""
     pending: deque[Future[R]] = deque()
     with ThreadPoolExecutor(max_workers=width, thread_name_prefix="at-once") as pool:
@@ -73,7 +73,7 @@ def at_once(function: Callable[[T], R], items: Iterable[T], width: int) -> Gener
 
 
 @contextmanager
-def behind(depth: int = 1) -> Iterator[Callable[[Callable[[], None]], None]]:
+def background_writer(depth: int = 1) -> Iterator[Callable[[Callable[[], None]], None]]:
     """A function that runs tasks in order in one thread, at most `depth` waiting; the first failure is raised."""
     pending: list[Future[None]] = []
 

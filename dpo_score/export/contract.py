@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_score.engine.plan import Job
+from dpo_score.engine.plan import RunPlan
 from dpo_score.export.layout import Export
 from dpo_score.models.resolve import ModelSource
 
@@ -25,9 +25,9 @@ SAMPLED_WEIGHTS, SAMPLED_VALUES = 128, 8
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def contract(job: Job, export: Export, rows: Mapping[str, Any], noise: Mapping[str, Any]) -> dict[str, Any]:
+def contract(plan: RunPlan, export: Export, rows: Mapping[str, Any], noise: Mapping[str, Any]) -> dict[str, Any]:
     """The contract as JSON values. `rows`: counts by outcome and split; `noise`: what stage one measured of its own."""
-    reference = job.references[0]
+    reference = plan.references[0]
     source, numerics = reference.source, reference.numerics
     assert source is not None
     assert numerics is not None
@@ -44,7 +44,7 @@ def contract(job: Job, export: Export, rows: Mapping[str, Any], noise: Mapping[s
         "dtype": numerics.dtype,
         "numerics": numerics.to_json(),
         "noise_floor": noise_floor(numerics.dtype, noise.get("logp_max")),
-        "text": _text(job),
+        "text": _text(plan),
         "ld_alpha": export.ld_alpha,
         "rows": dict(rows),
     }
@@ -62,9 +62,9 @@ def _public_name(name: str) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
-def _text(job: Job) -> dict[str, Any]:
+def _text(plan: RunPlan) -> dict[str, Any]:
     """How rows became token ids. `max_length` is what was asked for, `limit` what held."""
-    identity, text, tokenizer = job.renderer.identity(), job.config.text, job.tokenizer
+    identity, text, tokenizer = plan.renderer.identity(), plan.config.text, plan.tokenizer
     return {
         "max_length": text.max_length,
         "limit": identity["max_length"],
@@ -72,7 +72,7 @@ def _text(job: Job) -> dict[str, Any]:
         "prompt_split": text.prompt_split,
         "score": text.score,
         "render": text.render,
-        "chat": text.render == "chat" or any(dataset.is_conversational for dataset in job.datasets),
+        "chat": text.render == "chat" or any(dataset.is_conversational for dataset in plan.datasets),
         "template_sha256": identity["template_sha256"],
         "template_date": identity["date"],
         "tokenizer": tokenizer_digest(tokenizer, [tokenizer.pad_token]) if tokenizer is not None else None,

@@ -15,10 +15,10 @@ from typing import Any
 import pyarrow as pa
 
 from dpo_score.engine.block_inputs import BlockTexts
-from dpo_score.engine.context import Desk
+from dpo_score.engine.context import RunContext
 from dpo_score.engine.environment import versions
 from dpo_score.engine.input_check import refuse_changed_input
-from dpo_score.engine.plan import SCHEMA_VERSION, Job
+from dpo_score.engine.plan import SCHEMA_VERSION, RunPlan
 from dpo_score.engine.stages import part
 from dpo_score.errors import IdentityError
 from dpo_score.export.as_scored import as_scored, built_columns
@@ -37,26 +37,26 @@ GROUP_BYTES = 8 << 20
 class DatasetWriter:
     """Writes the files of one data set: `due` says which, `write` makes and commits one."""
 
-    def __init__(self, desk: Desk, job: Job, export: Export) -> None:
-        self._desk, self._job, self._export = desk, job, export
-        self.shards = tuple(shards_of(splits_of(job.datasets), job.rows))
-        self.identity = digest({"reference": job.references[0].identity, "export": export.fields()})
-        self._rows = RunRows(job)
+    def __init__(self, context: RunContext, plan: RunPlan, export: Export) -> None:
+        self._context, self._plan, self._export = context, plan, export
+        self.shards = tuple(shards_of(splits_of(plan.datasets), plan.rows))
+        self.identity = digest({"reference": plan.references[0].identity, "export": export.fields()})
+        self._rows = RunRows(plan)
         self._plans: tuple[SetPlan, ...] = ()
-        self._texts = BlockTexts(desk, job, job.references[0].identity) if export.emit_ids else None
+        self._texts = BlockTexts(context, plan, plan.references[0].identity) if export.emit_ids else None
 
     def due(self) -> list[Shard]:
         """Files without a sound record; what is left of them is cleared away."""
         due = []
         for shard in self.shards:
             name = record_name(shard.stage, shard.index, shard.of)
-            record = read_records(self._desk.store, shard.stage).get(name)
+            record = read_records(self._context.store, shard.stage).get(name)
             self._refuse_other_export(record)
             expected = BlockRange(shard.index, shard.of, shard.start, shard.stop)
-            action = next_action(self.identity, expected, record, file_states(self._desk.store, record))
-            warning = settle(self._desk.store, name, action, record, [shard.name])
+            action = next_action(self.identity, expected, record, file_states(self._context.store, record))
+            warning = settle(self._context.store, name, action, record, [shard.name])
             if warning:
-                self._desk.progress.warn(warning)
+                self._context.progress.warn(warning)
             if action is not Action.SKIP:
                 due.append(shard)
         return due
@@ -66,14 +66,14 @@ class DatasetWriter:
             return
         changes = diff(record.notes.get("export"), self._export.fields())
         raise IdentityError(
-            f"{self._desk.store.url()} was written for another request; what differs (old → new):\n{listed(changes)}\n"
-            "Choose another --out, or --restart to write it anew (the log-probs are in the cache)"
+            f"{self._context.store.url()} was written for another request; what differs (old → new):\n"
+            f"{listed(changes)}\nChoose another --out, or --restart to write it anew (the log-probs are in the cache)"
         )
 
     def files(self) -> list[FileRecord]:
         """The committed files, in order."""
         stages = dict.fromkeys(shard.stage for shard in self.shards)
-        records = [record for stage in stages for _, record in sorted(read_records(self._desk.store, stage).items())]
+        records = [record for stage in stages for _, record in sorted(read_records(self._context.store, stage).items())]
         return [file for record in records if isinstance(record, CommitRecord) for file in record.files]
 
     def write(self, shard: Shard) -> None:
@@ -83,9 +83,9 @@ class DatasetWriter:
         parts = (fitted(table, schema).rename_columns(names) for table in self._grouped(shard))
         final = pa.schema([column.with_name(name) for column, name in zip(schema, names, strict=True)])
         metadata = {"dpo_score.schema": str(SCHEMA_VERSION), "dpo_score.identity": self.identity}
-        file = self._desk.store.write_tables(shard.name, final, parts, metadata)
-        refuse_changed_input(self._desk, self._job, shard.start, shard.stop)
-        commit(self._desk.store, self._record(shard, file))
+        file = self._context.store.write_tables(shard.name, final, parts, metadata)
+        refuse_changed_input(self._context, self._plan, shard.start, shard.stop)
+        commit(self._context.store, self._record(shard, file))
 
     def _record(self, shard: Shard, file: FileRecord) -> CommitRecord:
         return CommitRecord(
@@ -104,8 +104,8 @@ class DatasetWriter:
 
     def _planned(self) -> tuple[SetPlan, ...]:
         if not self._plans:
-            sets = range(len(self._job.datasets))
-            self._plans = tuple(plan_set(self._job, self._rows, self._export, index) for index in sets)
+            sets = range(len(self._plan.datasets))
+            self._plans = tuple(plan_set(self._plan, self._rows, self._export, index) for index in sets)
         return self._plans
 
     def _plan_of(self, shard: Shard) -> SetPlan:
@@ -124,25 +124,25 @@ class DatasetWriter:
 
     def _tables(self, shard: Shard) -> Iterator[pa.Table]:
         index, plan = self._rows.set_of(shard.start), self._plan_of(shard)
-        originals = OriginalRows(self._job.datasets[index], plan.source, self._rows.first_row(index))
+        originals = OriginalRows(self._plan.datasets[index], plan.source, self._rows.first_row(index))
         for block, pieces in groupby(self._rows.slices(shard.start, shard.stop), key=lambda piece: piece.block):
             values = self._values(block)
             for piece in pieces:
                 yield self._table(plan, originals.take(piece.rows), piece, values)
-                self._desk.progress.rows(len(piece.rows))
+                self._context.progress.rows(len(piece.rows))
 
-    def _values(self, block: int) -> BlockValues:
-        store, blocks = self._desk.store, self._job.rows.blocks
+    def _values(self, block: int) -> BlockLogprobs:
+        store, blocks = self._context.store, self._plan.rows.blocks
         table = store.read_table(part("reference", block, blocks)).replace_schema_metadata(None)
         names = [part(f"rejects/{kind}", block, blocks) for kind in ("data", "reference")]
         rejects = [store.read_table(name, ["row_id", "code"]) for name in names if store.exists(name)]
         if self._texts is not None:
             table = _beside(table, self._texts.block(block).table.select(["row_id", *TOKEN_IDS, *MASKS]))
-        return BlockValues.of(weighted(table, self._export.ld_alpha), rejects)
+        return BlockLogprobs.of(weighted(table, self._export.ld_alpha), rejects)
 
-    def _table(self, plan: SetPlan, source: pa.Table, piece: Slice, values: BlockValues) -> pa.Table:
+    def _table(self, plan: SetPlan, source: pa.Table, piece: Slice, values: BlockLogprobs) -> pa.Table:
         """The output rows of some input rows."""
-        items, text = piece.items, self._job.renderer.text
+        items, text = piece.items, self._plan.renderer.text
         pairs = [as_scored(item, text) for item in items] if plan.layout.built else []
         given, ids = per_item(source, piece.units), [item.source.row_id for item in items]
         columns = {plan.kept[name]: given[name] for name in plan.source.names}
@@ -154,7 +154,7 @@ class DatasetWriter:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockValues:
+class BlockLogprobs:
     """What stage one says of the rows of a block, by row_id."""
 
     table: pa.Table
@@ -162,7 +162,7 @@ class BlockValues:
     codes: Mapping[str, str]
 
     @classmethod
-    def of(cls, table: pa.Table, rejects: Sequence[pa.Table]) -> BlockValues:
+    def of(cls, table: pa.Table, rejects: Sequence[pa.Table]) -> BlockLogprobs:
         places = {row_id: place for place, row_id in enumerate(table["row_id"].to_pylist())}
         codes = {row["row_id"]: row["code"] for reject in rejects for row in reject.to_pylist()}
         return cls(table, places, codes)

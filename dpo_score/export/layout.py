@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from dpo_score.data.dataset import PairReader
 from dpo_score.data.types import Pair, Rejected
-from dpo_score.engine.plan import SCHEMA_VERSION, Job
+from dpo_score.engine.plan import SCHEMA_VERSION, RunPlan
 from dpo_score.export.as_scored import Layout, as_scored, kept_names, layout, survey
 from dpo_score.export.exports import LABELS, MASKS, TEXTS, TOKEN_IDS, VALUES, Consumer
 from dpo_score.export.input_rows import OriginalRows, source_schema
@@ -72,8 +72,8 @@ class Slice:
 class _Forward:
     """Reads rows by number, ascending, skipping over small gaps instead of opening a file again."""
 
-    def __init__(self, job: Job) -> None:
-        self._reader, self._at = PairReader(job.datasets), -1
+    def __init__(self, plan: RunPlan) -> None:
+        self._reader, self._at = PairReader(plan.datasets), -1
 
     def units(self, rows: Sequence[int]) -> list[Unit]:
         if isinstance(rows, range):
@@ -90,36 +90,36 @@ class _Forward:
 class RunRows:
     """The rows of a run by position: [0, wanted), of one set after the other."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, plan: RunPlan) -> None:
+        self._plan = plan
 
     def first_row(self, index: int) -> int:
         """Number of a set's first row among the rows of all sets."""
-        return sum(dataset.rows for dataset in self._job.datasets[:index])
+        return sum(dataset.rows for dataset in self._plan.datasets[:index])
 
     def span(self, index: int) -> tuple[int, int]:
         """Positions [start, stop) of the wanted rows of a set."""
-        start, wanted = self.first_row(index), self._job.rows.wanted
-        stop = start + self._job.datasets[index].rows
+        start, wanted = self.first_row(index), self._plan.rows.wanted
+        stop = start + self._plan.datasets[index].rows
         return min(self._position(start), wanted), min(self._position(stop), wanted)
 
     def set_of(self, position: int) -> int:
         """The set that the row at a position belongs to."""
-        spans = map(self.span, range(len(self._job.datasets)))
+        spans = map(self.span, range(len(self._plan.datasets)))
         return next(index for index, (start, stop) in enumerate(spans) if start <= position < stop)
 
     def slices(self, start: int, stop: int) -> Iterator[Slice]:
         """Positions [start, stop), at most SLICE_ROWS of one block at a time, read as one stream."""
-        reader, size = _Forward(self._job), self._job.rows.block_rows
+        reader, size = _Forward(self._plan), self._plan.rows.block_rows
         while start < stop:
             last = min(start + SLICE_ROWS, (start // size + 1) * size, stop)
-            sample = self._job.rows.sample
+            sample = self._plan.rows.sample
             rows = range(start, last) if sample is None else sample[start:last]
             yield Slice(start // size, rows, reader.units(rows))
             start = last
 
     def _position(self, row: int) -> int:
-        sample = self._job.rows.sample
+        sample = self._plan.rows.sample
         return row if sample is None else bisect_left(sample, row)
 
 
@@ -133,21 +133,23 @@ class SetPlan:
     schema: pa.Schema
 
 
-def plan_set(job: Job, rows: RunRows, export: Export, index: int) -> SetPlan:
+def plan_set(plan: RunPlan, rows: RunRows, export: Export, index: int) -> SetPlan:
     """Reads the set once where texts are written; a consumer of ids needs no look at the rows."""
-    source, added = source_schema(job.datasets[index]), export.added()
-    plan, texts = Layout({}), export.consumer.texts
+    source, added = source_schema(plan.datasets[index]), export.added()
+    found, texts = Layout({}), export.consumer.texts
     if texts:
-        plan = layout(survey(_surveyed(job, rows, index, source), job.renderer.text), source)
-    kept = kept_names(source.names, {*plan.built, *added.names, *(() if texts else TEXTS)})
-    return SetPlan(source, plan, kept, _output_schema(source, plan, kept, added))
+        found = layout(survey(_surveyed(plan, rows, index, source), plan.renderer.text), source)
+    kept = kept_names(source.names, {*found.built, *added.names, *(() if texts else TEXTS)})
+    return SetPlan(source, found, kept, _output_schema(source, found, kept, added))
 
 
-def _surveyed(job: Job, rows: RunRows, index: int, source: pa.Schema) -> Iterator[tuple[list[Pair | None], pa.Table]]:
-    originals = OriginalRows(job.datasets[index], source, rows.first_row(index))
+def _surveyed(
+    plan: RunPlan, rows: RunRows, index: int, source: pa.Schema
+) -> Iterator[tuple[list[Pair | None], pa.Table]]:
+    originals = OriginalRows(plan.datasets[index], source, rows.first_row(index))
     wanted = [name for name in TEXTS if name in source.names]
     for piece in rows.slices(*rows.span(index)):
-        pairs = [as_scored(item, job.renderer.text) for item in piece.items]
+        pairs = [as_scored(item, plan.renderer.text) for item in piece.items]
         yield pairs, per_item(originals.take(piece.rows).select(wanted), piece.units)
 
 

@@ -21,14 +21,14 @@ from typing import Any
 
 from dpo_score.config.load import dump_config
 from dpo_score.config.schema import RunConfig
-from dpo_score.engine.context import Desk
+from dpo_score.engine.context import RunContext
 from dpo_score.engine.environment import now
-from dpo_score.engine.executors.choose import chosen, crewed
+from dpo_score.engine.executors.choose import chosen, with_workers
 from dpo_score.engine.finish import check_bad_rows, marks, total_counts, warn_of_marks
-from dpo_score.engine.plan import Job
+from dpo_score.engine.plan import RunPlan
 from dpo_score.engine.prepare import prepare
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.run import at_desk, run_references
+from dpo_score.engine.run import run_context, run_references
 from dpo_score.errors import ConfigError
 from dpo_score.export.contract import contract
 from dpo_score.export.dataset import DatasetWriter
@@ -40,7 +40,7 @@ from dpo_score.storage.base import json_bytes
 from dpo_score.storage.commits import CommitRecord, read_records
 from dpo_score.storage.io import FileRecord, Store
 from dpo_score.storage.manifest import finish_manifest, read_manifest, reopen_manifest
-from dpo_score.storage.manifest import restart as throw_away
+from dpo_score.storage.manifest import restart as discard_results
 
 PIPELINE = "pipeline.yaml"
 _SHARD = re.compile(r"data/\w+-\d{5,}-of-\d{5,}\.parquet")
@@ -86,29 +86,29 @@ def precompute(
     if config.out is None:
         return _fill_cache(config, progress)
     out, config = config.out, config.model_copy(update={"policies": ()})
-    with at_desk(config, progress, out) as desk:
-        _refuse_foreign_files(desk.store, out, restart)
+    with run_context(config, progress, out) as context:
+        _refuse_foreign_files(context.store, out, restart)
         if restart:
-            _throw_away(desk.store)
-        with crewed(config, desk) as config:
-            job, _ = prepare(config, desk)
-            _refuse_own_input(desk.store, job)
-            export = _export(job, to, rename)
-            run_references(desk, job)
-        return _write(desk, job, export)
+            _throw_away(context.store)
+        with with_workers(config, context) as config:
+            plan, _ = prepare(config, context)
+            _refuse_own_input(context.store, plan)
+            export = _export(plan, to, rename)
+            run_references(context, plan)
+        return _write(context, plan, export)
 
 
 def _fill_cache(config: RunConfig, progress: Progress) -> PrecomputeOutcome:
     """In a folder that is gone afterwards, which the workers of this machine find and those of others would not."""
     _refuse_cluster(config)
     brought = tuple(policy for policy in config.policies if policy.reference is not None)
-    with tempfile.TemporaryDirectory(prefix="dpo-score-") as folder, at_desk(config, progress, folder) as desk:
+    with tempfile.TemporaryDirectory(prefix="dpo-score-") as folder, run_context(config, progress, folder) as context:
         config = config.model_copy(update={"policies": brought, "out": folder})
-        with crewed(config, desk) as config:
-            job, _ = prepare(config, desk)
-            run_references(desk, job)
-        summary = _summary(desk.store, job)
-        warn_of_marks(desk, job, summary["marks"], summary["scored"])
+        with with_workers(config, context) as config:
+            plan, _ = prepare(config, context)
+            run_references(context, plan)
+        summary = _summary(context.store, plan)
+        warn_of_marks(context, plan, summary["marks"], summary["scored"])
         return PrecomputeOutcome(None, summary, config.max_bad_rows)
 
 
@@ -117,29 +117,29 @@ def _unfinished(store: Store) -> bool:
     return manifest is None or manifest.state != "complete"
 
 
-def _write(desk: Desk, job: Job, export: Export) -> PrecomputeOutcome:
-    writer = DatasetWriter(desk, job, export)
+def _write(context: RunContext, plan: RunPlan, export: Export) -> PrecomputeOutcome:
+    writer = DatasetWriter(context, plan, export)
     due = writer.due()
     if due:
-        reopen_manifest(desk.store)
-    with desk.progress.stage("data set", job.rows.wanted, job.rows.wanted - sum(s.stop - s.start for s in due)):
+        reopen_manifest(context.store)
+    with context.progress.stage("data set", plan.rows.wanted, plan.rows.wanted - sum(s.stop - s.start for s in due)):
         for shard in due:
-            desk.stop.check()
+            context.stop.check()
             writer.write(shard)
-    summary = {**_summary(desk.store, job), "splits": _split_rows(writer)}
-    warn_of_marks(desk, job, summary["marks"], summary["scored"])
-    assert job.config.out is not None
-    if due or _unfinished(desk.store):
-        _finish(desk, job, export, summary)
-    return PrecomputeOutcome(job.config.out, summary, job.config.max_bad_rows)
+    summary = {**_summary(context.store, plan), "splits": _split_rows(writer)}
+    warn_of_marks(context, plan, summary["marks"], summary["scored"])
+    assert plan.config.out is not None
+    if due or _unfinished(context.store):
+        _finish(context, plan, export, summary)
+    return PrecomputeOutcome(plan.config.out, summary, plan.config.max_bad_rows)
 
 
-def _finish(desk: Desk, job: Job, export: Export, summary: Mapping[str, Any]) -> None:
-    store = desk.store
-    store.write_bytes(CONTRACT, json_bytes(contract(job, export, summary, _noise(store))))
+def _finish(context: RunContext, plan: RunPlan, export: Export, summary: Mapping[str, Any]) -> None:
+    store = context.store
+    store.write_bytes(CONTRACT, json_bytes(contract(plan, export, summary, _noise(store))))
     store.write_bytes(LOADER, loader_source().encode())
     if not store.exists(SUMMARY):
-        store.write_bytes(PIPELINE, dump_config(job.config).encode())  # a run's own says more: its policies
+        store.write_bytes(PIPELINE, dump_config(plan.config).encode())  # a run's own says more: its policies
     store.write_bytes(README, card(store).encode())
     beside = data_set(store)
     assert beside is not None
@@ -149,7 +149,7 @@ def _finish(desk: Desk, job: Job, export: Export, summary: Mapping[str, Any]) ->
         store.remove(name)
     found = read_manifest(store)
     assert found is not None
-    warnings = tuple(dict.fromkeys((*found.warnings, *desk.progress.warnings)))
+    warnings = tuple(dict.fromkeys((*found.warnings, *context.progress.warnings)))
     finish_manifest(store, replace(found, warnings=warnings), now(), outputs)
 
 
@@ -165,23 +165,23 @@ def loader_source() -> str:
     return (Path(__file__).parents[1] / "integrations" / LOADER).read_text(encoding="utf-8")
 
 
-def _export(job: Job, to: str, rename: str | None) -> Export:
-    source = job.references[0].source
-    codes = [dataset.format.code for dataset in job.datasets]
-    consumer = consumer_of(to, job.config, codes, bool(source and source.is_encoder_decoder))
-    text = job.config.text
+def _export(plan: RunPlan, to: str, rename: str | None) -> Export:
+    source = plan.references[0].source
+    codes = [dataset.format.code for dataset in plan.datasets]
+    consumer = consumer_of(to, plan.config, codes, bool(source and source.is_encoder_decoder))
+    text = plan.config.text
     return Export(
         consumer=consumer,
-        emit_ids=job.config.emit_ids or not consumer.texts,
-        per_token=job.config.compute.per_token,
+        emit_ids=plan.config.emit_ids or not consumer.texts,
+        per_token=plan.config.compute.per_token,
         masks="F0" in codes or text.score != "completion" or text.truncation == "keep_end",
-        ld_alpha=parse_loss(job.config.loss).modifiers.ld_alpha,
+        ld_alpha=parse_loss(plan.config.loss).modifiers.ld_alpha,
         renames=renaming(rename),
     )
 
 
-def _summary(store: Store, job: Job) -> dict[str, Any]:
-    counts = total_counts(store, job, "reference")
+def _summary(store: Store, plan: RunPlan) -> dict[str, Any]:
+    counts = total_counts(store, plan, "reference")
     rejected: dict[str, int] = {}
     for name, count in counts.items():
         if name.startswith("rejected/"):
@@ -191,8 +191,8 @@ def _summary(store: Store, job: Job) -> dict[str, Any]:
         "rows": counts.get("rows", 0),
         "scored": counts.get("scored", 0),
         "rejected": dict(sorted(rejected.items())),
-        "marks": marks(store, job),
-        "datasets": {d.spec.name: {"format": d.format.full_name, "polarity": d.format.polarity} for d in job.datasets},
+        "marks": marks(store, plan),
+        "datasets": {d.spec.name: {"format": d.format.full_name, "polarity": d.format.polarity} for d in plan.datasets},
     }
 
 
@@ -235,9 +235,9 @@ def _refuse_foreign_files(store: Store, out: str, restart: bool) -> None:
         raise ConfigError(f"{out}/data holds Parquet files that were not written here: choose another --out")
 
 
-def _refuse_own_input(store: Store, job: Job) -> None:
+def _refuse_own_input(store: Store, plan: RunPlan) -> None:
     roots = tuple(root.rstrip("/") + "/" for root in (store.url(), str(Path(store.url()).resolve())))
-    for dataset in job.datasets:
+    for dataset in plan.datasets:
         for file in dataset.files:
             path = file.path if "://" in file.path else str(Path(file.path).resolve())
             if path.startswith(roots):
@@ -250,7 +250,7 @@ def _throw_away(store: Store) -> None:
     names = {file.name for stage in stages for r in read_records(store, f"data/{stage}").values() for file in _files(r)}
     if read_manifest(store) is not None:
         names |= {name for name in store.list("data") if _SHARD.fullmatch(name)}
-    throw_away(store)
+    discard_results(store)
     for name in sorted(names | {CONTRACT, LOADER}):
         store.remove(name)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from dpo_score.data.dataset import DataFile, Dataset
 from dpo_score.data.files import split_names
-from dpo_score.engine.plan import Rows
+from dpo_score.engine.plan import RowBlocks
 
 SHARD_BYTES = 500_000_000
 GROWTH = 2.0
@@ -84,7 +84,7 @@ def _label(dataset: Dataset, file: DataFile) -> str:
     return _NOT_A_NAME.sub("_", asked or known)
 
 
-def shards_of(splits: Sequence[Split], rows: Rows) -> Iterator[Shard]:
+def shards_of(splits: Sequence[Split], rows: RowBlocks) -> Iterator[Shard]:
     """The files to write, in order; those that a --limit leaves without rows are left out."""
     for split in splits:
         start, stop = _position(split.start, rows), _position(split.stop, rows)
@@ -96,5 +96,5 @@ def shards_of(splits: Sequence[Split], rows: Rows) -> Iterator[Shard]:
                 yield Shard(split.name, index, count, first, last)
 
 
-def _position(row: int, rows: Rows) -> int:
+def _position(row: int, rows: RowBlocks) -> int:
     return row if rows.sample is None else bisect_left(rows.sample, row)

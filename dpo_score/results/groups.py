@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from dpo_score.data.dataset import Dataset, PairReader
 from dpo_score.data.formats.kinds import messages
 from dpo_score.data.types import Pair
-from dpo_score.engine.plan import Job
+from dpo_score.engine.plan import RunPlan
 from dpo_score.errors import ConfigError, UsageError
 from dpo_score.escape import safe
 from dpo_score.metrics.arrays import FLOATS, without_texts
@@ -36,12 +36,12 @@ GAP = 256
 """Rows between two wanted ones up to which reading on is cheaper than beginning anew."""
 
 
-def check_slices(job: Job) -> None:
+def check_slices(plan: RunPlan) -> None:
     """ConfigError for a --slice that neither scores nor data will have."""
-    carried = [field.name for field in job.extra]
-    for name in job.config.slices:
+    carried = [field.name for field in plan.extra]
+    for name in plan.config.slices:
         if name not in (*carried, *STORED, *BUILT_IN):
-            _refuse_unless_there(name, job.datasets, carried)
+            _refuse_unless_there(name, plan.datasets, carried)
 
 
 def _refuse_unless_there(name: str, datasets: Sequence[Dataset], carried: Iterable[str]) -> None:
@@ -58,12 +58,12 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(safe(name, 80) for name in dict.fromkeys(names[:LISTED])) + more
 
 
-def of_run(job: Job) -> pa.Table | None:
+def of_run(plan: RunPlan) -> pa.Table | None:
     """The columns that scores lack, by row_id, for all rows of a run; None where they lack none."""
-    stored = {*(field.name for field in job.extra), *STORED}
-    names = [name for name in job.config.slices if name not in stored and name != LENGTH]
-    sample, wanted = job.rows.sample, job.rows.wanted
-    return from_data(job.datasets, range(wanted) if sample is None else sample[:wanted], names) if names else None
+    stored = {*(field.name for field in plan.extra), *STORED}
+    names = [name for name in plan.config.slices if name not in stored and name != LENGTH]
+    sample, wanted = plan.rows.sample, plan.rows.wanted
+    return from_data(plan.datasets, range(wanted) if sample is None else sample[:wanted], names) if names else None
 
 
 def read_sliced(store: Store, manifest: Manifest, policy: str, names: Sequence[str]) -> ScoredPolicy:

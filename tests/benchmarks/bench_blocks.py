@@ -27,10 +27,10 @@ import pyarrow.parquet as pq
 
 from dpo_score.config.load import load_config
 from dpo_score.engine import prepare as preparing
-from dpo_score.engine.context import Desk
-from dpo_score.engine.plan import Job
+from dpo_score.engine.context import RunContext
+from dpo_score.engine.plan import RunPlan
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.run import at_desk, run_references
+from dpo_score.engine.run import run_context, run_references
 from dpo_score.storage.cache.cache import CacheEntry, open_cache
 from tests.tiny import byte_tokenizer
 
@@ -76,32 +76,32 @@ def configuration(folder: Path, out: Path, blocks: int) -> Any:
 
 
 def run_here(config: Any, meter: Meter) -> None:
-    with at_desk(config, meter, config.out) as desk:
-        _both_times(desk, preparing.prepare(config, desk)[0], meter)
+    with run_context(config, meter, config.out) as context:
+        _both_times(context, preparing.prepare(config, context)[0], meter)
 
 
 def run_on_ray(config: Any, meter: Meter, workers: int) -> None:
     import ray
 
-    from dpo_score.engine.executors.pool import Crew
-    from dpo_score.engine.executors.ray_pool import Device, RayPlace
+    from dpo_score.engine.executors.pool import WorkerPool
+    from dpo_score.engine.executors.ray_pool import Device, RayBackend
 
     ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    with at_desk(config, meter, config.out) as desk:
-        job, _ = preparing.prepare(config, desk)
-        with Crew(RayPlace(ray, Device(1, 0, workers)), config, desk) as crew:
-            desk.crew = crew
-            _both_times(desk, job, meter)
+    with run_context(config, meter, config.out) as context:
+        job, _ = preparing.prepare(config, context)
+        with WorkerPool(RayBackend(ray, Device(1, 0, workers)), config, context) as crew:
+            context.pool = crew
+            _both_times(context, job, meter)
     ray.shutdown()
 
 
-def _both_times(desk: Desk, job: Job, meter: Meter) -> None:
+def _both_times(context: RunContext, job: RunPlan, meter: Meter) -> None:
     """All blocks, then a second look at all of them, as a resumed run takes it."""
     meter.line("begin")
-    run_references(desk, job)
+    run_references(context, job)
     meter.line("end")
     begun = time.perf_counter()
-    run_references(desk, job)
+    run_references(context, job)
     seconds = time.perf_counter() - begun
     print(f"a resumed run looks at them in {seconds:.1f} s, {1000 * seconds / len(list(job.rows)):.2f} ms a block")
 

@@ -65,10 +65,10 @@ def traced(stages: list[Trace]) -> Iterator[None]:
 
     run_stage, attempt, measure = local._let, PairScorer._attempt, noise.measure
 
-    def stage(desk: Any, job: Any, task: Any, todo: Any) -> None:
+    def stage(context: Any, job: Any, task: Any, todo: Any) -> None:
         stages.append(Trace(getattr(task, "name", "") or "reference"))
         begun = time.perf_counter()
-        run_stage(desk, job, task, todo)
+        run_stage(context, job, task, todo)
         stages[-1].seconds = time.perf_counter() - begun
 
     def one_pass(self: Any, members: Any) -> Any:

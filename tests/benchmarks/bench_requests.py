@@ -24,10 +24,10 @@ import numpy as np
 from dpo_score.config.load import load_config
 from dpo_score.engine import prepare as preparing
 from dpo_score.engine import publish
-from dpo_score.engine.context import Desk
+from dpo_score.engine.context import RunContext
 from dpo_score.engine.model_logprobs import cache_fields
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.run import at_desk, ended, run_policy, run_references
+from dpo_score.engine.run import ended, run_context, run_policy, run_references
 from dpo_score.storage.cache.cache import CacheEntry, open_cache
 from tests.run_fixtures import preference_rows, write_rows
 from tests.storage.s3_server import Server, serving
@@ -66,16 +66,16 @@ def counted(server: Server, folder: Path, blocks: int, cached: int) -> Costs:
     config = configuration(folder, f"s3://bucket/{blocks}")
     found: Costs = {}
     for number in range(2):
-        with at_desk(config, Progress(quiet=True), str(config.out)) as desk:
+        with run_context(config, Progress(quiet=True), str(config.out)) as context:
             if number == 0:
-                fill(desk, config, folder, cached)
-            job, _ = preparing.prepare(config, desk)
+                fill(context, config, folder, cached)
+            job, _ = preparing.prepare(config, context)
             server.seen()
-            run_references(desk, job)
+            run_references(context, job)
             one = server.seen()
-            run_policy(desk, job, job.policies[0])
+            run_policy(context, job, job.policies[0])
             two = server.seen()
-            ended(desk, job, {})
+            ended(context, job, {})
         phases = [one, two, server.seen()] if number == 0 else [one + two]
         names = PHASES[:3] if number == 0 else PHASES[3:]
         found |= {name: _kinds(lines) for name, lines in zip(names, phases, strict=True)}
@@ -87,13 +87,13 @@ def _kinds(lines: Sequence[str]) -> Counter[str]:
     return Counter(kind for kind in map(kind_of, lines) if not kind.endswith("lease"))
 
 
-def fill(desk: Desk, config: Any, folder: Path, files: int) -> None:
+def fill(context: RunContext, config: Any, folder: Path, files: int) -> None:
     """The cache as other runs of the reference left it: that many files, indexed, of sequences not asked for here."""
     import s3fs
 
     if not files:
         return
-    _, source, numerics = preparing.Preparation(config, desk).job().models[0]
+    _, source, numerics = preparing.Preparation(config, context).job().models[0]
     local = folder / "filled"
     space = open_cache(local).namespace(cache_fields(source, numerics))
     first = space.add("other", {bytes(16): CacheEntry(np.zeros(2, np.float32))})

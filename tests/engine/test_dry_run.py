@@ -160,8 +160,8 @@ def test_rows_are_sampled_in_short_runs_over_all_of_the_data(runner: Runner, tmp
     lines = (json.dumps({"prompt": str(i), "chosen": "yes", "rejected": "no"}) for i in range(30_000))
     (tmp_path / "many.jsonl").write_text("\n".join(lines))
     config = runner.config(tmp_path / "many.jsonl", None)
-    with preview._scratch(config, Progress(quiet=True)) as desk:
-        job = preview.Preparation(config, desk).job()
+    with preview._scratch(config, Progress(quiet=True)) as context:
+        job = preview.Preparation(config, context).job()
         sample, rows = preview._sampled(job)
     numbers = sorted(int(item.pair.prompt) for item in sample)  # type: ignore[union-attr,arg-type]
     assert rows == len(numbers) == len(set(numbers)) == preview.SAMPLE

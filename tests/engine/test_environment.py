@@ -10,7 +10,7 @@ import pytest
 
 from dpo_score.config.schema import RunConfig
 from dpo_score.engine import prepare as preparing
-from dpo_score.engine.context import desk_at
+from dpo_score.engine.context import open_context
 from dpo_score.engine.environment import continued, versions
 from dpo_score.engine.executors import job_array as shares
 from dpo_score.engine.executors.worker import Assignment, Report, Worker
@@ -93,7 +93,7 @@ def test_a_kernel_that_is_not_to_be_had_here_is_a_change(config: RunConfig, monk
 
 
 def test_a_worker_tells_of_its_own_machine(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    job, _ = prepare(config, desk_at(config, Progress(quiet=True), open_store(str(config.out))))
+    job, _ = prepare(config, open_context(config, Progress(quiet=True), open_store(str(config.out))))
     elsewhere(monkeypatch, device="NVIDIA A10")
 
     def reports(config: RunConfig) -> list[Report]:
@@ -110,10 +110,10 @@ def test_who_has_others_compute_or_nobody_is_on_no_other_device(
     shares.run_share(config.model_copy(update={"blocks": "0/1"}), Progress(quiet=True))
     elsewhere(monkeypatch, device="the head's processor")
     progress = Progress(quiet=True)
-    desk = desk_at(config, progress, open_store(str(config.out)))
-    desk.crew = object()  # type: ignore[assignment]
-    prepare(config.model_copy(update={"strict_env": True}), desk)
+    context = open_context(config, progress, open_store(str(config.out)))
+    context.pool = object()  # type: ignore[assignment]
+    prepare(config.model_copy(update={"strict_env": True}), context)
     shares.finish(str(config.out), progress)
-    found = read_manifest(desk.store)
+    found = read_manifest(context.store)
     assert found is not None
     assert (found.state, progress.warnings, found.warnings) == ("complete", [], ())

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from dpo_score.config.schema import ComputeSpec
-from dpo_score.engine.context import Desk
-from dpo_score.engine.model_logprobs import ModelValues, overlaid, placed
+from dpo_score.engine.context import RunContext
+from dpo_score.engine.model_logprobs import CachedLogprobs, overlaid, placed
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError
 from dpo_score.logprobs import matmul as gemm
@@ -42,9 +42,9 @@ class Loaded(Exception):
 
 
 def scorer_of(runner: Any, tmp_path: Path, device: str) -> None:
-    desk = Desk(open_store(tmp_path / "out"), tmp_path / "cache", Progress(quiet=True), device=device)
-    source = Resolver(desk.cache_dir, desk.digests.sha256).resolve(str(runner.models["reference"]))
-    ModelValues(desk, source, ON_GPU).scorer()
+    context = RunContext(open_store(tmp_path / "out"), tmp_path / "cache", Progress(quiet=True), device=device)
+    source = Resolver(context.cache_dir, context.digests.sha256).resolve(str(runner.models["reference"]))
+    CachedLogprobs(context, source, ON_GPU).scorer()
 
 
 def test_the_model_is_loaded_on_the_gpu_that_is_asked_for(

@@ -10,9 +10,9 @@ import polars as pl
 import pytest
 
 from dpo_score.config.schema import ModelSpec, PolicySpec, RunConfig
-from dpo_score.engine.context import desk_at
+from dpo_score.engine.context import open_context
 from dpo_score.engine.executors.worker import Assignment, Worker
-from dpo_score.engine.model_logprobs import FastPathRefusedError, ModelValues
+from dpo_score.engine.model_logprobs import CachedLogprobs, FastPathRefusedError
 from dpo_score.engine.own_references import on_plain_path
 from dpo_score.engine.prepare import prepare
 from dpo_score.engine.progress import Progress
@@ -88,14 +88,14 @@ def test_it_is_remembered_for_a_policy_that_cannot_be_resolved_yet(
 
 
 def test_a_worker_that_began_before_reads_the_manifest_again(config: RunConfig) -> None:
-    desk = desk_at(config, Progress(quiet=True), open_store(str(config.out)))
-    job, _ = prepare(config, desk)
+    context = open_context(config, Progress(quiet=True), open_store(str(config.out)))
+    job, _ = prepare(config, context)
     worker = Worker(config, str(Path.cwd()))
     list(worker.work(Assignment.of(job.references[0], (0, 1))))
     refused = Assignment.of(job.references[1], (0, 1))
     with pytest.raises(FastPathRefusedError):
         list(worker.work(refused))
-    job = on_plain_path(desk, job, job.references[1], FastPathRefusedError("so it is"))
+    job = on_plain_path(context, job, job.references[1], FastPathRefusedError("so it is"))
     for task in (job.references[1], job.policies[1]):
         assert [r.block for r in worker.work(Assignment.of(task, (0, 1))) if r.block is not None] == [0, 1]
 
@@ -103,9 +103,9 @@ def test_a_worker_that_began_before_reads_the_manifest_again(config: RunConfig) 
 def test_the_runs_own_reference_has_its_numerics_and_says_what_to_do(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: ModelValues, model: Any) -> None:
+    def refuse(self: CachedLogprobs, model: Any) -> None:
         raise FastPathRefusedError("made up for this test")
 
-    monkeypatch.setattr(ModelValues, "_verify", refuse)
+    monkeypatch.setattr(CachedLogprobs, "_verify", refuse)
     with pytest.raises(ModelError, match="reference: made up for this test"):
         run(config, Progress(quiet=True))

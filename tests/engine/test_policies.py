@@ -133,16 +133,16 @@ def test_a_model_without_a_tokenizer_is_a_clear_error(runner: Any, data: Path, t
 def test_a_policy_that_needs_the_plain_path_is_scored_on_it_and_resumes(
     runner: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpo_score.engine.model_logprobs import FastPathRefusedError, ModelValues
+    from dpo_score.engine.model_logprobs import CachedLogprobs, FastPathRefusedError
 
-    verify = ModelValues._verify
+    verify = CachedLogprobs._verify
 
-    def refuse_policies(self: ModelValues, model: Any) -> None:
+    def refuse_policies(self: CachedLogprobs, model: Any) -> None:
         if self._numerics.path == "fast" and self._source.folder == runner.models["better"]:
             raise FastPathRefusedError("made up for this test")
         verify(self, model)
 
-    monkeypatch.setattr(ModelValues, "_verify", refuse_policies)
+    monkeypatch.setattr(CachedLogprobs, "_verify", refuse_policies)
     first = runner(data, tmp_path / "out")
     before = scores(tmp_path / "out", "better")
     again = runner(data, tmp_path / "out")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.threads import ahead, at_once, behind
+from dpo_score.engine.threads import background_writer, map_threads, prefetch
 from tests.run_fixtures import preference_rows, write_rows
 
 
@@ -24,7 +24,7 @@ def under_way(name: str) -> int:
 @settings(deadline=None)  # threads wait for each other, longer on a busy machine
 @given(st.integers(0, 60), st.integers(1, 9))
 def test_at_once_keeps_the_order(count: int, width: int) -> None:
-    assert list(at_once(lambda n: n * n, range(count), width)) == [n * n for n in range(count)]
+    assert list(map_threads(lambda n: n * n, range(count), width)) == [n * n for n in range(count)]
 
 
 def test_at_once_takes_no_more_than_its_width_ahead_of_who_listens() -> None:
@@ -35,7 +35,7 @@ def test_at_once_takes_no_more_than_its_width_ahead_of_who_listens() -> None:
             taken.append(number)
             yield number
 
-    found = at_once(str, items(), width=4)
+    found = map_threads(str, items(), width=4)
     assert next(found) == "0"
     assert len(taken) == 4
     found.close()
@@ -44,11 +44,11 @@ def test_at_once_takes_no_more_than_its_width_ahead_of_who_listens() -> None:
 
 def test_at_once_works_on_several_at_a_time() -> None:
     both = threading.Barrier(2)
-    assert len(list(at_once(lambda _: both.wait(60), range(2), width=2))) == 2
+    assert len(list(map_threads(lambda _: both.wait(60), range(2), width=2))) == 2
 
 
 def test_at_once_raises_what_was_raised_in_its_place() -> None:
-    found = at_once(lambda n: 1 // n, [1, 2, 0, 3], width=4)
+    found = map_threads(lambda n: 1 // n, [1, 2, 0, 3], width=4)
     assert [next(found), next(found)] == [1, 0]
     with pytest.raises(ZeroDivisionError):
         next(found)
@@ -60,7 +60,7 @@ def test_ahead_keeps_the_order_and_raises_what_the_producer_raised() -> None:
         yield from range(5)
         raise KeyError("torn")
 
-    found = ahead(items())
+    found = prefetch(items())
     assert [next(found) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(KeyError, match="torn"):
         next(found)
@@ -68,11 +68,11 @@ def test_ahead_keeps_the_order_and_raises_what_the_producer_raised() -> None:
 
 def test_behind_runs_tasks_in_order_and_raises_the_first_failure() -> None:
     done: list[int] = []
-    with behind() as submit:
+    with background_writer() as submit:
         for number in range(20):
             submit(lambda number=number: done.append(number))  # type: ignore[misc]
     assert done == list(range(20))
-    with pytest.raises(ZeroDivisionError), behind() as submit:
+    with pytest.raises(ZeroDivisionError), background_writer() as submit:
         submit(lambda: 1 // 0)  # type: ignore[arg-type]
 
 

@@ -212,8 +212,8 @@ def test_weights_that_change_while_the_run_works_wait(
 ) -> None:
     real = local.run_references
 
-    def meanwhile(desk: object, job: object) -> object:
-        found = real(desk, job)  # type: ignore[arg-type]
+    def meanwhile(context: object, job: object) -> object:
+        found = real(context, job)  # type: ignore[arg-type]
         save_tiny(training / "checkpoint-20", seed=13)
         return found
 

@@ -11,7 +11,7 @@ import pytest
 
 from dpo_score.config.schema import RunConfig
 from dpo_score.engine import run as local
-from dpo_score.engine.context import Desk
+from dpo_score.engine.context import RunContext
 from dpo_score.engine.executors import choose as engines
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError
@@ -29,14 +29,14 @@ def config(runner: Any, tmp_path: Path) -> RunConfig:
 class FakeCrew:
     """Workers of this machine; `worked`: folder and blocks of what they were given."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
         self.worked: list[tuple[str, list[int]]] = []
 
     def work(self, job: Any, task: Any, todo: Sequence[int]) -> None:
         assert (Path(job.config.out) / "manifest.json").is_file()
         self.worked.append((job.config.out, list(todo)))
-        local.work(self.desk, job, *local.stage_work(self.desk, job, task), todo)
+        local.work(self.context, job, *local.stage_work(self.context, job, task), todo)
 
 
 def test_the_workers_of_the_engine_fill_the_cache(
@@ -45,12 +45,12 @@ def test_the_workers_of_the_engine_fill_the_cache(
     crews: list[FakeCrew] = []
 
     @contextmanager
-    def crewed(engine: str, config: RunConfig, desk: Desk) -> Iterator[RunConfig]:
-        crews.append(FakeCrew(desk))
-        desk.crew = crews[-1]
+    def with_workers(engine: str, config: RunConfig, context: RunContext) -> Iterator[RunConfig]:
+        crews.append(FakeCrew(context))
+        context.pool = crews[-1]
         yield config
 
-    monkeypatch.setattr(engines, "_crew_of", crewed)
+    monkeypatch.setattr(engines, "_crew_of", with_workers)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     compute = config.compute.model_copy(update={"engine": "ray"})
     found = precompute(config.model_copy(update={"compute": compute}), Progress(quiet=True))

@@ -12,7 +12,7 @@ LONGEST_RUN = 32
 ATTEMPTS = 3
 
 
-class Backlog:
+class BlockQueue:
     """Blocks of one stage that nobody works on yet, in order."""
 
     def __init__(self, todo: Sequence[int]) -> None:

@@ -7,12 +7,12 @@ from importlib.util import find_spec
 
 from dpo_score.config.schema import RunConfig
 from dpo_score.engine import run as local
-from dpo_score.engine.context import Desk
+from dpo_score.engine.context import RunContext
 from dpo_score.engine.executors import job_array as shares
 from dpo_score.engine.finish import Outcome
 from dpo_score.engine.prepare import prepare
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.restart import throw_away
+from dpo_score.engine.restart import discard_results
 from dpo_score.errors import ConfigError
 
 
@@ -25,29 +25,29 @@ def run(config: RunConfig, progress: Progress, restart: bool = False) -> Outcome
         return shares.run_share(config, progress, restart)
     if engine == "local" and config.compute.tensor_parallel == 1:
         return local.run(config, progress, restart)
-    with local.at_desk(config, progress, local.check(config)) as desk:
+    with local.run_context(config, progress, local.check(config)) as context:
         if restart:
-            throw_away(desk.store)
-        with _crew_of(engine, config, desk) as config:
-            job, manifest = prepare(config, desk)
-            failures = local.run_stages(desk, job, manifest)
-        return local.ended(desk, job, failures)
+            discard_results(context.store)
+        with _crew_of(engine, config, context) as config:
+            plan, manifest = prepare(config, context)
+            failures = local.run_stages(context, plan, manifest)
+        return local.ended(context, plan, failures)
 
 
-def crewed(config: RunConfig, desk: Desk) -> AbstractContextManager[RunConfig]:
+def with_workers(config: RunConfig, context: RunContext) -> AbstractContextManager[RunConfig]:
     """`desk` with a crew where the engine has one; yields the configuration to go on with."""
-    return _crew_of(chosen(config, desk.progress), config, desk)
+    return _crew_of(chosen(config, context.progress), config, context)
 
 
-def _crew_of(engine: str, config: RunConfig, desk: Desk) -> AbstractContextManager[RunConfig]:
+def _crew_of(engine: str, config: RunConfig, context: RunContext) -> AbstractContextManager[RunConfig]:
     if engine == "ray":
         from dpo_score.engine.executors import ray
 
-        return ray.crewed(config, desk)
+        return ray.with_workers(config, context)
     if config.compute.tensor_parallel > 1:
         from dpo_score.engine.executors import replicas
 
-        return replicas.crewed(config, desk)
+        return replicas.with_workers(config, context)
     return nullcontext(config)
 
 

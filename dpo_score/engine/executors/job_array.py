@@ -17,13 +17,13 @@ from itertools import groupby
 
 from dpo_score.config.load import dump_config
 from dpo_score.config.schema import PolicySpec, RunConfig
-from dpo_score.engine.context import Desk
+from dpo_score.engine.context import RunContext
 from dpo_score.engine.finish import Outcome
-from dpo_score.engine.plan import Job
+from dpo_score.engine.plan import RunPlan
 from dpo_score.engine.prepare import prepare
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.resume import missing_of
-from dpo_score.engine.run import at_desk, check, ended, run_stages
+from dpo_score.engine.run import check, ended, run_context, run_stages
 from dpo_score.errors import ConfigError, UsageError
 from dpo_score.results.source_text import stored_config
 from dpo_score.storage.commits import CommitRecord, read_records
@@ -42,30 +42,30 @@ def run_share(config: RunConfig, progress: Progress, restart: bool = False) -> O
             "once, then start them"
         )
     index, shares = config.share
-    with at_desk(config, progress, check(config), share=f"{index}-of-{shares}") as desk:
-        job, manifest = _begun(config, desk)
-        progress.say(f"share {index} of {shares}: {len(list(job.rows)):,} blocks, {job.rows.mine:,} rows")
-        failures = run_stages(desk, job, manifest)
-        _keep_warnings(desk)
+    with run_context(config, progress, check(config), share=f"{index}-of-{shares}") as context:
+        plan, manifest = _begun(config, context)
+        progress.say(f"share {index} of {shares}: {len(list(plan.rows)):,} blocks, {plan.rows.mine:,} rows")
+        failures = run_stages(context, plan, manifest)
+        _keep_warnings(context)
     progress.say(f"share {index} of {shares} is done; when all are: dpo-score finish {config.out}")
     return Outcome(str(config.out), {"policies": {}}, failures)
 
 
-def _begun(config: RunConfig, desk: Desk) -> tuple[Job, Manifest]:
+def _begun(config: RunConfig, context: RunContext) -> tuple[RunPlan, Manifest]:
     """The job; OUT/manifest.json and pipeline.yaml are there afterwards, and tell of it. Both are written by one at a
     time."""
-    store = desk.store
+    store = context.store
     if read_manifest(store) is None:
-        desk.progress.say("the first share to come decides the numerics for all: the others wait for it")
+        context.progress.say("the first share to come decides the numerics for all: the others wait for it")
         with store.turn():
             if read_manifest(store) is None:
-                job, manifest = prepare(config, desk)
-                _write_down(store, job.config)
-                return job, manifest
-    job, manifest = prepare(config, desk, opening=store.turn)
+                plan, manifest = prepare(config, context)
+                _write_down(store, plan.config)
+                return plan, manifest
+    plan, manifest = prepare(config, context, opening=store.turn)
     with store.turn():
-        _write_down(store, job.config)
-    return job, manifest
+        _write_down(store, plan.config)
+    return plan, manifest
 
 
 def _write_down(store: Store, config: RunConfig) -> None:
@@ -88,14 +88,14 @@ def _others(store: Store, config: RunConfig) -> list[PolicySpec]:
     return [p.model_copy(update={"loss": p.loss or loss, "base": p.base or base}) for p in before.policies]
 
 
-def _keep_warnings(desk: Desk) -> None:
+def _keep_warnings(context: RunContext) -> None:
     """What this process warned of, into the manifest that all share."""
-    with desk.store.turn():
-        found = read_manifest(desk.store)
+    with context.store.turn():
+        found = read_manifest(context.store)
         assert found is not None
-        warnings = tuple(dict.fromkeys((*found.warnings, *desk.progress.warnings)))
+        warnings = tuple(dict.fromkeys((*found.warnings, *context.progress.warnings)))
         if warnings != found.warnings:
-            save_manifest(desk.store, replace(found, warnings=warnings))
+            save_manifest(context.store, replace(found, warnings=warnings))
 
 
 def finish(out: str, progress: Progress, without: Sequence[str] = (), allowed: Collection[str] = ()) -> Outcome:
@@ -105,18 +105,20 @@ def finish(out: str, progress: Progress, without: Sequence[str] = (), allowed: C
     UsageError naming the blocks that are missing, or too many.
     """
     config = _begun_at(out, allowed)
-    with at_desk(config, progress, out) as desk:
-        found = read_manifest(desk.store)
+    with run_context(config, progress, out) as context:
+        found = read_manifest(context.store)
         assert found is not None
         config = _left(config, found, without)
-        job, _ = prepare(config, desk, computes=False)
-        unscored = [policy for policy in job.policies if policy.failure and _missing(desk.store, job, policy.stage)]
-        unnamed = sorted({*found.identities.policies} - {*without} - {policy.name for policy in job.policies})
-        stages = [*(r.stage for r in job.references), *(p.stage for p in job.policies if p not in unscored)]
-        _refuse_missing(desk.store, job, [*stages, *(f"scores/{name}" for name in unnamed)], out)
-        _refuse_more(desk.store, job, out)
-        failed = [policy for policy in unscored if policy.name not in desk.skipped]
-        return ended(desk, job, {policy.name: str(policy.failure) for policy in failed})
+        plan, _ = prepare(config, context, computes=False)
+        unscored = [
+            policy for policy in plan.policies if policy.failure and _missing(context.store, plan, policy.stage)
+        ]
+        unnamed = sorted({*found.identities.policies} - {*without} - {policy.name for policy in plan.policies})
+        stages = [*(r.stage for r in plan.references), *(p.stage for p in plan.policies if p not in unscored)]
+        _refuse_missing(context.store, plan, [*stages, *(f"scores/{name}" for name in unnamed)], out)
+        _refuse_more(context.store, plan, out)
+        failed = [policy for policy in unscored if policy.name not in context.skipped]
+        return ended(context, plan, {policy.name: str(policy.failure) for policy in failed})
 
 
 def _begun_at(out: str, allowed: Collection[str]) -> RunConfig:
@@ -139,11 +141,11 @@ def _left(config: RunConfig, found: Manifest, without: Sequence[str]) -> RunConf
     return config.model_copy(update={"policies": tuple(p for p in config.policies if p.name not in without)})
 
 
-def _refuse_missing(store: Store, job: Job, stages: Sequence[str], out: str) -> None:
-    missing = {stage: blocks for stage in stages if (blocks := _missing(store, job, stage))}
+def _refuse_missing(store: Store, plan: RunPlan, stages: Sequence[str], out: str) -> None:
+    missing = {stage: blocks for stage in stages if (blocks := _missing(store, plan, stage))}
     if not missing:
         return
-    shown = [f"  {stage}: {_ranges(blocks)} of {len(list(job.rows))} blocks" for stage, blocks in missing.items()]
+    shown = [f"  {stage}: {_ranges(blocks)} of {len(list(plan.rows))} blocks" for stage, blocks in missing.items()]
     more = f"\n  … and {len(shown) - SHOWN_STAGES} more stages" if len(shown) > SHOWN_STAGES else ""
     whole = "the same command without --blocks" if "://" in out else f"dpo-score run {out}/{PIPELINE} --out {out}"
     raise UsageError(
@@ -154,22 +156,22 @@ def _refuse_missing(store: Store, job: Job, stages: Sequence[str], out: str) -> 
     )
 
 
-def _missing(store: Store, job: Job, stage: str) -> list[int]:
+def _missing(store: Store, plan: RunPlan, stage: str) -> list[int]:
     """Blocks that are not committed, or with fewer rows than are wanted now (an earlier --limit)."""
-    size = job.rows.block_rows
-    missing = missing_of(store, job.rows, stage)
+    size = plan.rows.block_rows
+    missing = missing_of(store, plan.rows, stage)
     return [block for start, stop in missing for block in range(start // size, -(-stop // size))]
 
 
-def _refuse_more(store: Store, job: Job, out: str) -> None:
+def _refuse_more(store: Store, plan: RunPlan, out: str) -> None:
     """Rows beyond --limit were not scored for nothing: the shares were not all started with one command."""
     stops = [record.stop for record in read_records(store, "reference").values() if isinstance(record, CommitRecord)]
     scored = max(stops, default=0)
-    if scored > job.rows.wanted:
+    if scored > plan.rows.wanted:
         raise UsageError(
-            f"{out}/{PIPELINE} asks for the first {job.rows.wanted:,} rows, but {scored:,} are scored: the shares were "
-            "started with different --limit. Start one of them again without it (what is committed is not computed "
-            "again), then finish"
+            f"{out}/{PIPELINE} asks for the first {plan.rows.wanted:,} rows, but {scored:,} are scored: the shares "
+            "were started with different --limit. Start one of them again without it (what is committed is not "
+            "computed again), then finish"
         )
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from dpo_score.config.schema import RunConfig
-from dpo_score.engine.context import Desk, cache_folder, cache_url
-from dpo_score.engine.executors.backlog import Backlog
-from dpo_score.engine.executors.worker import Assignment, Report, Standing
-from dpo_score.engine.plan import Job, PolicyJob, ReferenceJob
+from dpo_score.engine.context import RunContext, cache_folder, cache_url
+from dpo_score.engine.executors.backlog import BlockQueue
+from dpo_score.engine.executors.worker import Assignment, Report, WorkerReady
+from dpo_score.engine.plan import PolicyTask, ReferenceTask, RunPlan
 from dpo_score.errors import GroupLostError, StorageError
 from dpo_score.logprobs.numerics import Numerics
 from dpo_score.storage.commits import CommitRecord, read_record, record_name
@@ -31,7 +31,7 @@ class LostError(Exception):
     """A worker is no more: its process died, or the machine it was on."""
 
 
-class Hand(Protocol):
+class WorkerHandle(Protocol):
     """One worker. Asked for one thing at a time: to stand (from the start), to decide, or to work."""
 
     def decide(self) -> None:
@@ -40,7 +40,7 @@ class Hand(Protocol):
     def work(self, assignment: Assignment) -> None:
         """Have it compute a run of blocks; its answers are reports, then None."""
 
-    def answer(self) -> Standing | Report | None:
+    def answer(self) -> WorkerReady | Report | None:
         """What it has to say. Raises the worker's own error, or LostError."""
 
     def restart(self) -> None:
@@ -52,7 +52,7 @@ class Hand(Protocol):
         """Return when the killed process is gone, or after a while."""
 
 
-class Place(Protocol):
+class WorkerBackend(Protocol):
     """Where workers live. `room`: how many there is place for now; `needs`, `has`: for the message while one waits."""
 
     @property
@@ -62,61 +62,61 @@ class Place(Protocol):
     @property
     def has(self) -> str: ...
 
-    def hire(self, config: RunConfig) -> Hand: ...
+    def start_worker(self, config: RunConfig) -> WorkerHandle: ...
 
-    def answering(self, hands: Sequence[Hand], seconds: float) -> list[Hand]:
+    def answering(self, handles: Sequence[WorkerHandle], seconds: float) -> list[WorkerHandle]:
         """Those that have something to say, after at most `seconds`."""
 
 
 @dataclass(eq=False)
-class Member:
+class PoolWorker:
     """A worker and what it is at. `left`: blocks it was given and has not reported."""
 
-    hand: Hand
+    handle: WorkerHandle
     stands: bool = False
     busy: bool = False
     left: list[int] = field(default_factory=list)
 
 
-class Crew:
+class WorkerPool:
     """The workers of one run."""
 
-    def __init__(self, place: Place, config: RunConfig, desk: Desk) -> None:
-        self._place, self._config, self._desk = place, config, desk
-        self._members: list[Member] = []
+    def __init__(self, backend: WorkerBackend, config: RunConfig, context: RunContext) -> None:
+        self._backend, self._config, self._context = backend, config, context
+        self._members: list[PoolWorker] = []
         self._most = sys.maxsize
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
         """Kill the workers and see them dead before OUT is unlocked."""
         for member in self._members:
-            member.hand.kill()
+            member.handle.kill()
         for member in self._members:
-            member.hand.see_dead()
+            member.handle.see_dead()
 
     def decide(self) -> None:
         """One worker resolves the numerics on the device that will compute, and writes the manifest."""
         self._begin()
         first = self._members[0]
-        first.hand.decide()
+        first.handle.decide()
         report = self._awaited(first, "numerics are not decided yet")
         assert isinstance(report, Report)
         self._relay(report)
 
-    def work(self, job: Job, task: ReferenceJob | PolicyJob, todo: Sequence[int]) -> None:
+    def work(self, plan: RunPlan, task: ReferenceTask | PolicyTask, todo: Sequence[int]) -> None:
         """All of `todo` committed, by whoever is free. There may be room for more workers after a while."""
-        self._desk.reopen()
+        self._context.reopen()
         self._begin()
-        backlog, rows = Backlog(todo), job.rows
-        label = task.name if isinstance(task, PolicyJob) else task.label
-        with self._desk.progress.stage(label, rows.mine, rows.mine - rows.count(todo)):
+        backlog, rows = BlockQueue(todo), plan.rows
+        label = task.name if isinstance(task, PolicyTask) else task.label
+        with self._context.progress.stage(label, rows.mine, rows.mine - rows.count(todo)):
             while backlog or self._busy:
-                self._hire(min(self._place.room, self._most, len(backlog) + self._busy))
+                self._hire(min(self._backend.room, self._most, len(backlog) + self._busy))
                 self._hand_out(backlog, task)
                 for member in self._answering():
-                    self._answer(member, backlog, job, task)
+                    self._answer(member, backlog, plan, task)
 
     @property
     def _busy(self) -> int:
@@ -126,59 +126,59 @@ class Crew:
         """The first worker stands; said where that takes long, since a cluster waits for room in silence."""
         if not self._members:
             self._hire(1)
-            self._awaited(self._members[0], f"no worker stands yet; each needs {self._place.needs}")
+            self._awaited(self._members[0], f"no worker stands yet; each needs {self._backend.needs}")
             self._members[0].stands = True
 
-    def _awaited(self, member: Member, what: str) -> Standing | Report | None:
+    def _awaited(self, member: PoolWorker, what: str) -> WorkerReady | Report | None:
         """The next answer of one worker; signals are heard meanwhile."""
         slow = time.monotonic() + SLOW_SECONDS
-        while not self._place.answering([member.hand], POLL_SECONDS):
-            self._desk.stop.check()
+        while not self._backend.answering([member.handle], POLL_SECONDS):
+            self._context.stop.check()
             if time.monotonic() > slow:
                 slow = float("inf")
-                self._desk.progress.say(f"{what}; there are {self._place.has}")
+                self._context.progress.say(f"{what}; there are {self._backend.has}")
         try:
-            return member.hand.answer()
+            return member.handle.answer()
         except LostError as error:
             raise _not_started(error) from None
 
     def _hire(self, count: int) -> None:
         while len(self._members) < count:
-            self._members.append(Member(self._place.hire(self._config)))
+            self._members.append(PoolWorker(self._backend.start_worker(self._config)))
 
-    def _hand_out(self, backlog: Backlog, task: ReferenceJob | PolicyJob) -> None:
+    def _hand_out(self, backlog: BlockQueue, task: ReferenceTask | PolicyTask) -> None:
         for member in self._members:
             if member.stands and not member.busy and backlog:
                 blocks = backlog.take(len(self._members))
                 member.left, member.busy = list(blocks), True
-                member.hand.work(Assignment.of(task, blocks))
+                member.handle.work(Assignment.of(task, blocks))
 
-    def _answering(self) -> list[Member]:
+    def _answering(self) -> list[PoolWorker]:
         """Members with something to say, after at most POLL_SECONDS. Raises Interrupted."""
-        self._desk.stop.check()
-        owing = {id(member.hand): member for member in self._members if member.busy or not member.stands}
-        found = self._place.answering([member.hand for member in owing.values()], POLL_SECONDS)
-        return [owing[id(hand)] for hand in found]
+        self._context.stop.check()
+        owing = {id(member.handle): member for member in self._members if member.busy or not member.stands}
+        found = self._backend.answering([member.handle for member in owing.values()], POLL_SECONDS)
+        return [owing[id(handle)] for handle in found]
 
-    def _answer(self, member: Member, backlog: Backlog, job: Job, task: ReferenceJob | PolicyJob) -> None:
+    def _answer(self, member: PoolWorker, backlog: BlockQueue, plan: RunPlan, task: ReferenceTask | PolicyTask) -> None:
         """One message of one worker."""
         try:
-            said = member.hand.answer()
+            said = member.handle.answer()
         except LostError as error:
             if member.busy:
-                self._lost(member, str(error), backlog, job, task)
+                self._lost(member, str(error), backlog, plan, task)
             else:
                 self._dismiss(member, error)
         except GroupLostError as error:
-            self._lost(member, error.reason, backlog, job, task)
+            self._lost(member, error.reason, backlog, plan, task)
         except Exception:
             self._stop_others()
             raise
         else:
-            self._take(member, said, backlog, job)
+            self._take(member, said, backlog, plan)
 
-    def _take(self, member: Member, said: Standing | Report | None, backlog: Backlog, job: Job) -> None:
-        if isinstance(said, Standing):
+    def _take(self, member: PoolWorker, said: WorkerReady | Report | None, backlog: BlockQueue, plan: RunPlan) -> None:
+        if isinstance(said, WorkerReady):
             member.stands = True
         elif said is None:
             member.busy = False
@@ -187,17 +187,17 @@ class Crew:
             self._relay(said)
             if said.block is not None:
                 member.left.remove(said.block)
-                self._desk.progress.rows(job.rows.count([said.block]))
+                self._context.progress.rows(plan.rows.count([said.block]))
 
-    def _dismiss(self, member: Member, error: LostError) -> None:
+    def _dismiss(self, member: PoolWorker, error: LostError) -> None:
         """It does not stand. Those who do go on, and nobody is hired in its place, who would meet the same machine."""
         self._members.remove(member)
-        member.hand.kill()
-        member.hand.see_dead()
+        member.handle.kill()
+        member.handle.see_dead()
         if not any(other.stands for other in self._members):
             raise _not_started(error) from None
         self._most = len(self._members)
-        self._desk.progress.warn(f"{_not_started(error)}. The others go on without it")
+        self._context.progress.warn(f"{_not_started(error)}. The others go on without it")
 
     def _stop_others(self) -> None:
         """A stage has failed: whoever still works on it begins anew, the worker that failed included."""
@@ -206,12 +206,12 @@ class Crew:
                 self._restart(member)
 
     @staticmethod
-    def _restart(member: Member) -> None:
+    def _restart(member: PoolWorker) -> None:
         member.left, member.busy, member.stands = [], False, False
-        member.hand.restart()
+        member.handle.restart()
 
     def _relay(self, report: Report) -> None:
-        progress = self._desk.progress
+        progress = self._context.progress
         for line in report.said:
             progress.say(line)
         for line in report.warned:
@@ -219,27 +219,29 @@ class Crew:
         if report.tokens:
             progress.tokens(report.tokens)
 
-    def _lost(self, member: Member, reason: str, backlog: Backlog, job: Job, task: ReferenceJob | PolicyJob) -> None:
+    def _lost(
+        self, member: PoolWorker, reason: str, backlog: BlockQueue, plan: RunPlan, task: ReferenceTask | PolicyTask
+    ) -> None:
         """A worker died: what it had not committed goes back, and it is waited for again."""
-        gone = [block for block in member.left if not self._committed(block, job, task)]
+        gone = [block for block in member.left if not self._committed(block, plan, task)]
         why = f" ({reason})" if reason else ""
-        self._desk.progress.warn(f"a worker was lost{why}: {len(gone)} blocks of {task.stage} go to others")
-        self._desk.progress.rows(job.rows.count(set(member.left) - set(gone)))
+        self._context.progress.warn(f"a worker was lost{why}: {len(gone)} blocks of {task.stage} go to others")
+        self._context.progress.rows(plan.rows.count(set(member.left) - set(gone)))
         self._restart(member)
         backlog.lost(gone)
 
-    def _committed(self, block: int, job: Job, task: ReferenceJob | PolicyJob) -> bool:
-        name = record_name(task.stage, block, job.rows.blocks)
-        if not self._desk.store.exists(name):
+    def _committed(self, block: int, plan: RunPlan, task: ReferenceTask | PolicyTask) -> bool:
+        name = record_name(task.stage, block, plan.rows.blocks)
+        if not self._context.store.exists(name):
             return False
-        found = read_record(self._desk.store, name)
+        found = read_record(self._context.store, name)
         return isinstance(found, CommitRecord) and found.identity == task.identity
 
 
-def explicit(config: RunConfig, desk: Desk, threads: int) -> RunConfig:
+def explicit(config: RunConfig, context: RunContext, threads: int) -> RunConfig:
     """What other processes would decide by themselves, decided here: the thread count (`threads` where neither OUT
     nor the user says another) and the cache folder."""
-    found, asked = read_manifest(desk.store), config.compute.threads
+    found, asked = read_manifest(context.store), config.compute.threads
     if asked is None and found is not None and found.numerics.get("run"):
         asked = Numerics.from_json(found.numerics["run"]).threads
     cache = cache_url(config.cache_dir) or str(cache_folder(config.cache_dir).absolute())

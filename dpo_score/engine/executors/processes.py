@@ -11,8 +11,8 @@ from multiprocessing import connection
 from pathlib import Path
 
 from dpo_score.config.schema import RunConfig
-from dpo_score.engine.executors.pool import Hand, LostError
-from dpo_score.engine.executors.worker import Assignment, Report, Standing
+from dpo_score.engine.executors.pool import LostError, WorkerHandle
+from dpo_score.engine.executors.worker import Assignment, Report, WorkerReady
 
 KILLED_SECONDS = 10.0
 
@@ -48,9 +48,9 @@ class ProcessHand:
         except OSError:
             return  # its answer will be that it is lost
 
-    def answer(self) -> Standing | Report | None:
+    def answer(self) -> WorkerReady | Report | None:
         try:
-            found: Standing | Report | Exception | None = self.pipe.recv()
+            found: WorkerReady | Report | Exception | None = self.pipe.recv()
         except (EOFError, OSError):
             raise LostError(f"process {self._process.pid} died (exit status {self._wait()})") from None
         if isinstance(found, Exception):
@@ -94,11 +94,11 @@ class ProcessPlace:
     def has(self) -> str:
         return f"{os.cpu_count()} CPU cores on {platform.node()}"
 
-    def hire(self, config: RunConfig) -> Hand:
+    def start_worker(self, config: RunConfig) -> WorkerHandle:
         visible = self._devices[self._hired % len(self._devices)]
         self._hired += 1
         return ProcessHand(config, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
 
-    def answering(self, hands: Sequence[Hand], seconds: float) -> list[Hand]:
+    def answering(self, hands: Sequence[WorkerHandle], seconds: float) -> list[WorkerHandle]:
         owing = {hand.pipe: hand for hand in hands if isinstance(hand, ProcessHand)}
         return [owing[pipe] for pipe in connection.wait(list(owing), seconds)]  # type: ignore[index]

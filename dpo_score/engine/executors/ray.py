@@ -19,9 +19,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from dpo_score.config.schema import RunConfig
-from dpo_score.engine.context import Desk
-from dpo_score.engine.executors.pool import Crew, explicit
-from dpo_score.engine.executors.ray_pool import Device, RayPlace
+from dpo_score.engine.context import RunContext
+from dpo_score.engine.executors.pool import WorkerPool, explicit
+from dpo_score.engine.executors.ray_pool import Device, RayBackend
 from dpo_score.engine.signals import SIGNALS
 from dpo_score.errors import ConfigError, DpoScoreError
 from dpo_score.logprobs.numerics import Numerics
@@ -37,15 +37,15 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "
 
 
 @contextmanager
-def crewed(config: RunConfig, desk: Desk) -> Iterator[RunConfig]:
+def with_workers(config: RunConfig, context: RunContext) -> Iterator[RunConfig]:
     """The desk with a crew on a cluster; yields the configuration with what the machines must agree on spelt out."""
     ray = _ray()
     with _cluster(ray, config):
-        config = explicit(config, desk, _threads(config))
-        with Crew(RayPlace(ray, _device(ray, config, desk)), config, desk) as crew:
-            if read_manifest(desk.store) is None:
-                crew.decide()
-            desk.crew = crew
+        config = explicit(config, context, _threads(config))
+        with WorkerPool(RayBackend(ray, _device(ray, config, context)), config, context) as pool:
+            if read_manifest(context.store) is None:
+                pool.decide()
+            context.pool = pool
             yield config
 
 
@@ -118,12 +118,12 @@ def _threads(config: RunConfig) -> int:
     return max(torch.get_num_threads() // config.compute.tensor_parallel, 1)
 
 
-def _device(ray: Any, config: RunConfig, desk: Desk) -> Device:
+def _device(ray: Any, config: RunConfig, context: RunContext) -> Device:
     """As many GPUs as a replica has ranks where the run computes on GPUs, else --threads cores for each rank."""
     there, asked, ways = ray.cluster_resources(), config.compute.device, config.compute.tensor_parallel
     if ":" in asked:
         raise ConfigError(f"--device {asked} names one GPU; Ray gives each worker its own: say --device cuda")
-    found = read_manifest(desk.store)
+    found = read_manifest(context.store)
     if found is not None and found.numerics.get("run"):
         asked = Numerics.from_json(found.numerics["run"]).device_kind
     if asked == "cuda" or (asked == "auto" and int(there.get("GPU", 0))):

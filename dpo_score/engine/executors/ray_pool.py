@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_score.config.schema import RunConfig
-from dpo_score.engine.executors.pool import Hand, LostError
-from dpo_score.engine.executors.worker import Assignment, Report, Standing, Worker
+from dpo_score.engine.executors.pool import LostError, WorkerHandle
+from dpo_score.engine.executors.worker import Assignment, Report, Worker, WorkerReady
 from dpo_score.errors import DpoScoreError
 from dpo_score.storage.paths import alive
 
@@ -41,12 +41,12 @@ class Device:
         return max(int(there) // (self.gpus or self.cpus), 1)
 
 
-class RayHand:
+class RayWorkerHandle:
     """One actor. `awaited`: the answer that it owes, or the stream of them."""
 
     def __init__(self, ray: Any, actor: Any) -> None:
         self._ray, self._actor = ray, actor
-        self._standing: Standing | None = None
+        self._standing: WorkerReady | None = None
         self._dead = self._streaming = False
         self.awaited: Any = None
         self._stand()
@@ -63,7 +63,7 @@ class RayHand:
         self.awaited = self._actor.work.options(num_returns="streaming").remote(assignment)
         self._streaming = True
 
-    def answer(self) -> Standing | Report | None:
+    def answer(self) -> WorkerReady | Report | None:
         errors = self._ray.exceptions
         try:
             return self._answer()
@@ -81,7 +81,7 @@ class RayHand:
         self._dead = True
         return LostError((str(error).strip().splitlines() or [""])[line].strip())
 
-    def _answer(self) -> Standing | Report | None:
+    def _answer(self) -> WorkerReady | Report | None:
         if self._streaming:
             try:
                 report: Report = self._ray.get(next(self.awaited))
@@ -89,9 +89,9 @@ class RayHand:
                 self.awaited, self._streaming = None, False
                 return None
             return report
-        found: Standing | Report = self._ray.get(self.awaited)
+        found: WorkerReady | Report = self._ray.get(self.awaited)
         self.awaited = None
-        if isinstance(found, Standing):
+        if isinstance(found, WorkerReady):
             self._standing = found
         return found
 
@@ -114,7 +114,7 @@ class RayHand:
             time.sleep(0.02)
 
 
-class RayPlace:
+class RayBackend:
     """A cluster that this process has joined."""
 
     def __init__(self, ray: Any, device: Device) -> None:
@@ -141,11 +141,11 @@ class RayPlace:
         there = self._ray.cluster_resources()
         return f"{there.get('CPU', 0):g} CPU cores and {there.get('GPU', 0):g} GPUs in the cluster"
 
-    def hire(self, config: RunConfig) -> Hand:
-        return RayHand(self._ray, self._kind.remote(config, str(Path.cwd())))
+    def start_worker(self, config: RunConfig) -> WorkerHandle:
+        return RayWorkerHandle(self._ray, self._kind.remote(config, str(Path.cwd())))
 
-    def answering(self, hands: Sequence[Hand], seconds: float) -> list[Hand]:
-        owed = {hand.awaited: hand for hand in hands if isinstance(hand, RayHand)}
+    def answering(self, handles: Sequence[WorkerHandle], seconds: float) -> list[WorkerHandle]:
+        owed = {handle.awaited: handle for handle in handles if isinstance(handle, RayWorkerHandle)}
         ready, _ = self._ray.wait(list(owed), num_returns=1, timeout=seconds, fetch_local=False)
         return [owed[each] for each in ready]
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from dpo_score.config.schema import RunConfig
-from dpo_score.engine.context import Desk
-from dpo_score.engine.executors.pool import Crew, explicit
+from dpo_score.engine.context import RunContext
+from dpo_score.engine.executors.pool import WorkerPool, explicit
 from dpo_score.engine.executors.processes import ProcessPlace
 from dpo_score.errors import ConfigError
 from dpo_score.logprobs.numerics import Numerics
@@ -22,21 +22,21 @@ from dpo_score.storage.manifest import read_manifest
 
 
 @contextmanager
-def crewed(config: RunConfig, desk: Desk) -> Iterator[RunConfig]:
+def with_workers(config: RunConfig, context: RunContext) -> Iterator[RunConfig]:
     """The desk with a crew of replicas; yields the configuration with what they must agree on spelt out."""
-    devices = _devices(config, desk)
+    devices = _devices(config, context)
     cores = max((os.cpu_count() or 1) // (len(devices) * config.compute.tensor_parallel), 1)
-    config = explicit(config, desk, cores)
-    with Crew(ProcessPlace(devices), config, desk) as crew:
-        if read_manifest(desk.store) is None:
-            crew.decide()
-        desk.crew = crew
+    config = explicit(config, context, cores)
+    with WorkerPool(ProcessPlace(devices), config, context) as pool:
+        if read_manifest(context.store) is None:
+            pool.decide()
+        context.pool = pool
         yield config
 
 
-def _devices(config: RunConfig, desk: Desk) -> Sequence[str | None]:
+def _devices(config: RunConfig, context: RunContext) -> Sequence[str | None]:
     """For each replica, the devices that it sees."""
-    return gpu_replicas(config) if _on_gpus(config, desk) else [None] * (config.compute.workers or 1)
+    return gpu_replicas(config) if _on_gpus(config, context) else [None] * (config.compute.workers or 1)
 
 
 def gpu_replicas(config: RunConfig) -> list[str]:
@@ -60,11 +60,11 @@ def _visible() -> list[str]:
     return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
 
 
-def _on_gpus(config: RunConfig, desk: Desk) -> bool:
+def _on_gpus(config: RunConfig, context: RunContext) -> bool:
     """As OUT has decided, else as asked, else where there are any."""
     import torch
 
-    asked, found = config.compute.device, read_manifest(desk.store)
+    asked, found = config.compute.device, read_manifest(context.store)
     if ":" in asked:
         raise ConfigError(f"--device {asked} names one GPU; --tensor-parallel takes several: say --device cuda")
     if found is not None and found.numerics.get("run"):

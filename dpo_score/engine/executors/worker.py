@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from dpo_score.config.schema import RunConfig
-from dpo_score.engine.context import Desk, desk_at
-from dpo_score.engine.plan import Job, PolicyJob, ReferenceJob
+from dpo_score.engine.context import RunContext, open_context
+from dpo_score.engine.plan import PolicyTask, ReferenceTask, RunPlan
 from dpo_score.engine.prepare import Preparation, identified, prepare
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.run import Compute, Stage, stage_work, work
@@ -40,12 +40,12 @@ class Assignment:
     blocks: tuple[int, ...]
 
     @classmethod
-    def of(cls, task: ReferenceJob | PolicyJob, blocks: tuple[int, ...]) -> Assignment:
+    def of(cls, task: ReferenceTask | PolicyTask, blocks: tuple[int, ...]) -> Assignment:
         return cls(task.stage, task.identity, task.numerics, blocks)
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class WorkerReady:
     """A worker can be given work; where it is."""
 
     host: str
@@ -67,7 +67,7 @@ class Report:
     warned: tuple[str, ...] = ()
 
 
-class Relay(Progress):
+class RelayedProgress(Progress):
     """A voice that is heard elsewhere: what is said is kept until the next report."""
 
     def __init__(self) -> None:
@@ -110,22 +110,22 @@ class Worker:
     def __init__(self, config: RunConfig, folder: str) -> None:
         if os.path.isdir(folder):  # noqa: PTH112 - the folder of another machine may be no path here
             os.chdir(folder)
-        self._config, self._relay = config, Relay()
+        self._config, self._relay = config, RelayedProgress()
         self._now: tuple[str, Stage, Compute] | None = None
 
-    def ready(self) -> Standing:
+    def ready(self) -> WorkerReady:
         """Answers when the worker can be given work."""
-        return Standing(platform.node(), os.getpid())
+        return WorkerReady(platform.node(), os.getpid())
 
     def decide(self) -> Report:
         """Resolve every `auto` on this device and write the manifest."""
-        prepare(self._config, self._desk)
+        prepare(self._config, self._context)
         return self._relay.report()
 
     def work(self, assignment: Assignment) -> Iterator[Report]:
         """A report per committed block, in order, as soon as it is committed."""
         reports: queue.Queue[Report | None] = queue.Queue()
-        self._desk.committed = lambda record: reports.put(self._relay.report(record))
+        self._context.committed = lambda record: reports.put(self._relay.report(record))
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="blocks") as pool:
             done = pool.submit(self._blocks, assignment)
             done.add_done_callback(lambda _: reports.put(None))
@@ -136,19 +136,19 @@ class Worker:
 
     def _blocks(self, assignment: Assignment) -> None:
         stage, compute = self._stage(assignment)
-        work(self._desk, self._job, stage, compute, assignment.blocks)
+        work(self._context, self._plan, stage, compute, assignment.blocks)
 
     def _stage(self, assignment: Assignment) -> tuple[Stage, Compute]:
         """The model stays loaded from one run of blocks to the next."""
         if self._now is None or self._now[0] != assignment.identity:
             self._now = None
-            self._now = (assignment.identity, *stage_work(self._desk, self._job, self._task(assignment)))
+            self._now = (assignment.identity, *stage_work(self._context, self._plan, self._task(assignment)))
         return self._now[1:]
 
-    def _task(self, assignment: Assignment) -> ReferenceJob | PolicyJob:
+    def _task(self, assignment: Assignment) -> ReferenceTask | PolicyTask:
         task = self._found(assignment)
         if task.identity != assignment.identity:
-            del self._job  # a reference may have gone to the plain path since: the manifest is read again
+            del self._plan  # a reference may have gone to the plain path since: the manifest is read again
             task = self._found(assignment)
         if task.identity != assignment.identity:
             raise IdentityError(
@@ -157,23 +157,23 @@ class Worker:
             )
         return task
 
-    def _found(self, assignment: Assignment) -> ReferenceJob | PolicyJob:
+    def _found(self, assignment: Assignment) -> ReferenceTask | PolicyTask:
         """The task as it is resolved here, on the path that it was assigned with."""
-        tasks: list[ReferenceJob | PolicyJob] = [*self._job.references, *self._job.policies]
+        tasks: list[ReferenceTask | PolicyTask] = [*self._plan.references, *self._plan.policies]
         task = next(task for task in tasks if task.stage == assignment.stage)
-        if isinstance(task, PolicyJob) and task.failure is not None:
+        if isinstance(task, PolicyTask) and task.failure is not None:
             raise ModelError(f"on {platform.node()}: {task.failure}")
-        if isinstance(task, PolicyJob) and task.numerics != assignment.numerics:
-            task = identified(replace(task, numerics=assignment.numerics), self._job.identities)
+        if isinstance(task, PolicyTask) and task.numerics != assignment.numerics:
+            task = identified(replace(task, numerics=assignment.numerics), self._plan.identities)
         return task
 
     @cached_property
-    def _desk(self) -> Desk:
+    def _context(self) -> RunContext:
         store = open_store(str(self._config.out), warnings_to=self._relay.warn)
-        return desk_at(self._config, self._relay, store)
+        return open_context(self._config, self._relay, store)
 
     @cached_property
-    def _job(self) -> Job:
-        job, manifest = Preparation(self._config, self._desk).job(), read_manifest(self._desk.store)
+    def _plan(self) -> RunPlan:
+        plan, manifest = Preparation(self._config, self._context).plan(), read_manifest(self._context.store)
         assert manifest is not None
-        return replace(job, cache_snapshots=manifest.cache_snapshots)
+        return replace(plan, cache_snapshots=manifest.cache_snapshots)

@@ -13,7 +13,7 @@ import sys
 import threading
 from multiprocessing.connection import Connection
 
-from dpo_score.engine.executors.worker import Assignment, Report, Standing, Worker
+from dpo_score.engine.executors.worker import Assignment, Report, Worker, WorkerReady
 from dpo_score.errors import DpoScoreError
 
 
@@ -49,7 +49,7 @@ def _do(worker: Worker, request: Assignment | None, pipe: Connection) -> None:
         _send(pipe, _portable(error))
 
 
-def _send(pipe: Connection, answer: Standing | Report | Exception | None) -> None:
+def _send(pipe: Connection, answer: WorkerReady | Report | Exception | None) -> None:
     try:
         pipe.send(answer)
     except OSError:

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_score.engine.executors.backlog import ATTEMPTS, LONGEST_RUN, Backlog
+from dpo_score.engine.executors.backlog import ATTEMPTS, LONGEST_RUN, BlockQueue
 from dpo_score.errors import StorageError
 
 
 @given(st.integers(0, 500), st.integers(1, 20))
 def test_every_block_once_in_contiguous_runs(count: int, workers: int) -> None:
-    backlog, taken = Backlog(range(7, 7 + count)), []
+    backlog, taken = BlockQueue(range(7, 7 + count)), []
     while run := backlog.take(workers):
         assert list(run) == list(range(run[0], run[0] + len(run)))
         assert len(run) <= LONGEST_RUN
@@ -22,7 +22,7 @@ def test_every_block_once_in_contiguous_runs(count: int, workers: int) -> None:
 
 
 def test_the_last_runs_are_short() -> None:
-    backlog = Backlog(range(100))
+    backlog = BlockQueue(range(100))
     sizes = []
     while run := backlog.take(4):
         sizes.append(len(run))
@@ -31,14 +31,14 @@ def test_the_last_runs_are_short() -> None:
 
 
 def test_what_was_lost_comes_first() -> None:
-    backlog = Backlog(range(10))
+    backlog = BlockQueue(range(10))
     assert backlog.take(1) == (0, 1, 2, 3, 4)
     backlog.lost([3, 4])
     assert backlog.take(1)[0] == 3
 
 
 def test_a_block_that_kills_its_workers_ends_the_run() -> None:
-    backlog = Backlog([5])
+    backlog = BlockQueue([5])
     for _ in range(ATTEMPTS - 1):
         backlog.lost(backlog.take(1))
     with pytest.raises(StorageError, match="block 5 has cost 3 workers"):

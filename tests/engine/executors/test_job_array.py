@@ -20,7 +20,7 @@ from dpo_score.config.schema import RunConfig
 from dpo_score.engine import run as local
 from dpo_score.engine.executors import choose as engines
 from dpo_score.engine.executors import job_array as shares
-from dpo_score.engine.plan import Rows
+from dpo_score.engine.plan import RowBlocks
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError, Interrupted, UsageError
 from dpo_score.results.verify.verify import verify
@@ -48,8 +48,8 @@ def results(out: Path) -> dict[str, bytes]:
 
 @given(st.integers(1, 500), st.integers(64, 100), st.integers(1, 9), st.integers(1, 600))
 def test_every_block_belongs_to_one_share(total: int, size: int, n: int, limit: int) -> None:
-    whole = Rows(total, size, limit)
-    parts = [Rows(total, size, limit, share=(i, n)) for i in range(n)]
+    whole = RowBlocks(total, size, limit)
+    parts = [RowBlocks(total, size, limit, share=(i, n)) for i in range(n)]
     assert [block for part in parts for block in part] == list(whole)
     assert sum(part.mine for part in parts) == whole.mine == whole.wanted
 

@@ -12,8 +12,8 @@ from dpo_score.config.schema import RunConfig
 from dpo_score.engine import prepare
 from dpo_score.engine import run as local
 from dpo_score.engine.executors.backlog import ATTEMPTS
-from dpo_score.engine.executors.pool import Crew, Hand, LostError
-from dpo_score.engine.executors.worker import Assignment, Report, Standing, Worker
+from dpo_score.engine.executors.pool import LostError, WorkerHandle, WorkerPool
+from dpo_score.engine.executors.worker import Assignment, Report, Worker, WorkerReady
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import StorageError
 from tests.engine.executors.test_job_array import results
@@ -45,10 +45,10 @@ class Here:
     def work(self, assignment: Assignment) -> None:
         self._owed, self.given = self._worker.work(assignment), assignment.blocks
 
-    def answer(self) -> Standing | Report | None:
+    def answer(self) -> WorkerReady | Report | None:
         if self._lost(self):
             raise LostError("made up for this test")
-        found: Standing | Report | None = next(self._owed, None)
+        found: WorkerReady | Report | None = next(self._owed, None)
         if isinstance(found, Report) and found.block is not None:
             self.blocks.append(found.block)
         return found
@@ -73,12 +73,12 @@ class Machine:
     def room(self) -> int:
         return self._rooms()
 
-    def hire(self, config: RunConfig) -> Hand:
+    def start_worker(self, config: RunConfig) -> WorkerHandle:
         at = len(self.hired)
         self.hired.append(Here(config, self._faults[at] if at < len(self._faults) else never))
         return self.hired[-1]
 
-    def answering(self, hands: Sequence[Hand], seconds: float) -> list[Hand]:
+    def answering(self, hands: Sequence[WorkerHandle], seconds: float) -> list[WorkerHandle]:
         return list(hands)
 
 
@@ -97,11 +97,14 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def scored(place: Machine, config: RunConfig, progress: Progress) -> None:
-    with local.at_desk(config, progress, local.check(config)) as desk, Crew(place, config, desk) as crew:
-        crew.decide()
-        desk.crew = crew
-        job, manifest = prepare.prepare(config, desk)
-        local.ended(desk, job, local.run_stages(desk, job, manifest))
+    with (
+        local.run_context(config, progress, local.check(config)) as context,
+        WorkerPool(place, config, context) as pool,
+    ):
+        pool.decide()
+        context.pool = pool
+        job, manifest = prepare.prepare(config, context)
+        local.ended(context, job, local.run_stages(context, job, manifest))
 
 
 def test_room_that_comes_while_blocks_are_computed_is_used(runner: Runner, data: Path, tmp_path: Path) -> None:

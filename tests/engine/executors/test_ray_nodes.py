@@ -11,7 +11,7 @@ import pytest
 
 from dpo_score.engine import run as local
 from dpo_score.engine.executors import choose as engines
-from dpo_score.engine.executors.ray_pool import RayHand
+from dpo_score.engine.executors.ray_pool import RayWorkerHandle
 from dpo_score.engine.executors.worker import Report
 from dpo_score.engine.progress import Progress
 from dpo_score.results.verify.verify import verify
@@ -41,15 +41,15 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def reporters(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Processes of the workers that have reported, in that order."""
     found: list[int] = []
-    answer = RayHand.answer
+    answer = RayWorkerHandle.answer
 
-    def noted(hand: RayHand) -> Any:
+    def noted(hand: RayWorkerHandle) -> Any:
         said = answer(hand)
         if isinstance(said, Report) and hand._standing is not None:
             found.append(hand._standing.process)
         return said
 
-    monkeypatch.setattr(RayHand, "answer", noted)
+    monkeypatch.setattr(RayWorkerHandle, "answer", noted)
     return found
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from dpo_score.engine.executors import ray_pool as ray_crew
 from dpo_score.engine.executors.pool import LostError
-from dpo_score.engine.executors.ray_pool import Device, RayHand, RayPlace
+from dpo_score.engine.executors.ray_pool import Device, RayBackend, RayWorkerHandle
 from dpo_score.engine.executors.worker import Assignment
 from dpo_score.errors import DpoScoreError
 
@@ -53,9 +53,9 @@ class Ray:
         self.kills.append(no_restart)
 
 
-def at_work(error: Exception) -> tuple[Ray, RayHand]:
+def at_work(error: Exception) -> tuple[Ray, RayWorkerHandle]:
     ray = Ray(error)
-    hand = RayHand(ray, Actor())
+    hand = RayWorkerHandle(ray, Actor())
     hand.work(WORK)
     return ray, hand
 
@@ -108,7 +108,7 @@ def test_room_is_what_fits_unless_a_number_is_asked_for(device: Device, room: in
 def test_devices_of_nodes_that_joined_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     there: Mapping[str, float] = {"CPU": 2.0}
     cluster = SimpleNamespace(remote=lambda **_: lambda kind: kind, cluster_resources=lambda: there)
-    place = RayPlace(cluster, Device(1, 0))
+    place = RayBackend(cluster, Device(1, 0))
     assert place.room == 2
     there = {"CPU": 6.0}
     assert place.room == 2, "counted a moment ago"

@@ -11,7 +11,7 @@ import pytest
 
 from dpo_score.engine.executors import choose as engines
 from dpo_score.engine.executors import job_array as shares
-from dpo_score.engine.model_logprobs import FastPathRefusedError, ModelValues
+from dpo_score.engine.model_logprobs import CachedLogprobs, FastPathRefusedError
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import HalfWrittenError
 from dpo_score.storage.io import open_store
@@ -68,11 +68,11 @@ def manifest_at(out: Path) -> Manifest:
 def test_a_policy_that_needs_the_plain_path(
     runner: Runner, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: list[bool]
 ) -> None:
-    def refuse_policies(self: ModelValues, _: Any) -> None:
+    def refuse_policies(self: CachedLogprobs, _: Any) -> None:
         if self._numerics.path == "fast" and self._source.folder == runner.models["better"]:
             raise FastPathRefusedError("made up for this test")
 
-    monkeypatch.setattr(ModelValues, "_verify", refuse_policies)
+    monkeypatch.setattr(CachedLogprobs, "_verify", refuse_policies)
     engines.run(runner.config(data, tmp_path / "out", blocks="0/1"), QUIET)
     assert manifest_at(tmp_path / "out").identities.policies["better"]["numerics"]["path"] == "plain"
     assert set(writes) == {True}
@@ -81,14 +81,14 @@ def test_a_policy_that_needs_the_plain_path(
 def test_a_checkpoint_that_is_written_anew_while_it_is_read(
     runner: Runner, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: list[bool]
 ) -> None:
-    load = ModelValues._load
+    load = CachedLogprobs._load
 
-    def half(self: ModelValues) -> Any:
+    def half(self: CachedLogprobs) -> Any:
         if self._source.folder == runner.models["worse"]:
             raise HalfWrittenError("made up for this test")
         return load(self)
 
-    monkeypatch.setattr(ModelValues, "_load", half)
+    monkeypatch.setattr(CachedLogprobs, "_load", half)
     policies = [f"{name}={runner.models[name]}" for name in ("better", "worse")]
     engines.run(runner.config(data, tmp_path / "out", blocks="0/1", policy=policies), QUIET)
     assert set(manifest_at(tmp_path / "out").identities.policies) == {"better"}

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from dpo_score.config.schema import RunConfig
-from dpo_score.engine.context import Desk
+from dpo_score.engine.context import RunContext
 from dpo_score.engine.executors.pool import explicit
 from dpo_score.engine.executors.worker import Assignment, Report, Worker
 from dpo_score.engine.prepare import prepare
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.run import desk_at
+from dpo_score.engine.run import open_context
 from dpo_score.errors import IdentityError
 from dpo_score.logprobs import scorer
 from dpo_score.storage.commits import CommitRecord, read_record, record_name
@@ -27,8 +27,8 @@ from tests.run_fixtures import preference_rows, write_rows
 BLOCKS = 3
 
 
-def desk_of(config: RunConfig) -> Desk:
-    return desk_at(config, Progress(quiet=True), open_store(str(config.out)))
+def desk_of(config: RunConfig) -> RunContext:
+    return open_context(config, Progress(quiet=True), open_store(str(config.out)))
 
 
 @pytest.fixture
