@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from dpo_score.engine.finish import Outcome
-    from dpo_score.engine.in_memory_model import InMemoryModel
+    from dpo_score.engine.in_memory import InMemoryModel
     from dpo_score.export.precompute import PrecomputeOutcome
 
 __all__ = ["precompute", "rescore", "run", "score"]
@@ -146,7 +146,7 @@ def _refuse_options_of_runs(options: Mapping[str, Any]) -> None:
 
 def _loaded(policies: Mapping[str, Any], reference: Any) -> dict[str, InMemoryModel]:
     """The models among policies and reference that are objects, not names; "" is the reference."""
-    from dpo_score.engine.in_memory_model import InMemoryModel
+    from dpo_score.engine.in_memory import InMemoryModel
 
     loaded = {name: InMemoryModel(model) for name, model in policies.items() if not isinstance(model, str | Path)}
     if reference == "base" and len(loaded) != 1:

@@ -22,8 +22,10 @@ from dpo_score.engine.plan import SCHEMA_VERSION, RunPlan, text_notice
 from dpo_score.engine.resume import missing_of
 from dpo_score.engine.stages import part
 from dpo_score.engine.threads import map_threads
-from dpo_score.errors import BadRowsError, PolicyFailedError
+from dpo_score.errors import BadRowsError, PolicyFailedError, UsageError
 from dpo_score.metrics.summary import summarise
+from dpo_score.report.build import write_report
+from dpo_score.report.trackers import log_run, tensorboard_folder
 from dpo_score.results import groups as slices
 from dpo_score.results import noise, rewardbench
 from dpo_score.results.card import README, SUMMARY, card, data_set
@@ -245,3 +247,30 @@ def _record(store: Store, name: str) -> FileRecord:
 def _clear_texts(store: Store) -> None:
     for _ in map_threads(store.remove, store.list(".work/text"), store.width):
         pass
+
+
+# --- publish ------------------------------------------------------------
+
+
+REPORT_ROWS = 50_000
+"""Pairs up to which a run writes its report by itself: beyond, memory would grow with the rows."""
+
+
+def publish(context: RunContext, plan: RunPlan) -> None:
+    """OUT/report.html, and --log-to."""
+    out = plan.config.out or ""
+    if plan.rows.wanted <= REPORT_ROWS:
+        _report(context, out)
+    else:
+        context.progress.say(f"no report for more than {REPORT_ROWS:,} rows unasked: dpo-score report {out}")
+    if "tensorboard" in plan.config.log_to:
+        context.progress.say(f"TensorBoard: tensorboard --logdir {tensorboard_folder(out)}")
+    for problem in log_run(plan.config.log_to, context.store, out) if plan.config.log_to else ():
+        context.progress.warn(problem)
+
+
+def _report(context: RunContext, out: str) -> None:
+    try:
+        write_report(context.store, out)
+    except UsageError as error:
+        context.progress.warn(f"no report: {error}")

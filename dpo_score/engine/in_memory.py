@@ -6,37 +6,38 @@ Promises: the numbers and columns are those of a run; models named by path use t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_score.config.schema import PolicySpec, RunConfig
+from dpo_score.config.schema import ComputeSpec, PolicySpec, RunConfig
 from dpo_score.data.dataset import Dataset, PairReader, only_ids, open_data
 from dpo_score.data.types import EncodedPair, Pair, Rejected, TokenSequence, row_place
 from dpo_score.engine.block_inputs import BlockText
 from dpo_score.engine.context import RunContext
-from dpo_score.engine.fast_path_check import trusted
-from dpo_score.engine.in_memory_model import InMemoryLogprobs, InMemoryModel
 from dpo_score.engine.limits import TokenGuard, refuse_long, refuse_other_kind
-from dpo_score.engine.model_logprobs import BlockLogprobs, CachedLogprobs, FastPathRefusedError, Values, plain
+from dpo_score.engine.model_logprobs import BlockLogprobs, CachedLogprobs, FastPathRefusedError, Values, plain, trusted
 from dpo_score.engine.plan import PolicyTask, ReferenceTask, RowBlocks, RunPlan, extra_fields
 from dpo_score.engine.prepare import parameters
 from dpo_score.engine.stages import BlockResult, part, policy_block, reference_block
 from dpo_score.errors import ConfigError, DataError, ModelError
 from dpo_score.export.input_rows import fitted
 from dpo_score.logprobs.numerics import Numerics, resolve_numerics
+from dpo_score.logprobs.types import SequenceLogps, Unscored
 from dpo_score.losses.parse import parse_loss
 from dpo_score.models.limits import text_limits
 from dpo_score.models.resolve import ModelSource, Resolver, resolve_policy
 from dpo_score.results.schemas import STATS, text_table
+from dpo_score.storage.cache.cache import CacheEntry
 from dpo_score.storage.fingerprint import Identities
 from dpo_score.tokenization.choose import REFERENCE, choose_tokenizer, renderer_of
 
-Model: TypeAlias = ModelSource | InMemoryModel
+Model: TypeAlias = "ModelSource | InMemoryModel"
 
 
 def written(pairs: Any, folder: Path) -> Path:
@@ -237,3 +238,78 @@ def _policy_table(
 
 def _unscored(rejects: pa.Table) -> pa.Table:
     return rejects.select(["row_id", "dataset", "source_file", "source_row"]).append_column("status", rejects["code"])
+
+
+# --- in memory model ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InMemoryModel:
+    """A transformers or PEFT model; `bare`: with its adapters switched off."""
+
+    model: Any
+    bare: bool = False
+
+    @property
+    def source(self) -> ModelSource:
+        """A source without files: equal exactly for the same object in the same guise."""
+        digest = f"held:{id(self.model)}:{'bare' if self.bare else 'as it is'}"
+        name = type(self.model).__name__
+        return ModelSource(name, Path(), None, None, self.model.config.to_dict(), (), digest, digest, False)
+
+    def numerics(self, compute: ComputeSpec) -> Numerics:
+        """The model's own dtype and device, and the path that proves right on it."""
+        from dpo_score.logprobs.self_check import settle
+
+        own = {"device": str(self.model.device), "dtype": str(self.model.dtype).removeprefix("torch.")}
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        asked = resolve_numerics(compute.model_copy(update=own), self.model.config.to_dict(), size)
+        with self.as_found():
+            settled, _ = settle(self.model, replace(asked, compile=False))
+        return settled
+
+    @contextmanager
+    def as_found(self) -> Iterator[None]:
+        """Evaluation mode, adapters off where `bare`; everything put back afterwards."""
+        if self.bare and not hasattr(self.model, "disable_adapter"):
+            raise ModelError("reference 'base': the policy is no PEFT model, so it has no adapters to switch off")
+        modes = [(module, module.training) for module in self.model.modules()]
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        try:
+            with self.model.disable_adapter() if self.bare else nullcontext():
+                self.model.eval()
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+class InMemoryLogprobs:
+    """Values of one held model."""
+
+    def __init__(self, loaded: InMemoryModel, numerics: Numerics, stats: Sequence[str] = ()) -> None:
+        self._loaded, self._numerics, self._stats = loaded, numerics, tuple(stats)
+
+    def block(self, name: str, sequences: Sequence[TokenSequence], sample: int = 0) -> BlockLogprobs:
+        from dpo_score.logprobs.scorer import PairScorer
+
+        self._refuse_unknown_ids(sequences)
+        with self._loaded.as_found():
+            results = PairScorer(self._loaded.model, self._numerics, self._stats).score(sequences)
+        redone = frozenset(i for i, r in enumerate(results) if isinstance(r, SequenceLogps) and r.redone_dtype)
+        return BlockLogprobs([_entry(result) for result in results], redone)
+
+    def _refuse_unknown_ids(self, sequences: Sequence[TokenSequence]) -> None:
+        rows = int(self._loaded.model.get_input_embeddings().weight.shape[0])
+        largest = max((int(ids.max()) for s in sequences for ids in (s.prompt, s.response) if len(ids)), default=0)
+        if largest >= rows:
+            raise ModelError(
+                f"{type(self._loaded.model).__name__}: token id {largest} lies beyond its {rows} embedding rows; it "
+                "was made for another tokenizer: name its own with tokenizer=…"
+            )
+
+
+def _entry(result: SequenceLogps | Unscored) -> CacheEntry | Unscored:
+    return CacheEntry(result.token_logps, dict(result.stats)) if isinstance(result, SequenceLogps) else result

@@ -6,18 +6,17 @@ wins over what would be decided today. Nothing here runs a model except the one-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
-from dpo_score.config.schema import ModelSpec, PolicySpec, RunConfig
+from dpo_score.config.schema import ComputeSpec, ModelSpec, PolicySpec, RunConfig
 from dpo_score.data.dataset import Dataset, mean_text_bytes, open_data
 from dpo_score.engine.context import RunContext
-from dpo_score.engine.environment import continued, host, now, versions
-from dpo_score.engine.fast_path_check import trusted
-from dpo_score.engine.model_logprobs import cache_fields, overlaid, placed, plain
-from dpo_score.engine.placement import check_placement
+from dpo_score.engine.environment import commit_lines, commits, continued, host, names, now, pinned, versions
+from dpo_score.engine.model_logprobs import cache_fields, overlaid, placed, plain, trusted
 from dpo_score.engine.plan import (
     PolicyTask,
     ReferenceTask,
@@ -31,11 +30,11 @@ from dpo_score.engine.plan import (
     waiting,
     with_numerics,
 )
-from dpo_score.engine.revisions import commit_lines, commits, names, pinned
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.logprobs.numerics import Numerics, resolve_numerics, with_own_softmax
 from dpo_score.losses.parse import parse_loss
 from dpo_score.models.limits import text_limits
+from dpo_score.models.parallel.sharding import refuse_undealt
 from dpo_score.models.resolve import ModelSource, Resolver, resolve_policy
 from dpo_score.results.groups import check_slices
 from dpo_score.results.rewardbench import check_pairing
@@ -299,3 +298,35 @@ def parameters(source: ModelSource) -> int:
     """Parameters by the size of the weight files: close enough for block sizes and estimates."""
     width = 4 if "32" in str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32") else 2
     return sum(path.stat().st_size for path in source.weights) // width
+
+
+# --- placement ------------------------------------------------------------
+
+
+def check_placement(compute: ComputeSpec, sources: Iterable[ModelSource], say: Callable[[str], None]) -> None:
+    """ConfigError for a --tensor-parallel or --device-map that cannot be; one line about the latter."""
+    if compute.tensor_parallel > 1:
+        _refuse_together(compute)
+        for source in sources:
+            refuse_undealt(source, compute.tensor_parallel)
+    if compute.device_map is not None:
+        if find_spec("accelerate") is None:
+            raise ConfigError(
+                f"--device-map {compute.device_map} needs accelerate, which is not installed: pip install accelerate"
+            )
+        say(
+            f"--device-map {compute.device_map}: the layers of a model are spread over the GPUs, of which one computes "
+            "at a time; it makes room, not speed"
+        )
+
+
+def _refuse_together(compute: ComputeSpec) -> None:
+    """Options that say otherwise how a model is laid out or run."""
+    for flag, given in (
+        ("--device-map", compute.device_map is not None),
+        ("--quantization", compute.quantization is not None),
+        ("--compile on", compute.compile == "on"),
+        ("--device mps", compute.device == "mps"),
+    ):
+        if given:
+            raise ConfigError(f"--tensor-parallel {compute.tensor_parallel} and {flag} do not go together: choose one")

@@ -18,17 +18,13 @@ from dpo_score.config.schema import RunConfig
 from dpo_score.engine.block_inputs import BlockText, BlockTexts
 from dpo_score.engine.context import RunContext, open_context
 from dpo_score.engine.environment import versions
-from dpo_score.engine.finish import Outcome, finish
-from dpo_score.engine.input_check import refuse_changed_input
+from dpo_score.engine.finish import Outcome, finish, publish
 from dpo_score.engine.limits import TokenGuard, refuse_other_kind, refuse_unfit
 from dpo_score.engine.model_logprobs import CachedLogprobs, FastPathRefusedError, plain
-from dpo_score.engine.own_references import on_plain_path
-from dpo_score.engine.plan import PolicyTask, ReferenceTask, RunPlan, waiting
+from dpo_score.engine.plan import PolicyTask, ReferenceTask, RunPlan, waiting, with_numerics
 from dpo_score.engine.prepare import identified, prepare
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.publish import publish
-from dpo_score.engine.restart import discard_results
-from dpo_score.engine.resume import missing_of, pending_blocks
+from dpo_score.engine.resume import missing_of, pending_blocks, refuse_changed_input
 from dpo_score.engine.signals import signal_handlers
 from dpo_score.engine.stages import BlockResult, metadata, part, policy_block, reference_block, write_block
 from dpo_score.engine.threads import background_writer, prefetch
@@ -36,10 +32,11 @@ from dpo_score.errors import ConfigError, HalfWrittenError, ModelError
 from dpo_score.logprobs.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
 from dpo_score.report.trackers import check_trackers
+from dpo_score.results.card import CONTRACT
 from dpo_score.storage.commits import CommitRecord, commit, read_records
 from dpo_score.storage.fingerprint import digest
-from dpo_score.storage.io import open_store
-from dpo_score.storage.manifest import Manifest, forget_policy, read_manifest, save_manifest
+from dpo_score.storage.io import Store, open_store
+from dpo_score.storage.manifest import Manifest, forget_policy, read_manifest, restart, save_manifest
 from dpo_score.storage.resume import row_ranges
 
 Compute = Callable[[BlockText], BlockResult]
@@ -305,3 +302,53 @@ def _scored_before(context: RunContext, plan: RunPlan, manifest: Manifest, polic
         return None
     rows = f"{row_ranges(missing)} of {plan.rows.wanted:,} are not scored"
     return _unless_waiting(context, policy, f"{rows}, counted from 0, and it cannot be loaded: {failure}")
+
+
+# --- own references ------------------------------------------------------------
+
+
+def on_plain_path(
+    context: RunContext, plan: RunPlan, reference: ReferenceTask, refusal: FastPathRefusedError
+) -> RunPlan:
+    """The job with plain numerics for one reference, said aloud. The run's own has had its numerics decided."""
+    assert reference.numerics is not None
+    if not reference.name:
+        raise ModelError(f"{reference.label}: {refusal}. Say --path plain, which is slower, and choose another --out")
+    context.progress.warn(f"{reference.label}: scored on the plain path, which is slower: {refusal}")
+    again = with_numerics(reference, plain(reference.numerics), plan.identities)
+    policies = tuple(_following(policy, again, plan) for policy in plan.policies)
+    _keep(context, again, next(policy for policy in policies if policy.name == again.name))
+    references = tuple(again if other.name == again.name else other for other in plan.references)
+    return replace(plan, references=references, policies=policies)
+
+
+def _following(policy: PolicyTask, again: ReferenceTask, plan: RunPlan) -> PolicyTask:
+    """The policy whose reference it is, with the identity that follows; any other as it was."""
+    if policy.reference.name != again.name:
+        return policy
+    return identified(replace(policy, reference=again), plan.identities)
+
+
+def _keep(context: RunContext, again: ReferenceTask, policy: PolicyTask) -> None:
+    """Into OUT's manifest; a policy that could not be resolved has no identity there."""
+    with context.turn():
+        found = read_manifest(context.store)
+        assert found is not None
+        known = {policy.name: policy.fields} if policy.name in found.identities.policies else {}
+        identities = found.identities.joined(replace(found.identities, policies=known))
+        assert again.numerics is not None
+        numerics = {**found.numerics, again.stage: again.numerics.to_json()}
+        save_manifest(context.store, replace(found, identities=identities, numerics=numerics))
+
+
+# --- restart ------------------------------------------------------------
+
+
+def discard_results(store: Store) -> None:
+    """Raises ConfigError where `precompute` wrote a data set: it would outlive the values and records it belongs to."""
+    if store.exists(CONTRACT):
+        raise ConfigError(
+            f"{store.url()} also holds a data set with reference log-probs (data/, {CONTRACT}), which --restart would "
+            "leave without its records: choose another --out, or delete the folder"
+        )
+    restart(store)

@@ -17,8 +17,8 @@ import pyarrow as pa
 from dpo_score.engine.block_inputs import BlockTexts
 from dpo_score.engine.context import RunContext
 from dpo_score.engine.environment import versions
-from dpo_score.engine.input_check import refuse_changed_input
 from dpo_score.engine.plan import SCHEMA_VERSION, RunPlan
+from dpo_score.engine.resume import refuse_changed_input
 from dpo_score.engine.stages import part
 from dpo_score.errors import IdentityError
 from dpo_score.export.as_scored import as_scored, built_columns

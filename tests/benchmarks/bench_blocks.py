@@ -84,7 +84,7 @@ def run_on_ray(config: Any, meter: Meter, workers: int) -> None:
     import ray
 
     from dpo_score.engine.executors.pool import WorkerPool
-    from dpo_score.engine.executors.ray_pool import Device, RayBackend
+    from dpo_score.engine.executors.ray import Device, RayBackend
 
     ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with run_context(config, meter, config.out) as context:

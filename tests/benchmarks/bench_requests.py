@@ -22,8 +22,8 @@ from urllib.parse import unquote
 import numpy as np
 
 from dpo_score.config.load import load_config
+from dpo_score.engine import finish as publish
 from dpo_score.engine import prepare as preparing
-from dpo_score.engine import publish
 from dpo_score.engine.context import RunContext
 from dpo_score.engine.model_logprobs import cache_fields
 from dpo_score.engine.progress import Progress

@@ -69,7 +69,7 @@ def _run(config: Any, workers: int, warm: int) -> Times:
     import ray
 
     from dpo_score.engine.executors.pool import WorkerPool
-    from dpo_score.engine.executors.ray_pool import Device, RayBackend
+    from dpo_score.engine.executors.ray import Device, RayBackend
 
     with run_context(config, Progress(quiet=True), config.out) as context:
         preparing.prepare(config, context)  # here, where blocks are small: workers find what is decided

@@ -13,10 +13,9 @@ from dpo_score.config.schema import ModelSpec, PolicySpec, RunConfig
 from dpo_score.engine.context import open_context
 from dpo_score.engine.executors.worker import Assignment, Worker
 from dpo_score.engine.model_logprobs import CachedLogprobs, FastPathRefusedError
-from dpo_score.engine.own_references import on_plain_path
 from dpo_score.engine.prepare import prepare
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.run import run
+from dpo_score.engine.run import on_plain_path, run
 from dpo_score.errors import ModelError
 from dpo_score.storage.io import open_store
 from tests.families import family

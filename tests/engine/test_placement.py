@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpo_score.engine import placement
+from dpo_score.engine import prepare as placement
 from dpo_score.engine import run as local
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError

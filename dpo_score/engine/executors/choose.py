@@ -12,7 +12,7 @@ from dpo_score.engine.executors import job_array as shares
 from dpo_score.engine.finish import Outcome
 from dpo_score.engine.prepare import prepare
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.restart import discard_results
+from dpo_score.engine.run import discard_results
 from dpo_score.errors import ConfigError
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from dpo_score.config.schema import RunConfig
 from dpo_score.engine.context import RunContext, cache_folder, cache_url
-from dpo_score.engine.executors.backlog import BlockQueue
 from dpo_score.engine.executors.worker import Assignment, Report, WorkerReady
 from dpo_score.engine.plan import PolicyTask, ReferenceTask, RunPlan
 from dpo_score.errors import GroupLostError, StorageError
@@ -254,3 +254,48 @@ def _not_started(error: LostError) -> StorageError:
         f"a worker does not start ({str(error) or 'no reason given'}). Every machine needs dpo-score with the same "
         "versions installed, and the memory that the model takes"
     )
+
+
+# --- backlog ------------------------------------------------------------
+
+
+LONGEST_RUN = 32
+"""Blocks handed out at once: a large row group is read once for them, and what is lost is asked for again soon."""
+ATTEMPTS = 3
+
+
+class BlockQueue:
+    """Blocks of one stage that nobody works on yet, in order."""
+
+    def __init__(self, todo: Sequence[int]) -> None:
+        self._runs: deque[list[int]] = deque([list(todo)] if todo else [])
+        self._losses: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._runs))
+
+    def take(self, workers: int) -> tuple[int, ...]:
+        """The next run for one of `workers`; empty when nothing is left."""
+        if not self._runs:
+            return ()
+        size = max(1, min(LONGEST_RUN, len(self) // (2 * max(workers, 1))))
+        first = self._runs[0]
+        taken, rest = first[:size], first[size:]
+        if rest:
+            self._runs[0] = rest
+        else:
+            self._runs.popleft()
+        return tuple(taken)
+
+    def lost(self, blocks: Iterable[int]) -> None:
+        """Blocks whose worker died, the one it was at first. StorageError when that happens to a block too often."""
+        run = list(blocks)
+        if not run:
+            return
+        self._losses[run[0]] += 1
+        if self._losses[run[0]] >= ATTEMPTS:
+            raise StorageError(
+                f"block {run[0]} has cost {ATTEMPTS} workers their lives (out of memory is the usual cause: a smaller "
+                "--batch-tokens in a new output folder needs less). The same command resumes"
+            )
+        self._runs.appendleft(run)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_score.engine.executors.backlog import ATTEMPTS, LONGEST_RUN, BlockQueue
+from dpo_score.engine.executors.pool import ATTEMPTS, LONGEST_RUN, BlockQueue
 from dpo_score.errors import StorageError
 
 

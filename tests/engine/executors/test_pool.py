@@ -11,8 +11,7 @@ import pytest
 from dpo_score.config.schema import RunConfig
 from dpo_score.engine import prepare
 from dpo_score.engine import run as local
-from dpo_score.engine.executors.backlog import ATTEMPTS
-from dpo_score.engine.executors.pool import LostError, WorkerHandle, WorkerPool
+from dpo_score.engine.executors.pool import ATTEMPTS, LostError, WorkerHandle, WorkerPool
 from dpo_score.engine.executors.worker import Assignment, Report, Worker, WorkerReady
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import StorageError

@@ -11,7 +11,7 @@ import pytest
 
 from dpo_score.engine import run as local
 from dpo_score.engine.executors import choose as engines
-from dpo_score.engine.executors.ray_pool import RayWorkerHandle
+from dpo_score.engine.executors.ray import RayWorkerHandle
 from dpo_score.engine.executors.worker import Report
 from dpo_score.engine.progress import Progress
 from dpo_score.results.verify.verify import verify

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dpo_score.engine.executors import ray_pool as ray_crew
+from dpo_score.engine.executors import ray as ray_crew
 from dpo_score.engine.executors.pool import LostError
-from dpo_score.engine.executors.ray_pool import Device, RayBackend, RayWorkerHandle
+from dpo_score.engine.executors.ray import Device, RayBackend, RayWorkerHandle
 from dpo_score.engine.executors.worker import Assignment
 from dpo_score.errors import DpoScoreError
 
