@@ -5,7 +5,6 @@ These have a lifetime; everything else in this room is data.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,11 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from dpo_score.config.load import default_cache_dir
 from dpo_score.config.schema import RunConfig
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.signals import StopRequest
 from dpo_score.storage.cache.cache import LogpCache, open_cache
+from dpo_score.storage.cache.location import cache_folder, cache_url
 from dpo_score.storage.file_hashes import FileDigests
 from dpo_score.storage.io import Store
 from dpo_score.storage.manifest import read_manifest, reopen_manifest
@@ -105,14 +104,3 @@ def open_context(config: RunConfig, progress: Progress, store: Store) -> RunCont
         tensor_parallel=config.compute.tensor_parallel,
         cache_url=cache_url(config.cache_dir),
     )
-
-
-def cache_folder(asked: str | None) -> Path:
-    """The folder asked for; the user's own where a URL was asked for, or nothing."""
-    return Path(asked).expanduser() if asked and cache_url(asked) is None else default_cache_dir()
-
-
-def cache_url(asked: str | None) -> str | None:
-    """The fsspec URL that log-probs are kept under, if it is one."""
-    named = asked or os.environ.get("DPO_SCORE_CACHE_DIR")
-    return named if named and "://" in named else None

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from dpo_score.data.types import Pair
-from dpo_score.engine.context import cache_folder
 from dpo_score.errors import ConfigError, DamageError, UsageError, nearest
 from dpo_score.export.as_scored import as_scored
 from dpo_score.export.contract import NOISE_FLOOR, noise_floor
@@ -30,6 +29,7 @@ from dpo_score.models.loader import ModelLoader
 from dpo_score.models.resolve import ModelSource, Resolver
 from dpo_score.results.run_folder import open_out
 from dpo_score.results.source_text import TextSource, stored_reader, text_source
+from dpo_score.storage.cache.location import cache_folder
 from dpo_score.storage.commits import CommitRecord, read_records
 from dpo_score.storage.file_hashes import FileDigests
 from dpo_score.storage.io import Store

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_score.engine.context import cache_folder, cache_url
 from dpo_score.errors import ConfigError, DamageError
 from dpo_score.storage.cache.cache import open_cache
+from dpo_score.storage.cache.location import cache_folder, cache_url
 
 DAY = 86_400.0
 

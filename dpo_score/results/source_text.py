@@ -18,11 +18,11 @@ from dpo_score.config.load import load_config
 from dpo_score.config.schema import RunConfig
 from dpo_score.data.dataset import Dataset, open_data, read_rows_at
 from dpo_score.data.types import EncodedPair, Pair, Rejected, Text, row_place
-from dpo_score.engine.context import cache_folder
 from dpo_score.errors import DamageError, DpoScoreError, ModelError, UsageError
 from dpo_score.models.limits import text_limits
 from dpo_score.models.locate import locate, no_progress
 from dpo_score.models.resolve import ModelSource, Resolver, resolve_policy
+from dpo_score.storage.cache.location import cache_folder
 from dpo_score.storage.file_hashes import FileDigests
 from dpo_score.storage.io import Store
 from dpo_score.storage.manifest import Manifest

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from dpo_score.config.schema import RunConfig
-from dpo_score.engine.context import RunContext, cache_folder, cache_url
+from dpo_score.engine.context import RunContext
 from dpo_score.engine.executors.worker import Assignment, Report, WorkerReady
 from dpo_score.engine.plan import PolicyTask, ReferenceTask, RunPlan
 from dpo_score.errors import GroupLostError, StorageError
 from dpo_score.logprobs.numerics import Numerics
+from dpo_score.storage.cache.location import cache_folder, cache_url
 from dpo_score.storage.commits import CommitRecord, read_record, record_name
 from dpo_score.storage.manifest import read_manifest
 

@@ -14,7 +14,7 @@ from dpo_score.config.schema import RunConfig
 from dpo_score.engine.executors import choose as engines
 from dpo_score.engine.progress import Progress
 
-PIPELINES = Path(__file__).parents[2] / "pipelines"
+PIPELINES = Path(__file__).parents[3] / "pipelines"
 
 
 class Heard(Progress):
