@@ -17,7 +17,7 @@ import pyarrow as pa
 from dpo_score.config.schema import TextSpec
 from dpo_score.data.types import Pair, Problem, Rejected
 from dpo_score.export.exports import TEXTS
-from dpo_score.tokenization.arrange import arranged
+from dpo_score.tokenization.prompt import arranged
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 MESSAGES = pa.list_(MESSAGE)

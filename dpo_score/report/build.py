@@ -31,7 +31,7 @@ from dpo_score.results.run_folder import chosen_names, open_out, parts, read_sco
 from dpo_score.results.source_text import Reader, TextSource, plain_text, stored_config, stored_reader, text_source
 from dpo_score.storage.io import Store
 from dpo_score.storage.manifest import Manifest, read_manifest
-from dpo_score.tokenization.arrange import arranged
+from dpo_score.tokenization.prompt import arranged
 
 FILE = "report.html"
 Tokens = dict[tuple[int, str], dict[str, list[tuple[str, float]]]]

@@ -1,15 +1,19 @@
-"""Chat templates: which one is used, with which date, and what becomes of a conversation.
+"""Chat templates: which one is used, with which date, and what text it makes of a conversation.
 
-Templates come with models and are somebody else's programs: they run only in transformers' sandbox, see only plain
-values, and whatever they raise is the row's problem; one that does not end stops the run. A
-template that prints the date prints one fixed date.
+A template comes with a model and is somebody else's program. It runs only in transformers' sandbox and sees only plain
+values. What it raises becomes the problem of the row; a template that does not end stops the run. A template that
+prints the date prints one fixed date.
 """
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import hashlib
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +23,11 @@ from dpo_score.data.formats.validate import MAX_CHARACTERS
 from dpo_score.data.types import SYSTEM_ROLES, Message, Problem, Source
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.escape import seen
-from dpo_score.tokenization.deadline import template_deadline
 
 MAX_RENDERED = 4 * MAX_CHARACTERS
+TEMPLATE_SECONDS = 60.0
+"""A template needs about a millisecond for a conversation, so a slow machine never comes near this limit."""
+TICK_SECONDS = 0.2
 _DATES = "dates_of_the_run"
 _CLOCK = "strftime_now"
 _RAISED_ON_PURPOSE = "TemplateError"
@@ -190,3 +196,60 @@ def system_refusal(source: Source, reason: str) -> ConfigError:
         f"the chat template knows no system role, which row {source.row_id} of {source.file} uses ({reason}): "
         "say --system-mode merge-user to put the text before the first question, or --system-mode drop"
     )
+
+
+# --- a limit on how long a template may run ---------------------------------------------------------------------
+
+
+class OverdueError(ModelError):
+    """A template ran too long. It stops the run: rejecting the row would make results depend on the machine's speed."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"the chat template ran for more than {TEMPLATE_SECONDS:g} s on one conversation: it does not end, or is "
+            "not meant to. Look at it, or name another one with --chat-template"
+        )
+
+
+@dataclass
+class _Deadlines:
+    """Thread id → time (s, monotonic) by which it must be done. One daemon thread checks them, started at first use.
+
+    It raises `OverdueError` inside the late thread, at its next Python instruction: a template is compiled to Python.
+    A single call of native code is not interrupted, and memory is not limited.
+    """
+
+    until: dict[int, float] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    thread: threading.Thread | None = None
+
+    def check(self) -> None:
+        while True:
+            time.sleep(TICK_SECONDS)
+            now = time.monotonic()
+            with self.lock:
+                for ident in [ident for ident, moment in self.until.items() if moment < now]:
+                    del self.until[ident]
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(OverdueError))
+
+    def start(self) -> None:
+        if self.thread is None or not self.thread.is_alive():  # a fork leaves the thread behind
+            self.thread = threading.Thread(target=self.check, name="template deadline", daemon=True)
+            self.thread.start()
+
+
+_deadlines = _Deadlines()
+
+
+@contextmanager
+def template_deadline() -> Iterator[None]:
+    """What runs inside ends after TEMPLATE_SECONDS at the latest, with OverdueError."""
+    ident = threading.get_ident()
+    with _deadlines.lock:
+        _deadlines.until[ident] = time.monotonic() + TEMPLATE_SECONDS
+        _deadlines.start()
+    try:
+        yield
+    finally:
+        with _deadlines.lock:
+            _deadlines.until.pop(ident, None)

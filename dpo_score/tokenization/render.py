@@ -19,9 +19,9 @@ from dpo_score.data.formats.row import rejected
 from dpo_score.data.types import EncodedPair, Ids, Mask, Message, Pair, Problem, Rejected, Text, TokenIds
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.tokenization import flags as marks
-from dpo_score.tokenization.arrange import arranged
 from dpo_score.tokenization.chat_template import chat_template, refuses_system, system_refusal
 from dpo_score.tokenization.loss_mask import response_masks
+from dpo_score.tokenization.prompt import arranged
 from dpo_score.tokenization.tokenizer import BatchEncoder, special_texts, tokenizer_digest
 from dpo_score.tokenization.truncation import boundary, cut, scored_count
 

@@ -9,7 +9,7 @@ import pytest
 from dpo_score.config.schema import TextSpec
 from dpo_score.data.types import Pair, Problem, Source
 from dpo_score.errors import ConfigError
-from dpo_score.tokenization.arrange import arranged
+from dpo_score.tokenization.prompt import arranged
 from tests.data.formats.golden_rows import bot, user
 
 HERE = Source("set", "rows.parquet", 0, 7)

@@ -9,7 +9,7 @@ import pytest
 
 from dpo_score.config.schema import TextSpec
 from dpo_score.errors import ModelError
-from dpo_score.tokenization import deadline
+from dpo_score.tokenization import chat_template as deadline
 from dpo_score.tokenization.chat_template import chat_template
 from tests.tiny import byte_tokenizer
 
