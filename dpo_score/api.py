@@ -117,7 +117,7 @@ def _scored(
     from dpo_score.engine.context import open_context
     from dpo_score.engine.in_memory import scored_tables, written
     from dpo_score.engine.progress import Progress
-    from dpo_score.storage.io import open_store
+    from dpo_score.storage.open import open_store
 
     _refuse_options_of_runs(options)
     policies = dict(policy) if isinstance(policy, Mapping) else {"policy": policy}

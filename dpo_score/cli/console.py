@@ -224,3 +224,27 @@ def cache(found: Sequence[Mapping[str, Any]], as_json: bool = False) -> None:
         return
     heads = list(found[0])
     console().print(table(heads, [[item[name] for name in heads] for item in found]))
+
+
+def audited(found: Mapping[str, Any], as_json: bool = False) -> None:
+    """Counts, the first suspects, where the file is."""
+    if as_json:
+        print_json(found)
+        return
+    screen = console()
+    voters = f"every policy ({len(found['policies'])}) ranks"
+    lines = [
+        f"{found['ranked_against']:,} of {found['pairs']:,} pairs are those that {voters} against the label",
+        f"{found['identical_answers']:,} pairs have identical answers; of the listed ones {found['near_identical']:,} "
+        f"have nearly the same answers and {found['near_duplicates']:,} nearly repeat another listed pair",
+        *([found["texts"]] if found["texts"] else []),
+    ]
+    for line in lines:
+        screen.print(Text(safe(line)))
+    rows = [[r["row_id"], r["finding"], _confidence(r["confidence"]), r["copies"]] for r in found["first"]]
+    screen.print(table(("row", "finding", "confidence", "copies"), rows, left=2))
+    screen.print(Text(f"all of them, for review: {safe(found['file'])}"))
+
+
+def _confidence(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

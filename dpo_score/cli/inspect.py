@@ -20,7 +20,7 @@ from dpo_score.data.types import EncodedPair, Pair, Rejected, Side
 from dpo_score.errors import UsageError
 from dpo_score.escape import safe
 from dpo_score.results.source_text import Reader, make_reader, pieces
-from dpo_score.storage.io import open_store
+from dpo_score.storage.open import open_store
 
 SCORED = ("bold black on bright_cyan", "bold black on cyan")
 """Two shades in turn, so that the ends of tokens show."""

@@ -24,8 +24,8 @@ from dpo_score.losses.ops import Floats
 from dpo_score.results.run_folder import open_out, policy_names, settings
 from dpo_score.results.source_text import Reader, stored_reader, text_source
 from dpo_score.results.token_view import LEVELS, level, scale_of, token_shares
+from dpo_score.storage.base import Store
 from dpo_score.storage.commits import CommitRecord, read_records
-from dpo_score.storage.io import Store
 from dpo_score.storage.manifest import Manifest
 
 Row = Mapping[str, Any]

@@ -93,6 +93,7 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Labels worth a second look: pairs that every policy ranks against the label, as OUT/audit.parquet."""
+    from dpo_score.cli import console as show
     from dpo_score.results import audit as labels
 
-    labels.show(labels.audit(out, policies, no_text), as_json=as_json)
+    show.audited(labels.audit(out, policies, no_text), as_json=as_json)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from dpo_score.config.schema import RunConfig
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.signals import StopRequest
+from dpo_score.storage.base import Store
 from dpo_score.storage.cache.cache import LogpCache, open_cache
 from dpo_score.storage.cache.location import cache_folder, cache_url
 from dpo_score.storage.file_hashes import FileDigests
-from dpo_score.storage.io import Store
 from dpo_score.storage.manifest import read_manifest, reopen_manifest
 
 if TYPE_CHECKING:

@@ -30,8 +30,8 @@ from dpo_score.results import groups as slices
 from dpo_score.results import noise, rewardbench
 from dpo_score.results.card import README, SUMMARY, card, data_set
 from dpo_score.results.source_text import TextSource
+from dpo_score.storage.base import FileRecord, Store
 from dpo_score.storage.commits import CommitRecord, read_records, record_name
-from dpo_score.storage.io import FileRecord, Store
 from dpo_score.storage.manifest import finish_manifest, read_manifest, reopen_manifest
 from dpo_score.tokenization.flags import example
 
@@ -99,7 +99,10 @@ def summary_of(context: RunContext, plan: RunPlan, failures: Mapping[str, str]) 
     manifest = read_manifest(store)
     names = sorted(manifest.identities.policies, key=natural) if manifest else []
     scored = [name for name in names if not missing_of(store, plan.rows, f"scores/{name}")]
-    found = slices.of_run(plan)
+    sample, wanted = plan.rows.sample, plan.rows.wanted
+    numbers = range(wanted) if sample is None else sample[:wanted]
+    carried = [field.name for field in plan.extra]
+    found = slices.columns_of_data(plan.config.slices, plan.datasets, carried, numbers)
     return {
         "schema_version": SCHEMA_VERSION,
         "data": _data_summary(store, plan),

@@ -24,7 +24,7 @@ from dpo_score.models.resolve import ModelSource
 from dpo_score.results import noise
 from dpo_score.storage.cache.cache import CacheEntry, CacheSpace
 from dpo_score.storage.fingerprint import digest
-from dpo_score.storage.io import open_store
+from dpo_score.storage.open import open_store
 
 if TYPE_CHECKING:
     from dpo_score.logprobs.scorer import PairScorer

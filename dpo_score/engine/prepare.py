@@ -265,7 +265,7 @@ def prepare(
     """
     preparation = Preparation(config, context, computes)
     plan = preparation.plan()
-    check_slices(plan)
+    check_slices(config.slices, plan.datasets, [field.name for field in plan.extra])
     request = ManifestRequest(
         identities=plan.identities,
         numerics={"run": preparation.numerics.to_json()} if preparation.numerics else {},

@@ -17,8 +17,8 @@ from dpo_score.engine.plan import RowBlocks, RunPlan
 from dpo_score.engine.stages import part
 from dpo_score.engine.threads import map_threads
 from dpo_score.errors import DataError
+from dpo_score.storage.base import Store
 from dpo_score.storage.commits import StoredRecord, StoredRecords, read_records, record_name
-from dpo_score.storage.io import Store
 from dpo_score.storage.resume import (
     Action,
     BlockRange,

@@ -33,10 +33,11 @@ from dpo_score.logprobs.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
 from dpo_score.report.trackers import check_trackers
 from dpo_score.results.card import CONTRACT
+from dpo_score.storage.base import Store
 from dpo_score.storage.commits import CommitRecord, commit, read_records
 from dpo_score.storage.fingerprint import digest
-from dpo_score.storage.io import Store, open_store
 from dpo_score.storage.manifest import Manifest, forget_policy, read_manifest, restart, save_manifest
+from dpo_score.storage.open import open_store
 from dpo_score.storage.resume import row_ranges
 
 Compute = Callable[[BlockText], BlockResult]

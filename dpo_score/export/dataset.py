@@ -26,9 +26,9 @@ from dpo_score.export.exports import MASKS, TOKEN_IDS, VALUES, renamed
 from dpo_score.export.input_rows import OriginalRows, fitted, together
 from dpo_score.export.layout import Export, RunRows, SetPlan, Slice, per_item, plan_set
 from dpo_score.export.splits import Shard, shards_of, splits_of
+from dpo_score.storage.base import FileRecord
 from dpo_score.storage.commits import CommitRecord, StoredRecord, commit, read_records, record_name
 from dpo_score.storage.fingerprint import diff, digest, listed
-from dpo_score.storage.io import FileRecord
 from dpo_score.storage.resume import Action, BlockRange, file_states, next_action, settle
 
 GROUP_BYTES = 8 << 20

@@ -36,9 +36,8 @@ from dpo_score.export.exports import consumer_of, renaming
 from dpo_score.export.layout import Export
 from dpo_score.losses.parse import parse_loss
 from dpo_score.results.card import CONTRACT, LOADER, README, SUMMARY, card, data_set, described
-from dpo_score.storage.base import json_bytes
+from dpo_score.storage.base import FileRecord, Store, json_bytes
 from dpo_score.storage.commits import CommitRecord, read_records
-from dpo_score.storage.io import FileRecord, Store
 from dpo_score.storage.manifest import finish_manifest, read_manifest, reopen_manifest
 from dpo_score.storage.manifest import restart as discard_results
 

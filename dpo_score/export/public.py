@@ -20,9 +20,8 @@ from markupsafe import escape
 
 from dpo_score.config.load import default_cache_dir
 from dpo_score.escape import safe
-from dpo_score.storage.base import json_bytes
+from dpo_score.storage.base import FileRecord, Store, json_bytes
 from dpo_score.storage.commits import sealed, unsealed
-from dpo_score.storage.io import FileRecord, Store
 from dpo_score.storage.manifest import MANIFEST, TWIN, Manifest
 
 PIPELINE, REPORT = "pipeline.yaml", "report.html"

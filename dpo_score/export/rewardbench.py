@@ -21,8 +21,9 @@ from dpo_score.metrics.rewardbench import Prompt
 from dpo_score.results.rewardbench import Answers, Setting, answers, prompts
 from dpo_score.results.run_folder import open_out, parts
 from dpo_score.results.source_text import stored_config
-from dpo_score.storage.io import Store, open_store
+from dpo_score.storage.base import Store
 from dpo_score.storage.manifest import Manifest
+from dpo_score.storage.open import open_store
 
 RESULTS, SCORES = "eval-set", "eval-set-scores"
 

@@ -29,10 +29,10 @@ from dpo_score.models.loader import ModelLoader
 from dpo_score.models.resolve import ModelSource, Resolver
 from dpo_score.results.run_folder import open_out
 from dpo_score.results.source_text import TextSource, stored_reader, text_source
+from dpo_score.storage.base import Store
 from dpo_score.storage.cache.location import cache_folder
 from dpo_score.storage.commits import CommitRecord, read_records
 from dpo_score.storage.file_hashes import FileDigests
-from dpo_score.storage.io import Store
 from dpo_score.storage.manifest import Manifest
 from dpo_score.tokenization.chat_template import named_template
 

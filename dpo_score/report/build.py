@@ -29,7 +29,7 @@ from dpo_score.report.tables import FORMATS, write
 from dpo_score.results.groups import numbered_groups, read_sliced
 from dpo_score.results.run_folder import chosen_names, open_out, parts, read_scored
 from dpo_score.results.source_text import Reader, TextSource, plain_text, stored_config, stored_reader, text_source
-from dpo_score.storage.io import Store
+from dpo_score.storage.base import Store
 from dpo_score.storage.manifest import Manifest, read_manifest
 from dpo_score.tokenization.prompt import arranged
 

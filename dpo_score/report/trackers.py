@@ -23,8 +23,8 @@ from dpo_score.escape import safe
 from dpo_score.report.build import gather, read_summary
 from dpo_score.report.page import render
 from dpo_score.results.run_folder import STEP, step_of
+from dpo_score.storage.base import Store
 from dpo_score.storage.fingerprint import digest
-from dpo_score.storage.io import Store
 from dpo_score.storage.manifest import Manifest, read_manifest
 
 PACKAGES = {"mlflow": "mlflow", "wandb": "wandb", "tensorboard": "tensorboard"}

@@ -11,16 +11,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.text import Text
 
-from dpo_score.cli.console import console, print_json, table
 from dpo_score.data.types import Pair
-from dpo_score.escape import safe
 from dpo_score.metrics.compare import align_policies
 from dpo_score.metrics.suspect_labels import Audit, Suspect, label_audit, near_duplicates, similarity
 from dpo_score.results.run_folder import chosen_names, open_out, parts, read_scored
 from dpo_score.results.source_text import TextSource, plain_text, text_source
-from dpo_score.storage.io import Store
+from dpo_score.storage.base import Store
 from dpo_score.storage.manifest import Manifest
 
 FILE = "audit.parquet"
@@ -134,27 +131,3 @@ def _row(
         "near_duplicate_of": twins.get(suspect.row_id),
         **{side: None if text is None else text[side] for side in ("prompt", "chosen", "rejected")},
     }
-
-
-def show(found: Mapping[str, Any], as_json: bool = False) -> None:
-    """Counts, the first suspects, where the file is."""
-    if as_json:
-        print_json(found)
-        return
-    screen = console()
-    voters = f"every policy ({len(found['policies'])}) ranks"
-    lines = [
-        f"{found['ranked_against']:,} of {found['pairs']:,} pairs are those that {voters} against the label",
-        f"{found['identical_answers']:,} pairs have identical answers; of the listed ones {found['near_identical']:,} "
-        f"have nearly the same answers and {found['near_duplicates']:,} nearly repeat another listed pair",
-        *([found["texts"]] if found["texts"] else []),
-    ]
-    for line in lines:
-        screen.print(Text(safe(line)))
-    rows = [[r["row_id"], r["finding"], _share(r["confidence"]), r["copies"]] for r in found["first"]]
-    screen.print(table(("row", "finding", "confidence", "copies"), rows, left=2))
-    screen.print(Text(f"all of them, for review: {safe(found['file'])}"))
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

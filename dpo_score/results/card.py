@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from dpo_score.escape import safe
+from dpo_score.storage.base import FileRecord, Store
 from dpo_score.storage.commits import CommitRecord, read_records
-from dpo_score.storage.io import FileRecord, Store
 
 README, SUMMARY, CONTRACT, LOADER = "README.md", "summary.json", "dpo_score.json", "load_ref_logps.py"
 Config = Mapping[str, Any]

@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 from dpo_score.data.dataset import Dataset, PairReader
 from dpo_score.data.formats.kinds import messages
 from dpo_score.data.types import Pair
-from dpo_score.engine.plan import RunPlan
 from dpo_score.errors import ConfigError, UsageError
 from dpo_score.escape import safe
 from dpo_score.metrics.arrays import FLOATS, without_texts
@@ -26,7 +25,7 @@ from dpo_score.metrics.groups import BUILT_IN, LENGTH, TURNS, means, text_of
 from dpo_score.results.run_folder import as_scored, scored_rows
 from dpo_score.results.schemas import COUNT_FIELDS, TEXT_FIELDS
 from dpo_score.results.source_text import text_source
-from dpo_score.storage.io import Store
+from dpo_score.storage.base import Store
 from dpo_score.storage.manifest import Manifest
 
 STORED = (*(field.name for field in (*TEXT_FIELDS, *COUNT_FIELDS)), *FLOATS, "margins", "accuracy")
@@ -36,12 +35,11 @@ GAP = 256
 """Rows between two wanted ones up to which reading on is cheaper than beginning anew."""
 
 
-def check_slices(plan: RunPlan) -> None:
-    """ConfigError for a --slice that neither scores nor data will have."""
-    carried = [field.name for field in plan.extra]
-    for name in plan.config.slices:
+def check_slices(slices: Sequence[str], datasets: Sequence[Dataset], carried: Sequence[str]) -> None:
+    """ConfigError for a --slice that neither scores nor data will have. `carried`: columns that the scores hold."""
+    for name in slices:
         if name not in (*carried, *STORED, *BUILT_IN):
-            _refuse_unless_there(name, plan.datasets, carried)
+            _refuse_unless_there(name, datasets, carried)
 
 
 def _refuse_unless_there(name: str, datasets: Sequence[Dataset], carried: Iterable[str]) -> None:
@@ -58,12 +56,12 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(safe(name, 80) for name in dict.fromkeys(names[:LISTED])) + more
 
 
-def of_run(plan: RunPlan) -> pa.Table | None:
-    """The columns that scores lack, by row_id, for all rows of a run; None where they lack none."""
-    stored = {*(field.name for field in plan.extra), *STORED}
-    names = [name for name in plan.config.slices if name not in stored and name != LENGTH]
-    sample, wanted = plan.rows.sample, plan.rows.wanted
-    return from_data(plan.datasets, range(wanted) if sample is None else sample[:wanted], names) if names else None
+def columns_of_data(
+    slices: Sequence[str], datasets: Sequence[Dataset], carried: Sequence[str], rows: Sequence[int]
+) -> pa.Table | None:
+    """The columns of `slices` that scores lack, by row_id, of the rows of these numbers; None if they lack none."""
+    names = [name for name in slices if name not in (*carried, *STORED) and name != LENGTH]
+    return from_data(datasets, rows, names) if names else None
 
 
 def read_sliced(store: Store, manifest: Manifest, policy: str, names: Sequence[str]) -> ScoredPolicy:

@@ -20,8 +20,8 @@ from dpo_score.data.types import TokenSequence
 from dpo_score.errors import DamageError
 from dpo_score.logprobs.numerics import Numerics
 from dpo_score.logprobs.types import SequenceLogps
+from dpo_score.storage.base import Store
 from dpo_score.storage.cache.cache import CacheEntry
-from dpo_score.storage.io import Store
 
 PAIRS, TOKENS = 8, 2048
 NO_PAIR = "no pair of the sample could be scored on both sides"

@@ -21,9 +21,9 @@ from dpo_score.losses.parse import ResolvedLoss, parse_loss
 from dpo_score.metrics.summary import summarise
 from dpo_score.results.run_folder import open_out, policy_names
 from dpo_score.results.run_folder import parts as committed
+from dpo_score.storage.base import FileRecord, Store
 from dpo_score.storage.commits import sealed
 from dpo_score.storage.fingerprint import digest, has_reference
-from dpo_score.storage.io import FileRecord, Store
 from dpo_score.storage.manifest import Manifest
 
 GRIDS, SUMMARY = "rescored", "summary.json"

@@ -18,10 +18,11 @@ from dpo_score.config.checkpoint_glob import natural
 from dpo_score.errors import UsageError, nearest
 from dpo_score.metrics.arrays import collect
 from dpo_score.metrics.compare import ScoredPolicy, ScoringSettings
+from dpo_score.storage.base import Store
 from dpo_score.storage.commits import CommitRecord, read_records, record_name
 from dpo_score.storage.fingerprint import has_reference
-from dpo_score.storage.io import Store, open_store
 from dpo_score.storage.manifest import Manifest, peek_manifest, read_manifest
+from dpo_score.storage.open import open_store
 from dpo_score.storage.resume import missing_rows
 
 STEP = re.compile(

@@ -22,9 +22,9 @@ from dpo_score.errors import DamageError, DpoScoreError, ModelError, UsageError
 from dpo_score.models.limits import text_limits
 from dpo_score.models.locate import locate, no_progress
 from dpo_score.models.resolve import ModelSource, Resolver, resolve_policy
+from dpo_score.storage.base import Store
 from dpo_score.storage.cache.location import cache_folder
 from dpo_score.storage.file_hashes import FileDigests
-from dpo_score.storage.io import Store
 from dpo_score.storage.manifest import Manifest
 from dpo_score.tokenization.choose import REFERENCE, Home, choose_tokenizer, renderer_of
 from dpo_score.tokenization.render import Renderer

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_score.results.run_folder import missing_of_policy, open_out
+from dpo_score.storage.base import Store
 from dpo_score.storage.commits import CommitRecord, read_records
-from dpo_score.storage.io import Store
 from dpo_score.storage.manifest import Manifest
 
 

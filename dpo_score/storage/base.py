@@ -15,6 +15,7 @@ import pyarrow as pa
 from dpo_score.errors import DamageError
 from dpo_score.storage.parquet import ROW_GROUP_ROWS, FileRecord
 
+__all__ = ["FileRecord", "FileStat", "Store", "WarningsTo", "json_bytes", "log", "parse_json"]
 WarningsTo: TypeAlias = Callable[[str], None]
 log = logging.getLogger("dpo_score")
 

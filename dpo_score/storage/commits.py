@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 from dpo_score.errors import DamageError, StorageError, UsageError
+from dpo_score.storage.base import FileRecord, Store
 from dpo_score.storage.fingerprint import digest
-from dpo_score.storage.io import FileRecord, Store
 
 COMMITS = "commits"
 CHECKSUM = "checksum"

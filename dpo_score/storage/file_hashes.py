@@ -20,7 +20,7 @@ from typing import Any
 from dpo_score.errors import DamageError, StorageError
 from dpo_score.storage.faults import translated, translated_remote
 from dpo_score.storage.fingerprint import digest
-from dpo_score.storage.io import open_store
+from dpo_score.storage.open import open_store
 
 FOLDER = "file-digests"
 SETTLED_NS = 2_000_000_000

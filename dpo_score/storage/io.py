@@ -1,7 +1,7 @@
-"""The only code that writes under OUT and CACHE: each effect on a disk or an object store is one call below.
+"""The only code that writes under OUT and CACHE: each effect on a disk or an object store is one function below.
 
-Tests count, fail and kill these calls by replacing the names of this module; `local` and `remote` therefore
-call them through the module. Lock files alone are opened by `filelock`.
+Tests count these calls, make them fail and kill the process between them by replacing the names of this module;
+`local` and `object_store` therefore call them through the module. Only lock files are opened elsewhere, by `filelock`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dpo_score.storage.base import FileStat, Store, WarningsTo, log
-from dpo_score.storage.parquet import FileRecord
-
-__all__ = ["FileRecord", "FileStat", "Sink", "Store", "open_store"]
 BUFFER_BYTES = 1 << 20
 
 
@@ -109,15 +105,3 @@ def put(fs: Any, path: str, source: bytes | Path, if_absent: bool = False) -> No
 
 def delete(fs: Any, path: str) -> None:
     fs.rm_file(path)
-
-
-def open_store(where: str | Path, warnings_to: WarningsTo = log.warning) -> Store:
-    """The store at a folder, or at an fsspec URL (s3://, gs://, memory://)."""
-    text = str(where)
-    if "://" in text and not text.startswith("file://"):
-        from dpo_score.storage.object_store import RemoteStore
-
-        return RemoteStore(text, warnings_to)
-    from dpo_score.storage.local import LocalStore
-
-    return LocalStore(text.removeprefix("file://"), warnings_to)

@@ -1,21 +1,38 @@
-"""One writer at a time on a local disk: an OS lock, which the kernel frees when its holder dies.
+"""One writer at a time: an operating system's lock on a local disk, a lease on an object store.
 
-Never a lock that consists of a file's existence. Who holds it is written beside it for the message only.
+On a local disk the kernel frees the lock when its holder dies. It is never a lock that consists of a file's existence;
+who holds it is written beside it for the message only.
+
+On an object store:
+
+    .work/lease-000007.json   generation 7, {pid, host, start, token, renewed}
+
+A generation is created by conditional PUT, so one process wins it. Its holder renews it every 30 s; a process that
+finds it unrenewed for 5 minutes, or its holder dead on this very machine, creates the next generation. A holder that
+was paused stops writing after 4 minutes without renewal, or when it meets a higher generation. Clocks must agree
+within a minute; a store without conditional PUT protects only against runs that do not start at one instant.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dpo_score.errors import StorageError, UsageError
+from dpo_score.errors import DamageError, StorageError, UsageError
+from dpo_score.storage import paths as names
+from dpo_score.storage.base import Store
 from dpo_score.storage.faults import translated
 
 MOMENT_SECONDS = 60.0
@@ -66,3 +83,155 @@ def moment(path: Path) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+RENEW_SECONDS = 30.0
+TAKEOVER_SECONDS = 300.0
+HELD_SECONDS = 240.0
+WHOLE = "lease"
+"""The lease of a whole run; others are of one share of a run, or of a turn among shares."""
+POLL_SECONDS = 0.5
+LEASE_SHARE_SECONDS = 60.0
+"""How long a share waits for others that begin at the same instant."""
+_LEASE = re.compile(rf"{re.escape(names.WORK)}/(?P<kind>lease|turn|share-[\w-]+?)-(?P<generation>\d{{6,}})\.json")
+_tokens: set[str] = set()
+"""Leases that this process holds: another with its pid is of an earlier life."""
+
+
+@dataclass(slots=True)
+class Lease:
+    """A held generation, last renewed at `renewed`. `lost` says why it no longer holds, None while it does."""
+
+    store: Store
+    generation: int
+    holder: dict[str, Any]
+    renewed: float
+    lost: str | None = None
+    kind: str = WHOLE
+
+    @property
+    def name(self) -> str:
+        return _name(self.kind, self.generation)
+
+    def check(self) -> None:
+        """StorageError when another run has taken over, or when renewals have failed for too long."""
+        if self.lost is None and time.time() - self.renewed > HELD_SECONDS:
+            self.lost = f"it could not be renewed for {HELD_SECONDS:.0f} s"
+        if self.lost is not None:
+            raise StorageError(
+                f"{self.store.url()}: this run lost its lease ({self.lost}), so it stops writing; committed blocks "
+                "are kept and the same command resumes"
+            )
+
+    def renew(self) -> None:
+        if newest(self.store, self.kind) > self.generation:
+            self.lost = "another run took over"
+            return
+        now = time.time()
+        _write(self.store, self.name, self.holder | {"renewed": now})
+        self.renewed = now
+
+
+def _name(kind: str, generation: int) -> str:
+    return f"{names.WORK}/{kind}-{generation:06d}.json"
+
+
+def newest(store: Store, kind: str = WHOLE) -> int:
+    """The highest generation there is, 0 for none."""
+    return _generations(store).get(kind, 0)
+
+
+def _generations(store: Store) -> dict[str, int]:
+    """The highest generation of every kind of lease."""
+    found: dict[str, int] = {}
+    for match in map(_LEASE.fullmatch, store.list(names.WORK)):
+        if match is not None:
+            found[match["kind"]] = max(found.get(match["kind"], 0), int(match["generation"]))
+    return found
+
+
+def refuse_shares(store: Store) -> None:
+    """The UsageError that names the living holder of a share, if there is one."""
+    for kind, generation in _generations(store).items():
+        found = _read(store, _name(kind, generation)) if kind.startswith("share-") else {}
+        if _holds(found, time.time()):
+            raise busy(store.url(), found)
+
+
+def acquire(store: Store, kind: str = WHOLE) -> Lease:
+    """The next generation, or the UsageError that names its living holder."""
+    last = newest(store, kind)
+    if last:
+        found = _read(store, _name(kind, last))
+        if _holds(found, time.time()):
+            raise busy(store.url(), found)
+    lease = Lease(store, last + 1, owner() | {"token": secrets.token_hex(8)}, time.time(), kind=kind)
+    won = _write(store, lease.name, lease.holder | {"renewed": lease.renewed}, if_absent=True)
+    if not won and _read(store, lease.name).get("token") != lease.holder["token"]:  # a repeated request meets itself
+        raise busy(store.url(), _read(store, lease.name))
+    if newest(store, kind) > lease.generation:
+        store.remove(lease.name)
+        raise busy(store.url(), _read(store, _name(kind, newest(store, kind))))
+    if last:
+        store.remove(_name(kind, last))
+    return lease
+
+
+def acquired(store: Store, kind: str, seconds: float) -> Lease:
+    """As `acquire`, trying again for `seconds`."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return acquire(store, kind)
+        except UsageError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(POLL_SECONDS)
+
+
+def _holds(found: dict[str, Any], now: float) -> bool:
+    """Whether a lease is in force: renewed of late, and its process not known to be dead."""
+    if abs(now - float(found.get("renewed", 0.0))) >= TAKEOVER_SECONDS:  # a clock set back must not hold for ever
+        return False
+    if found.get("host") != owner()["host"]:
+        return True
+    pid = int(found.get("pid", 0))
+    return found.get("token") in _tokens if pid == os.getpid() else names.alive(pid)
+
+
+@contextmanager
+def hold(store: Store, kind: str = WHOLE, seconds: float = 0.0) -> Iterator[Callable[[], None]]:
+    """Hold a lease, renewed by a thread; yields the check that every write makes."""
+    lease = acquired(store, kind, seconds)
+    _tokens.add(lease.holder["token"])
+    stop = threading.Event()
+    keeper = threading.Thread(target=_keep, args=(lease, stop), name="dpo-score-lease", daemon=True)
+    keeper.start()
+    try:
+        yield lease.check
+    finally:
+        stop.set()
+        keeper.join()
+        _tokens.discard(lease.holder["token"])
+        if lease.lost is None:
+            store.remove(lease.name)
+
+
+def _keep(lease: Lease, stop: threading.Event) -> None:
+    while lease.lost is None and not stop.wait(RENEW_SECONDS):
+        try:
+            lease.renew()
+        except StorageError:
+            continue  # tried again in RENEW_SECONDS; `check` gives up after HELD_SECONDS
+
+
+def _write(store: Store, name: str, fields: dict[str, Any], if_absent: bool = False) -> bool:
+    return store.write_json(name, fields, if_absent)
+
+
+def _read(store: Store, name: str) -> dict[str, Any]:
+    try:
+        found = store.read_json(name)
+    except (StorageError, DamageError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from dpo_score.errors import DamageError, IdentityError, StorageError, UsageError
+from dpo_score.storage.base import FileRecord, Store
 from dpo_score.storage.commits import COMMITS, sealed, unsealed
 from dpo_score.storage.fingerprint import FieldChange, Identities, diff, listed
-from dpo_score.storage.io import FileRecord, Store
 from dpo_score.storage.resume import BlockRange, block_count
 
 SCHEMA_VERSION = 1

@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from dpo_score.errors import ConfigError
 from dpo_score.storage import io as storage
-from dpo_score.storage import lease
+from dpo_score.storage import locks
 from dpo_score.storage import parquet as tables
 from dpo_score.storage import paths as names
 from dpo_score.storage.base import FileStat, WarningsTo, json_bytes, log, parse_json
@@ -180,8 +180,8 @@ class RemoteStore:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """One run at a time, by lease; every write checks that the lease still holds."""
-        with lease.held(self) as guard:
-            lease.refuse_shares(self)
+        with locks.hold(self) as guard:
+            locks.refuse_shares(self)
             with self._guarded(guard):
                 yield
 
@@ -189,15 +189,15 @@ class RemoteStore:
     def share(self, name: str) -> Iterator[None]:
         """One of several runs that divide the work: shuts out whole runs, and another share of this name."""
         with ExitStack() as held:
-            with lease.held(self, seconds=lease.SHARE_SECONDS):
-                guard = held.enter_context(lease.held(self, f"share-{name}"))
+            with locks.hold(self, seconds=locks.LEASE_SHARE_SECONDS):
+                guard = held.enter_context(locks.hold(self, f"share-{name}"))
             with self._guarded(guard):
                 yield
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """For a holder of a share: alone among the shares, after waiting for those that came before."""
-        with lease.held(self, "turn", seconds=math.inf):
+        with locks.hold(self, "turn", seconds=math.inf):
             yield
 
     @contextmanager

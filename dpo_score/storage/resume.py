@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from dpo_score.errors import IdentityError
+from dpo_score.storage.base import FileRecord, Store
 from dpo_score.storage.commits import CommitRecord, DamagedRecord, StoredRecord
-from dpo_score.storage.io import FileRecord, Store
 
 
 class Action(Enum):

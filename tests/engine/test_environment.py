@@ -21,8 +21,8 @@ from dpo_score.errors import IdentityError
 from dpo_score.logprobs import matmul as gemm
 from dpo_score.logprobs.numerics import Numerics
 from dpo_score.results.status import status
-from dpo_score.storage.io import open_store
 from dpo_score.storage.manifest import read_manifest
+from dpo_score.storage.open import open_store
 from tests.run_fixtures import preference_rows, write_rows
 
 ON_CPU = Numerics("cpu", "cpu", "float32", "plain", "model", False, 4096, 1)

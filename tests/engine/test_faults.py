@@ -21,7 +21,7 @@ from dpo_score.errors import DpoScoreError, PolicyFailedError, UsageError
 from dpo_score.results.rescore import rescore
 from dpo_score.results.status import status
 from dpo_score.results.verify.verify import verify
-from dpo_score.storage.io import open_store
+from dpo_score.storage.open import open_store
 from dpo_score.tokenization import chat_template as template
 from tests.run_fixtures import Runner, preference_rows, write_rows
 from tests.tiny import save_tiny

@@ -21,8 +21,8 @@ from dpo_score.logprobs.numerics import Numerics
 from dpo_score.models.loader import ModelLoader
 from dpo_score.models.resolve import Resolver
 from dpo_score.storage.cache.cache import open_cache
-from dpo_score.storage.io import open_store
 from dpo_score.storage.manifest import read_manifest
+from dpo_score.storage.open import open_store
 from tests.run_fixtures import preference_rows, write_rows
 
 ON_GPU = Numerics("cuda:0", "cuda", "float16", "plain", "model", False, 4096, 1)

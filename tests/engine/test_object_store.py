@@ -26,7 +26,7 @@ from dpo_score.engine.executors import job_array as shares
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import DataError, StorageError
 from dpo_score.results.verify.verify import verify
-from dpo_score.storage.io import open_store
+from dpo_score.storage.open import open_store
 from tests.engine.executors.test_job_array import results
 from tests.run_fixtures import Runner, preference_rows, write_rows
 from tests.storage.s3_server import ROOT, Fault, Server

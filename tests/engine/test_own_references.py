@@ -17,7 +17,7 @@ from dpo_score.engine.prepare import prepare
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.run import on_plain_path, run
 from dpo_score.errors import ModelError
-from dpo_score.storage.io import open_store
+from dpo_score.storage.open import open_store
 from tests.families import family
 from tests.run_fixtures import preference_rows, write_rows
 from tests.tiny import byte_tokenizer

@@ -15,7 +15,8 @@ from dpo_score.results.rescore import rescore
 from dpo_score.results.status import status
 from dpo_score.results.verify.verify import verify
 from dpo_score.storage import io as storage
-from dpo_score.storage.io import Store, open_store
+from dpo_score.storage.base import Store
+from dpo_score.storage.open import open_store
 from tests.run_fixtures import Runner, preference_rows, write_rows
 from tests.storage.shim import PowerCutError
 

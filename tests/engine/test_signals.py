@@ -14,8 +14,8 @@ from dpo_score.engine import run as local
 from dpo_score.engine.signals import StopRequest
 from dpo_score.errors import Interrupted
 from dpo_score.storage import file_hashes as filedigest
-from dpo_score.storage.io import open_store
 from dpo_score.storage.manifest import read_manifest
+from dpo_score.storage.open import open_store
 from tests.engine.executors.test_job_array import results
 from tests.run_fixtures import Runner, preference_rows, write_rows
 

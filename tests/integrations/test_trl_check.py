@@ -24,7 +24,7 @@ from dpo_score.errors import ConfigError, DamageError, UsageError
 from dpo_score.integrations.trl_check import Agreement, StoredRow, compared, comparison, sampled
 from dpo_score.integrations.trl_pass import TrlRow
 from dpo_score.logprobs.scorer import PairScorer
-from dpo_score.storage.io import open_store
+from dpo_score.storage.open import open_store
 from tests.exported import chat_rows, export, hh_rows, text_rows, write_rows
 from tests.tiny import save_tiny
 

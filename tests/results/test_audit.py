@@ -5,7 +5,8 @@ from __future__ import annotations
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_score.results.audit import SCHEMA, audit, show
+from dpo_score.cli.console import audited
+from dpo_score.results.audit import SCHEMA, audit
 from tests.engine.small_run import small_run
 
 
@@ -28,5 +29,5 @@ def test_without_texts_everything_else_is_there(capsys: pytest.CaptureFixture[st
     rows = pq.read_table(found["file"]).to_pylist()
     assert {row["chosen"] for row in rows} == {None}
     assert {row["answer_similarity"] for row in rows} == {None}
-    show(found)
+    audited(found)
     assert "--no-text" in capsys.readouterr().out

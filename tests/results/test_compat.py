@@ -18,8 +18,8 @@ from dpo_score.results.status import status
 from dpo_score.results.verify.verify import verify
 from dpo_score.storage.cache.cache import open_cache
 from dpo_score.storage.commits import sealed
-from dpo_score.storage.io import open_store
 from dpo_score.storage.manifest import read_manifest
+from dpo_score.storage.open import open_store
 
 COMPAT = Path(__file__).parents[1] / "data" / "compat"
 VERSIONS = sorted(path.name for path in COMPAT.glob("v*"))

@@ -16,8 +16,8 @@ from dpo_score.engine.progress import Progress
 from dpo_score.engine.run import run
 from dpo_score.errors import ConfigError
 from dpo_score.results.rewardbench import Setting
-from dpo_score.storage.io import open_store
 from dpo_score.storage.manifest import read_manifest
+from dpo_score.storage.open import open_store
 from tests.rewardbench_oracle import twin_ids, twin_logps, twin_sections, twin_ties
 from tests.run_fixtures import Runner, sentence, write_rows
 from tests.tiny import byte_tokenizer, save_tiny

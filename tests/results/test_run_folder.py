@@ -126,7 +126,7 @@ def test_verify_notices_scores_that_do_not_follow_from_the_logps(out: Path) -> N
     from dataclasses import replace
 
     from dpo_score.storage.commits import CommitRecord, commit, read_records
-    from dpo_score.storage.io import open_store
+    from dpo_score.storage.open import open_store
 
     store = open_store(out)
     record = next(iter(read_records(store, "scores/better").values()))

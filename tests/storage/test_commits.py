@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dpo_score.errors import DamageError, StorageError, UsageError
+from dpo_score.storage.base import FileRecord
 from dpo_score.storage.commits import CommitRecord, DamagedRecord, commit, read_record, read_records, record_name
-from dpo_score.storage.io import FileRecord
 from dpo_score.storage.local import LocalStore
 from tests.storage import shim
 

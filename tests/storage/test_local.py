@@ -19,8 +19,8 @@ from dpo_score.cli.main import main
 from dpo_score.errors import DamageError, StorageError, UsageError
 from dpo_score.storage import io as storage
 from dpo_score.storage import paths as names
-from dpo_score.storage.io import open_store
 from dpo_score.storage.local import LocalStore
+from dpo_score.storage.open import open_store
 from tests.storage import shim
 
 TABLE = pa.table({"row_id": ["0:0", "0:1", "0:2"], "logps": [-1.5, -2.5, None], "tokens": [[1.0], [], None]})

@@ -13,8 +13,9 @@ import fsspec
 import pytest
 
 from dpo_score.errors import StorageError, UsageError
-from dpo_score.storage import lease, locks
-from dpo_score.storage.io import Store, open_store
+from dpo_score.storage import locks
+from dpo_score.storage.base import Store
+from dpo_score.storage.open import open_store
 
 
 def _hold(root: str, ready: object) -> None:
@@ -57,7 +58,7 @@ def test_a_moment_that_never_ends_is_an_error_with_a_way_out(tmp_path: Path, mon
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    monkeypatch.setattr(lease, "SHARE_SECONDS", 0.0)
+    monkeypatch.setattr(locks, "LEASE_SHARE_SECONDS", 0.0)
     fsspec.filesystem("memory").store.clear()
     yield open_store("memory://leases/out")
     fsspec.filesystem("memory").store.clear()
@@ -83,7 +84,7 @@ def take_all(store: Store) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lease", "share-0-of-2", "turn"])
-@pytest.mark.parametrize("age", [lease.TAKEOVER_SECONDS + 1, 30 * 86_400.0, -2 * lease.TAKEOVER_SECONDS])
+@pytest.mark.parametrize("age", [locks.TAKEOVER_SECONDS + 1, 30 * 86_400.0, -2 * locks.TAKEOVER_SECONDS])
 def test_a_lease_of_a_host_that_is_silent_ends(store: Store, kind: str, age: float) -> None:
     leave(store, kind, "a host that is gone", time.time() - age)
     take_all(store)

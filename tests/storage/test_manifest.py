@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from dpo_score.errors import DamageError, IdentityError, UsageError
+from dpo_score.storage.base import FileRecord
 from dpo_score.storage.commits import sealed
 from dpo_score.storage.fingerprint import Identities
-from dpo_score.storage.io import FileRecord
 from dpo_score.storage.local import LocalStore
 from dpo_score.storage.manifest import (
     MANIFEST,

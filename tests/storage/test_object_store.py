@@ -17,11 +17,11 @@ import pytest
 from dpo_score.cli.main import main
 from dpo_score.errors import ConfigError, DamageError, StorageError, UsageError
 from dpo_score.storage import io as storage
-from dpo_score.storage import lease
+from dpo_score.storage import locks
 from dpo_score.storage.cache.cache import open_cache
-from dpo_score.storage.io import open_store
-from dpo_score.storage.lease import Lease
+from dpo_score.storage.locks import Lease
 from dpo_score.storage.object_store import RemoteStore
+from dpo_score.storage.open import open_store
 from tests.storage.cache.test_cache import FIELDS, agree, block, key
 from tests.storage.test_powerloss import run
 from tests.storage.test_resume import Action
@@ -165,7 +165,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1e9
-        monkeypatch.setattr(lease.time, "time", lambda: self.now)
+        monkeypatch.setattr(locks.time, "time", lambda: self.now)
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def elsewhere(monkeypatch: pytest.MonkeyPatch, host: str = "another") -> None:
     """From here on this process is seen as one of another host."""
     who = {"pid": 7, "host": host, "start": "2026-01-01"}
-    monkeypatch.setattr(lease, "owner", lambda: dict(who))
+    monkeypatch.setattr(locks, "owner", lambda: dict(who))
 
 
 def test_a_second_run_is_told_who_holds_the_lease(store: RemoteStore, clock: Clock) -> None:
@@ -190,33 +190,33 @@ def test_a_second_run_is_told_who_holds_the_lease(store: RemoteStore, clock: Clo
 def test_a_lease_is_taken_over_after_five_minutes_without_renewal(
     store: RemoteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dead = lease.acquire(store)
+    dead = locks.acquire(store)
     elsewhere(monkeypatch)
-    clock.now += lease.TAKEOVER_SECONDS - 1
+    clock.now += locks.TAKEOVER_SECONDS - 1
     with pytest.raises(UsageError, match="in use"):
-        lease.acquire(RemoteStore(URL))
+        locks.acquire(RemoteStore(URL))
     clock.now += 1
-    assert lease.acquire(RemoteStore(URL)).generation == dead.generation + 1
+    assert locks.acquire(RemoteStore(URL)).generation == dead.generation + 1
 
 
 def test_a_renewed_lease_is_not_taken_over(store: RemoteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = lease.acquire(store)
+    held = locks.acquire(store)
     for _ in range(20):
-        clock.now += lease.RENEW_SECONDS
+        clock.now += locks.RENEW_SECONDS
         held.renew()
     elsewhere(monkeypatch)
-    clock.now += lease.TAKEOVER_SECONDS - 1
+    clock.now += locks.TAKEOVER_SECONDS - 1
     with pytest.raises(UsageError, match="in use"):
-        lease.acquire(RemoteStore(URL))
+        locks.acquire(RemoteStore(URL))
 
 
 def test_a_paused_holder_stops_writing_once_another_took_over(
     store: RemoteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paused = lease.acquire(store)
+    paused = locks.acquire(store)
     elsewhere(monkeypatch)
-    clock.now += lease.TAKEOVER_SECONDS
-    new = lease.acquire(RemoteStore(URL))
+    clock.now += locks.TAKEOVER_SECONDS
+    new = locks.acquire(RemoteStore(URL))
     with pytest.raises(StorageError, match="lost its lease"):
         paused.check()
     paused.lost = None
@@ -230,7 +230,7 @@ def test_a_paused_holder_stops_writing_once_another_took_over(
 def test_every_write_checks_the_lease(store: RemoteStore, clock: Clock) -> None:
     with suppress(StorageError), store.lock():
         store.write_bytes("before", b"")
-        clock.now += lease.TAKEOVER_SECONDS + 1
+        clock.now += locks.TAKEOVER_SECONDS + 1
         for write in (
             lambda: store.write_bytes("a", b""),
             lambda: store.write_table("b", TABLE, {}),
@@ -245,25 +245,25 @@ def test_every_write_checks_the_lease(store: RemoteStore, clock: Clock) -> None:
 def test_a_dead_holder_of_this_host_is_replaced_at_once(
     store: RemoteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = lease.owner()["host"]
-    monkeypatch.setattr(lease.names, "alive", lambda pid: False)
+    here = locks.owner()["host"]
+    monkeypatch.setattr(locks.names, "alive", lambda pid: False)
     elsewhere(monkeypatch, here)
-    first = lease.acquire(store)
+    first = locks.acquire(store)
     monkeypatch.undo()
-    monkeypatch.setattr(lease.time, "time", lambda: clock.now)
-    monkeypatch.setattr(lease.names, "alive", lambda pid: pid != 7)
-    assert lease.acquire(RemoteStore(URL)).generation == first.generation + 1
+    monkeypatch.setattr(locks.time, "time", lambda: clock.now)
+    monkeypatch.setattr(locks.names, "alive", lambda pid: pid != 7)
+    assert locks.acquire(RemoteStore(URL)).generation == first.generation + 1
 
 
 def test_a_lease_of_an_earlier_process_with_this_pid_is_replaced_at_once(store: RemoteStore, clock: Clock) -> None:
-    first = lease.acquire(store)  # never entered the tokens of this life
-    assert lease.acquire(RemoteStore(URL)).generation == first.generation + 1
+    first = locks.acquire(store)  # never entered the tokens of this life
+    assert locks.acquire(RemoteStore(URL)).generation == first.generation + 1
 
 
 def test_an_unreadable_lease_is_no_lease(store: RemoteStore, clock: Clock) -> None:
     for data in (b"", b"[]", b"{}"):
         store.write_bytes(".work/lease-000003.json", data)
-        assert lease.acquire(store).generation == 4
+        assert locks.acquire(store).generation == 4
         store.remove(".work/lease-000004.json")
 
 
@@ -278,20 +278,20 @@ def test_a_repeated_request_that_meets_its_own_object_won(
         return real(self, name, data, if_absent)
 
     monkeypatch.setattr(RemoteStore, "write_bytes", twice)
-    assert lease.acquire(store).generation == 1
+    assert locks.acquire(store).generation == 1
 
 
 def test_an_older_generation_created_late_gives_way(
     store: RemoteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both looked before either wrote; the other one has gone further since."""
-    current = lease._write(store, ".work/lease-000002.json", {"pid": 1, "host": "x", "renewed": clock.now})
+    current = locks._write(store, ".work/lease-000002.json", {"pid": 1, "host": "x", "renewed": clock.now})
     assert current
     looks = iter([0])
-    real = lease.newest
-    monkeypatch.setattr(lease, "newest", lambda s, _kind: next(looks, None) or (real(s) if looks_done(looks) else 0))
+    real = locks.newest
+    monkeypatch.setattr(locks, "newest", lambda s, _kind: next(looks, None) or (real(s) if looks_done(looks) else 0))
     with pytest.raises(UsageError, match="in use"):
-        lease.acquire(store)
+        locks.acquire(store)
     assert store.list(".work") == (".work/lease-000002.json",)
 
 
@@ -311,7 +311,7 @@ def test_the_keeper_renews_in_the_background_and_survives_a_failed_request(
             raise StorageError("the network is away")
         done.set()
 
-    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.01)
+    monkeypatch.setattr(locks, "RENEW_SECONDS", 0.01)
     monkeypatch.setattr(Lease, "renew", renew)
     with store.lock():
         assert done.wait(30)

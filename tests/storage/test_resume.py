@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 
 from dpo_score.errors import IdentityError
+from dpo_score.storage.base import FileRecord
 from dpo_score.storage.commits import CommitRecord, DamagedRecord, StoredRecord, commit, read_records, record_name
-from dpo_score.storage.io import FileRecord
 from dpo_score.storage.local import LocalStore
 from dpo_score.storage.resume import Action, BlockRange, FileState, file_states, next_action, settle
 from tests.storage import shim

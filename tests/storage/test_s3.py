@@ -14,9 +14,10 @@ import pytest
 import s3fs
 
 from dpo_score.errors import StorageError, UsageError
+from dpo_score.storage.base import Store
 from dpo_score.storage.cache.cache import open_cache
 from dpo_score.storage.commits import commit, read_record
-from dpo_score.storage.io import Store, open_store
+from dpo_score.storage.open import open_store
 from tests.storage.cache.test_cache import FIELDS, agree, block, key
 from tests.storage.s3_server import Fault, Server, free_port
 from tests.storage.test_commits import RECORD

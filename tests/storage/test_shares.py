@@ -10,16 +10,16 @@ import fsspec
 import pytest
 
 from dpo_score.errors import UsageError
-from dpo_score.storage import lease, locks
+from dpo_score.storage import locks
 from dpo_score.storage.base import Store
-from dpo_score.storage.io import open_store
+from dpo_score.storage.open import open_store
 
 
 @pytest.fixture(params=["disk", "objects"])
 def where(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(locks, "SHARE_SECONDS", 0.0)
-    monkeypatch.setattr(lease, "SHARE_SECONDS", 0.0)
-    monkeypatch.setattr(lease, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(locks, "LEASE_SHARE_SECONDS", 0.0)
+    monkeypatch.setattr(locks, "POLL_SECONDS", 0.01)
     yield str(tmp_path / "out") if request.param == "disk" else "memory://shares/out"
     fsspec.filesystem("memory").store.clear()
 

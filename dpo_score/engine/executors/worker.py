@@ -26,8 +26,8 @@ from dpo_score.errors import IdentityError, ModelError
 from dpo_score.logprobs.numerics import Numerics
 from dpo_score.storage.commits import CommitRecord
 from dpo_score.storage.fingerprint import digest
-from dpo_score.storage.io import open_store
 from dpo_score.storage.manifest import read_manifest
+from dpo_score.storage.open import open_store
 
 
 @dataclass(frozen=True, slots=True)

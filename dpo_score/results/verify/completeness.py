@@ -15,8 +15,8 @@ from dpo_score.results.rescore import GRIDS, SUMMARY
 from dpo_score.results.run_folder import missing_of_policy
 from dpo_score.results.source_text import stored_config
 from dpo_score.results.verify.findings import Findings
+from dpo_score.storage.base import FileRecord, Store
 from dpo_score.storage.commits import CHECKSUM, CommitRecord, read_records, record_name, unsealed
-from dpo_score.storage.io import FileRecord, Store
 from dpo_score.storage.manifest import Manifest
 from dpo_score.storage.resume import FileState, file_state, row_ranges
 

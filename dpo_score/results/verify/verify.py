@@ -19,9 +19,9 @@ from dpo_score.results.verify.blocks import Block, check
 from dpo_score.results.verify.completeness import DATA, StageFound, check_grids, check_whole
 from dpo_score.results.verify.findings import Findings
 from dpo_score.results.verify.loss import Allowed, allowed_losses
+from dpo_score.storage.base import Store
 from dpo_score.storage.commits import COMMITS, CommitRecord, DamagedRecord, read_record, read_records, record_name
 from dpo_score.storage.fingerprint import digest
-from dpo_score.storage.io import Store
 from dpo_score.storage.manifest import MANIFEST, TWIN, Manifest
 from dpo_score.storage.resume import FileState, file_states
 

@@ -20,10 +20,9 @@ from typing import Any
 from dpo_score.errors import DamageError
 from dpo_score.storage.base import Store, WarningsTo, log
 from dpo_score.storage.cache.blocks import CacheEntry, from_table
-from dpo_score.storage.cache.contents import content_digest_of
-from dpo_score.storage.cache.namespace import DESCRIPTION, CacheSpace, CacheView
+from dpo_score.storage.cache.namespace import DESCRIPTION, CacheSpace, CacheView, content_digest_of
 from dpo_score.storage.fingerprint import digest
-from dpo_score.storage.io import open_store
+from dpo_score.storage.open import open_store
 
 __all__ = ["CacheEntry", "CacheSpace", "CacheView", "LogpCache", "Removed", "open_cache"]
 FOLDER = "logps/v1"

@@ -1,9 +1,9 @@
 """One namespace of the cache: adding blocks of entries, finding them again.
 
-Promises: a view sees exactly the files of its snapshot; adding is safe beside other processes and costs no listing;
-damage is quarantined with one warning and becomes misses; memory stays flat however many entries there are. Value
-files keep row order when the index is compacted: a run over the same data reads them in sequence, and a snapshot
-names them for as long as they exist.
+A view sees exactly the files of its snapshot. Adding is safe beside other processes and lists the folder once, not
+for each block. A damaged file is quarantined with one warning, and what it held is computed again. Memory stays flat
+however many entries there are. Value files keep the order of rows, so a run over the same data reads them in sequence,
+and a snapshot names them for as long as they exist.
 """
 
 from __future__ import annotations
@@ -18,10 +18,17 @@ from numpy.typing import NDArray
 from dpo_score.errors import DamageError, StorageError
 from dpo_score.storage.base import Store, WarningsTo
 from dpo_score.storage.cache import key_index as keyindex
-from dpo_score.storage.cache.blocks import KEY_BYTES, CacheEntry, EntryBlock, is_finite, keys_of, pack, to_table
-from dpo_score.storage.cache.contents import Contents, file_name
+from dpo_score.storage.cache.blocks import (
+    KEY_BYTES,
+    CacheEntry,
+    EntryBlock,
+    ValueFiles,
+    is_finite,
+    keys_of,
+    pack,
+    to_table,
+)
 from dpo_score.storage.cache.key_index import KeyIndex
-from dpo_score.storage.cache.value_files import ValueFiles
 from dpo_score.storage.fingerprint import digest
 
 DESCRIPTION = "namespace.json"
@@ -227,3 +234,40 @@ class CacheView:
 def _outweighs(ordered: Sequence[tuple[str, KeyIndex]]) -> bool:
     rest = sum(len(index.slots) for _, index in ordered[1:])
     return len(ordered[0][1].slots) > OUTWEIGHS * rest
+
+
+_ENDING = ".parquet"
+
+
+def content_digest_of(name: str) -> str:
+    """The digest in the name of a value file."""
+    return name.removesuffix(_ENDING).rpartition("-")[2]
+
+
+def file_name(hint: str, content: str) -> str:
+    """The name of the value file that holds a block."""
+    return f"{hint}-{content}{_ENDING}"
+
+
+class Contents:
+    """Digest → name, of the files listed (`names`) and of those added since."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        listed = np.array([content_digest_of(name).encode() for name in names], "S32")
+        beginnings: dict[str, int] = {}  # few: what blocks are called
+        numbers = [beginnings.setdefault(name[: -len(_ENDING) - 32], len(beginnings)) for name in names]
+        order = np.argsort(listed)
+        self._listed, self._numbers = listed[order], np.array(numbers, np.int32)[order]
+        self._beginnings, self._added = list(beginnings), dict[str, str]()
+
+    def find(self, content: str) -> str | None:
+        """The name of the file that holds a block, None for a new block."""
+        if content in self._added:
+            return self._added[content]
+        place = int(np.searchsorted(self._listed, content.encode()))
+        if place == len(self._listed) or self._listed[place] != content.encode():
+            return None
+        return f"{self._beginnings[self._numbers[place]]}{content}{_ENDING}"
+
+    def add(self, content: str, name: str) -> None:
+        self._added[content] = name

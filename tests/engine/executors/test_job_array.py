@@ -25,9 +25,9 @@ from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError, Interrupted, UsageError
 from dpo_score.results.verify.verify import verify
 from dpo_score.storage.commits import CommitRecord, commit, read_records, record_name
-from dpo_score.storage.io import open_store
 from dpo_score.storage.local import LocalStore
 from dpo_score.storage.manifest import read_manifest, save_manifest
+from dpo_score.storage.open import open_store
 from tests.run_fixtures import preference_rows, write_rows
 
 RESULTS = ("scores", "reference", "rejects", "summary.json", "README.md")

@@ -14,9 +14,9 @@ from dpo_score.engine.executors import job_array as shares
 from dpo_score.engine.model_logprobs import CachedLogprobs, FastPathRefusedError
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import HalfWrittenError
-from dpo_score.storage.io import open_store
 from dpo_score.storage.local import LocalStore
 from dpo_score.storage.manifest import MANIFEST, Manifest, read_manifest
+from dpo_score.storage.open import open_store
 from tests.run_fixtures import Runner, preference_rows, write_rows
 
 QUIET = Progress(quiet=True)

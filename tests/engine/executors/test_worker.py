@@ -21,7 +21,7 @@ from dpo_score.errors import IdentityError
 from dpo_score.logprobs import scorer
 from dpo_score.storage.commits import CommitRecord, read_record, record_name
 from dpo_score.storage.fingerprint import digest
-from dpo_score.storage.io import open_store
+from dpo_score.storage.open import open_store
 from tests.run_fixtures import preference_rows, write_rows
 
 BLOCKS = 3

@@ -21,8 +21,8 @@ from dpo_score.errors import ConfigError
 from dpo_score.results.rescore import rescore
 from dpo_score.results.verify.verify import verify
 from dpo_score.storage.commits import CommitRecord, read_record
-from dpo_score.storage.io import open_store
 from dpo_score.storage.manifest import reopen_manifest
+from dpo_score.storage.open import open_store
 from tests.engine.test_damage import flip
 from tests.exported import export
 from tests.run_fixtures import Runner, preference_rows, write_rows

@@ -8,7 +8,7 @@ import tracemalloc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_score.storage.cache.contents import Contents, content_digest_of, file_name
+from dpo_score.storage.cache.namespace import Contents, content_digest_of, file_name
 
 
 def content(n: int) -> str:
