@@ -25,8 +25,8 @@ from dpo_score.engine.prepare import Preparation, parameters
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.run import run_context
 from dpo_score.errors import ConfigError, DataError
-from dpo_score.logprobs.numerics import Numerics
 from dpo_score.models.memory import clone_bytes, peak_bytes
+from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
 from dpo_score.results.schemas import STATS
 

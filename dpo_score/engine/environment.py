@@ -13,7 +13,7 @@ from pathlib import Path
 from dpo_score.config.schema import RunConfig
 from dpo_score.engine.plan import RunPlan
 from dpo_score.errors import IdentityError
-from dpo_score.logprobs.numerics import Numerics
+from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
 from dpo_score.storage.fingerprint import diff, listed
 
@@ -40,7 +40,7 @@ def versions(numerics: Numerics | None) -> dict[str, str]:
 
 
 def _computing(numerics: Numerics) -> dict[str, str]:
-    from dpo_score.logprobs.torch_settings import in_effect, present
+    from dpo_score.logprobs.numerics import in_effect, present
 
     if not present(numerics.device):
         return {}

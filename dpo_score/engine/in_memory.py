@@ -27,10 +27,11 @@ from dpo_score.engine.prepare import parameters
 from dpo_score.engine.stages import BlockResult, part, policy_block, reference_block
 from dpo_score.errors import ConfigError, DataError, ModelError
 from dpo_score.export.input_rows import fitted
-from dpo_score.logprobs.numerics import Numerics, resolve_numerics
+from dpo_score.logprobs.numerics import resolve_numerics
 from dpo_score.logprobs.types import SequenceLogps, Unscored
 from dpo_score.losses.parse import parse_loss
 from dpo_score.models.limits import text_limits
+from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource, Resolver, resolve_policy
 from dpo_score.results.schemas import STATS, text_table
 from dpo_score.storage.cache.cache import CacheEntry

@@ -18,8 +18,8 @@ from dpo_score.data.types import TokenSequence
 from dpo_score.engine.context import RunContext
 from dpo_score.engine.environment import versions
 from dpo_score.errors import ConfigError, DamageError
-from dpo_score.logprobs.numerics import Numerics
 from dpo_score.logprobs.types import SequenceLogps, Unscored
+from dpo_score.models.numerics import Kernel, Numerics
 from dpo_score.models.resolve import ModelSource
 from dpo_score.results import noise
 from dpo_score.storage.cache.cache import CacheEntry, CacheSpace
@@ -48,14 +48,14 @@ class BlockLogprobs:
 def cache_fields(source: ModelSource, numerics: Numerics) -> dict[str, Any]:
     """What changes a number for given ids: weights × dtype × path, kernel and compilation × kind and number of
     devices that a model is dealt out to."""
-    kept = ("dtype", "path", "kernel", "compile", "device_kind", "tensor_parallel")
+    kept = ("dtype", "path", "kernel", "compile", "device_kind", "tensor_parallel", "one_row")
     written = numerics.to_json()
     return {"weights": source.digest, **{name: written[name] for name in kept if name in written}}
 
 
 def plain(numerics: Numerics) -> Numerics:
     """The same numerics on the plain path."""
-    return replace(numerics, path="plain", kernel="model", compile=False)
+    return replace(numerics, path="plain", kernel=Kernel.MODEL, compile=False)
 
 
 def overlaid(stored: Numerics, asked: ComputeSpec) -> Numerics:
@@ -127,7 +127,7 @@ class CachedLogprobs:
     @cached_property
     def _numerics(self) -> Numerics:
         """Those that the run began with, on the device asked for, with the kernel that runs here."""
-        from dpo_score.logprobs.torch_settings import in_effect
+        from dpo_score.logprobs.numerics import in_effect
 
         return in_effect(placed(self._begun, self._context.device))
 
@@ -208,7 +208,7 @@ class CachedLogprobs:
 
 def _refuse_absent(source: ModelSource, numerics: Numerics) -> None:
     """ConfigError for a device that a run was begun on and this machine lacks."""
-    from dpo_score.logprobs.torch_settings import present
+    from dpo_score.logprobs.numerics import present
 
     if present(numerics.device):
         return

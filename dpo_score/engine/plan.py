@@ -19,8 +19,8 @@ from dpo_score.config.schema import LossSpec, PolicySpec, RunConfig
 from dpo_score.data.dataset import Dataset
 from dpo_score.data.formats.registry import BEST_OF_N, IDS, LISTS
 from dpo_score.errors import ConfigError, HalfWrittenError, ModelError
-from dpo_score.logprobs.numerics import Numerics
 from dpo_score.losses.parse import ResolvedLoss
+from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
 from dpo_score.storage.fingerprint import Identities, has_reference
 from dpo_score.storage.resume import BlockRange, block_count

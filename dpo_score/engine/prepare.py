@@ -31,9 +31,10 @@ from dpo_score.engine.plan import (
     with_numerics,
 )
 from dpo_score.errors import ConfigError, ModelError
-from dpo_score.logprobs.numerics import Numerics, resolve_numerics, with_own_softmax
+from dpo_score.logprobs.numerics import resolve_numerics, with_own_softmax
 from dpo_score.losses.parse import parse_loss
 from dpo_score.models.limits import text_limits
+from dpo_score.models.numerics import Numerics
 from dpo_score.models.parallel.sharding import refuse_undealt
 from dpo_score.models.resolve import ModelSource, Resolver, resolve_policy
 from dpo_score.results.groups import check_slices

@@ -29,7 +29,7 @@ from dpo_score.engine.signals import signal_handlers
 from dpo_score.engine.stages import BlockResult, metadata, part, policy_block, reference_block, write_block
 from dpo_score.engine.threads import background_writer, prefetch
 from dpo_score.errors import ConfigError, HalfWrittenError, ModelError
-from dpo_score.logprobs.numerics import Numerics
+from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
 from dpo_score.report.trackers import check_trackers
 from dpo_score.results.card import CONTRACT

@@ -8,7 +8,8 @@ do the tokens after an empty prompt, which an encoder cannot read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,10 @@ from torch import Tensor
 from dpo_score.data.types import TokenSequence
 from dpo_score.errors import ModelError
 from dpo_score.logprobs.packing import prompt_groups
-from dpo_score.logprobs.padded import Values, pad, read_logits, split
+from dpo_score.logprobs.padded import pad
+from dpo_score.logprobs.softmax import read_logits
+from dpo_score.logprobs.transfer import split
+from dpo_score.logprobs.types import Values
 from dpo_score.models.parts import ModelParts
 
 LOGITS = 2**26
@@ -35,7 +39,7 @@ class EncoderDecoderPath:
             raise ModelError(
                 f"{type(model).__name__} has no decoder_start_token_id in its config.json: nothing to begin with"
             )
-        self.anatomy = ModelParts(model, model.base_model, None, False)
+        self.parts = ModelParts(model, model.base_model, None, False)
         self.start = int(start)
         self.batch_tokens = batch_tokens
         self.label_tokens = max(1, LOGITS // int(model.get_output_embeddings().weight.shape[0]))
@@ -57,6 +61,11 @@ class EncoderDecoderPath:
         prompts = len(batch) * max(len(s.prompt) for s in batch)
         return labels + prompts <= self.batch_tokens and labels <= self.label_tokens
 
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Nothing to prepare: the model runs as it was loaded."""
+        yield
+
     def compute(self, sequences: Sequence[TokenSequence]) -> list[Values]:
         """One microbatch: the values of every sequence, in order."""
         self.forwards += 1
@@ -74,7 +83,7 @@ class EncoderDecoderPath:
 
     def _logits(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """[B, labels, V] for the responses, right-padded."""
-        device = self.anatomy.device
+        device = self.parts.device
         groups = prompt_groups(sequences)
         of = np.empty(len(sequences), np.int64)
         for number, group in enumerate(groups):
@@ -82,9 +91,9 @@ class EncoderDecoderPath:
         prompts = pad([sequences[group[0]].prompt for group in groups], device)
         labels = pad([np.concatenate([[self.start], s.response[:-1]]) for s in sequences], device)
         mask = prompts.get("attention_mask", torch.ones_like(prompts["ids"]))
-        states = self.anatomy.model.get_encoder()(input_ids=prompts["ids"], attention_mask=mask)[0]
+        states = self.parts.model.get_encoder()(input_ids=prompts["ids"], attention_mask=mask)[0]
         chosen = self._tensor(of)
-        return self.anatomy.model(  # type: ignore[no-any-return]
+        return self.parts.model(  # type: ignore[no-any-return]
             encoder_outputs=(states[chosen],),
             attention_mask=mask[chosen],
             decoder_input_ids=labels["ids"],
@@ -93,7 +102,7 @@ class EncoderDecoderPath:
         ).logits
 
     def _tensor(self, array: np.ndarray[Any, Any]) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(self.anatomy.device)
+        return torch.from_numpy(array.astype(np.int64)).to(self.parts.device)
 
 
 def _without_prompt(values: Values, sequence: TokenSequence, places: np.ndarray[Any, Any]) -> Values:

@@ -2,8 +2,12 @@
 
 A tile of logits is folded into a running maximum m and sum s = Σ exp(x − m), rescaled when m rises (online softmax,
 Milakov and Gimelshein, arXiv 1805.02867); log p of a target is its logit − m − log s. Sums are fp32. The statistics
-of results.STATS come from the same tiles. Memory: one tile and a few numbers per row, whatever N and V are. Ranks that
+of types.STATS come from the same tiles. Memory: one tile and a few numbers per row, whatever N and V are. Ranks that
 share a vocabulary fold their own parts, then combine those few numbers: no rank ever sees another's logits.
+
+In 16 bits the fold may run as generated code, which reads a tile twice where `Fold.add` reads it six times (in fp32
+products take ten times as long as their fold on a CPU). Code generated on this machine is compared with float64 on
+tiles of several widths before it is used.
 
 Shapes: N rows of hidden size H, V vocabulary entries (of this rank), n targets (n ≥ N: one row may predict several).
 """
@@ -13,14 +17,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from dpo_score.logprobs.compiled_fold import compiled_fold
-from dpo_score.logprobs.padded import CHUNK_LOGITS, read_logits
+from dpo_score.logprobs.softmax import CHUNK_LOGITS, read_logits
+from dpo_score.logprobs.transfer import to_device
 from dpo_score.models.parallel.process_group import Group
-from dpo_score.models.parts import Head
+from dpo_score.models.parts import Head, shaped
 
 TILES = {"cpu": (1024, 2048), "cuda": (8192, 8192)}
 """(rows, vocabulary) of a tile: what stays in cache on a CPU, what keeps a GPU's matrix units busy."""
@@ -31,24 +39,28 @@ COMPILED_TILES = {**TILES, "cpu": (4096, 1024)}
 def token_values(
     head: Head,
     hidden_NH: Tensor,
-    source_n: Tensor,
+    source_n: NDArray[np.int64],
     target_n: Tensor,
     stats: Sequence[str] = (),
     compiled: bool = False,
 ) -> dict[str, Tensor]:
     """'logp' and the statistics, fp32 [n]: target j is predicted from row `source_n[j]`.
 
-    `compiled`: products in 16 bits are folded by generated code (compiled_fold.py), which knows no statistics.
+    `source_n` is an array of the host: the device is never asked which targets belong to a tile of rows.
+    `compiled`: products in 16 bits are folded by generated code, which knows no statistics.
     """
-    values = {name: torch.empty(len(target_n), device=hidden_NH.device) for name in ("logp", *stats)}
+    device = hidden_NH.device
     compiled = compiled and not stats and hidden_NH.dtype != torch.float32
     step = _row_step(head, hidden_NH, compiled)
+    if len(hidden_NH) <= step:
+        return _rows(head, hidden_NH, to_device(source_n, device), target_n, stats, compiled)
+    values = {name: torch.empty(len(target_n), device=device) for name in ("logp", *stats)}
     for begin in range(0, len(hidden_NH), step):
-        mine = torch.nonzero((source_n >= begin) & (source_n < begin + step))[:, 0]
-        tile = hidden_NH[begin : begin + step]
-        part = _rows(head, tile, source_n[mine] - begin, target_n[mine], stats, compiled)
+        mine = np.flatnonzero((source_n >= begin) & (source_n < begin + step))
+        places, sources = to_device(mine, device), to_device(source_n[mine] - begin, device)
+        part = _rows(head, hidden_NH[begin : begin + step], sources, target_n[places], stats, compiled)
         for name, value in part.items():
-            values[name][mine] = value
+            values[name][places] = value
     return values
 
 
@@ -169,3 +181,31 @@ class Fold:
         if "top1" in self.stats:
             values["top1"] = (self.logit >= top).float()
         return values
+
+
+@cache
+def compiled_fold(scale: float, cap: float | None) -> Any:
+    """(products [N, V], top [N], mass [N]) → top and mass with this tile, as `Fold.add` has them."""
+
+    def fold(products_NV: Tensor, top: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+        logits_NV = shaped(products_NV.to(torch.float32, copy=True), scale, cap)
+        highest = torch.maximum(top, logits_NV.amax(1))
+        base = torch.where(torch.isfinite(highest), highest, torch.zeros_like(highest))
+        shift = torch.where(highest == top, torch.zeros_like(top), top - highest)
+        return highest, mass * shift.exp() + (logits_NV - base[:, None]).exp().sum(1)
+
+    return torch.compile(fold, dynamic=True)
+
+
+@cache
+def compiled_fold_is_right(scale: float, cap: float | None, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether three tiles, the last a narrow one, fold to the log Σ exp that float64 gives on the host."""
+    generator = torch.Generator().manual_seed(0)
+    products = (8 * torch.randn(67, 300, generator=generator)).to(dtype)
+    top, mass = torch.full((67,), -math.inf, device=device), torch.zeros(67, device=device)
+    with torch.inference_mode():
+        for begin in range(0, products.shape[1], 128):
+            tile = products[:, begin : begin + 128].to(device)
+            top, mass = compiled_fold(scale, cap)(tile, top, mass)
+    exact = torch.logsumexp(shaped(products.double(), scale, cap), 1)
+    return torch.allclose(top.cpu().double() + mass.cpu().double().log(), exact, rtol=1e-6, atol=1e-5)

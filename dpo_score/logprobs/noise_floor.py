@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from dpo_score.data.types import TokenSequence
-from dpo_score.logprobs.numerics import Numerics
 from dpo_score.logprobs.scorer import make_path
 from dpo_score.logprobs.torch_settings import running
 from dpo_score.logprobs.types import SequenceLogps, Unscored
 from dpo_score.logprobs.upcast import CannotWiden, widened
 from dpo_score.models import memory
+from dpo_score.models.numerics import Numerics
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,20 @@
-"""The choices that change the last bits of a log-probability, made once and kept with the run.
+"""Where numerics are decided: every `auto` becomes a value here, once, and the record is kept with the run.
 
-`auto` is resolved here and nowhere else: a resumed run, another worker and every policy read the record.
-Importable without torch. Not here: whether the fast path may be trusted on a model (verify.py decides that).
+A resumed run, another worker and every policy read that record (`models/numerics.py` says what it holds); `in_effect`
+says what of it this machine can do. Importable without torch. Whether the numbers are right on the model at hand is
+asked later, of the loaded model itself (`self_check.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 from dpo_score.config.schema import ComputeSpec
 from dpo_score.errors import ConfigError
 from dpo_score.models.limits import text_config
+from dpo_score.models.numerics import Kernel, Numerics
 
 COMPILE_SECONDS = 180.0
 """Estimated seconds of the whole job from which per-layer compilation (about 15 s, once) is worth it."""
@@ -24,44 +26,11 @@ NOT_SHAREABLE = frozenset({"linear_attention", "mamba", "mamba2", "conv", "recur
 """Layer types whose state or mask cannot start again behind a shared prompt."""
 
 
-@dataclass(frozen=True, slots=True)
-class Numerics:
-    """Concrete values only. `kernel`: how attention and fp32 products run, e.g. `bmm+onednn`, `sdpa`, `varlen`;
-    `tensor_parallel`: ranks that hold a model between them."""
-
-    device: str
-    device_kind: str
-    dtype: str
-    path: str
-    kernel: str
-    compile: bool
-    batch_tokens: int
-    threads: int
-    tensor_parallel: int = 1
-
-    def to_json(self) -> dict[str, Any]:
-        """Without `tensor_parallel` where no model is dealt out: such numerics are what they were before it existed."""
-        found = asdict(self)
-        if self.tensor_parallel == 1:
-            del found["tensor_parallel"]
-        return found
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Numerics:
-        """The inverse of `to_json`; keys of later versions are ignored, a missing key is a KeyError."""
-        given = {"tensor_parallel": 1, **record}
-        return cls(**{f.name: given[f.name] for f in fields(cls)})
-
-
-OWN_SOFTMAX = "model+own-softmax"
-"""The kernel of numerics whose log-softmax runs in the model's dtype."""
-
-
 def with_own_softmax(numerics: Numerics) -> Numerics:
     """The plain path with a log-softmax in the model's dtype; float32 numerics are that already."""
     if numerics.dtype == "float32":
         return numerics
-    return replace(numerics, path="plain", kernel=OWN_SOFTMAX, compile=False)
+    return replace(numerics, path="plain", kernel=Kernel.MODEL_OWN_SOFTMAX, compile=False)
 
 
 def resolve_numerics(
@@ -72,7 +41,6 @@ def resolve_numerics(
     `parameters` and `rows_hint` (rows of the whole job) only steer batch size and compilation. Raises
     ConfigError for a device this machine lacks.
     """
-    from dpo_score.logprobs import matmul as gemm
     from dpo_score.models import memory
 
     device = _device(compute.device)
@@ -86,7 +54,7 @@ def resolve_numerics(
         device_kind=kind,
         dtype=dtype,
         path=path,
-        kernel=_kernel(path, kind, gemm.suffix(kind, dtype)),
+        kernel=_kernel(path, kind, dtype),
         compile=ways == 1 and _compile(compute.compile, path, kind, parameters, rows_hint),
         batch_tokens=(
             memory.batch_tokens(device, dtype, config, each) if compute.batch_tokens == "auto" else compute.batch_tokens
@@ -141,15 +109,48 @@ def _device(asked: str) -> str:
     return f"cuda:{index or 0}" if kind == "cuda" else kind
 
 
-def _kernel(path: str, kind: str, products: str) -> str:
-    """Attention's kernel and how fp32 products run: torch's fused attention knows no oneDNN products."""
-    if path == "plain":
-        return "model" + products
-    if kind == "cuda":
-        from dpo_score.logprobs.attention import flash_flex as attention_gpu
+def _kernel(path: str, kind: str, dtype: str) -> Kernel:
+    """How attention and fp32 products run; torch's fused attention on a CPU has no oneDNN products."""
+    from dpo_score.logprobs.matmul import onednn_is_true_fp32
 
-        return attention_gpu.kernel() + products
-    return "sdpa" if kind == "cpu" and not products else "bmm" + products
+    onednn = kind == "cpu" and dtype == "float32" and onednn_is_true_fp32()
+    if path == "plain":
+        return Kernel.MODEL_ONEDNN if onednn else Kernel.MODEL
+    if kind == "cuda":
+        from dpo_score.logprobs.attention.flash_flex import kernel
+
+        return kernel()
+    if onednn:
+        return Kernel.BMM_ONEDNN
+    return Kernel.SDPA if kind == "cpu" else Kernel.BMM
+
+
+def present(device: str) -> bool:
+    """Whether this machine has the device."""
+    import torch
+
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        return int(index or 0) < torch.cuda.device_count()
+    return kind != "mps" or torch.backends.mps.is_available()
+
+
+def in_effect(numerics: Numerics) -> Numerics:
+    """`numerics` with the kernel that runs here: a run may go on where the one that it began with does not exist."""
+    from dpo_score.logprobs.attention import flash_flex
+    from dpo_score.logprobs.matmul import onednn_is_true_fp32
+
+    kernel = numerics.kernel
+    if kernel.onednn and not onednn_is_true_fp32():
+        kernel = kernel.without_onednn
+    if kernel == Kernel.VARLEN and present(numerics.device):
+        kernel = flash_flex.kernel()
+    return replace(numerics, kernel=kernel)
+
+
+def on_plain_path(numerics: Numerics) -> Numerics:
+    """The same numerics in padded batches through the model's own attention, without generated code."""
+    return replace(numerics, path="plain", kernel=numerics.kernel.of_padded_batches, compile=False)
 
 
 def _compile(asked: str, path: str, kind: str, parameters: int | None, rows: int | None) -> bool:

@@ -1,98 +1,130 @@
-"""The fast path: prefix-shared packs through the model's body, and a tiled head on the tokens that predict.
+"""The fast path: packs with shared prompts through the model's body, and a tiled head on the tokens that predict.
 
-Every token of a block is computed once: no padding, one prompt for all its responses, no logits nobody asked for.
-The numbers are those of the plain path to rounding; verify.py says whether that holds on the model at hand.
+Every token of a block is computed once: no padding on a CPU, one prompt for all its responses, no logits that were
+not asked for. The numbers are those of the plain path to rounding; self_check.py asks the loaded model whether they
+are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dpo_score.data.types import TokenSequence
-from dpo_score.logprobs.attention import flash_flex as attention_gpu
 from dpo_score.logprobs.attention import interface as attention
-from dpo_score.logprobs.attention import sdpa as attention_sdpa
-from dpo_score.logprobs.compiled_fold import is_right
-from dpo_score.logprobs.lm_head import token_values
-from dpo_score.logprobs.numerics import Numerics
-from dpo_score.logprobs.packing import Layout, bucket, lay_out, pack_size, plan
-from dpo_score.logprobs.padded import Values, split
+from dpo_score.logprobs.attention.bmm import BmmPack
+from dpo_score.logprobs.attention.flash_flex import PreparedPack
+from dpo_score.logprobs.attention.sdpa import CpuPack
+from dpo_score.logprobs.lengths import fresh_rope, length_rules, row_length
+from dpo_score.logprobs.lm_head import compiled_fold_is_right, token_values
+from dpo_score.logprobs.packing import Pack, bucket, lay_out, pack_size, plan
+from dpo_score.logprobs.transfer import split, to_device
+from dpo_score.logprobs.types import Values
+from dpo_score.models.numerics import Kernel, Numerics
 from dpo_score.models.parts import ModelParts
 
 
-class FastPath:
-    """Scores packs with a model whose attention is taken over while a pack runs."""
+class PackedPath:
+    """Scores packs with a model whose attention goes through `attention.interface` while packs run.
 
-    def __init__(self, anatomy: ModelParts, numerics: Numerics, stats: Sequence[str] = ()) -> None:
-        if anatomy.head is None:
+    `notes`: one sentence for each thing that is not used although it was asked for.
+    """
+
+    def __init__(self, parts: ModelParts, numerics: Numerics, stats: Sequence[str] = ()) -> None:
+        if parts.head is None:
             raise attention.Unshareable("its logits are not those of a linear head on its hidden states")
-        self.anatomy = anatomy
-        self.head = anatomy.head
+        self.parts = parts
+        self.head = parts.head
         self.numerics = numerics
         self.stats = tuple(stats)
+        self.rules = length_rules(parts.model.config.to_dict())
         self.forwards = 0
         self.notes: list[str] = []
+        self._installed = False
         self._compiled_head = numerics.compile and self._check_compiled_head()
         if numerics.compile:
-            compile_layers(anatomy.body)
+            compile_layers(parts.body)
 
     def _check_compiled_head(self) -> bool:
-        """Whether the head may use generated code: it need not, and must not where that does not add up."""
-        device, head = self.anatomy.out_device, self.head
+        """Whether the head may use generated code: it need not, and must not where that gives wrong sums."""
+        device, head = self.parts.out_device, self.head
         if self.numerics.dtype == "float32" or self.stats or head.weight is None:
             return False
         widens = device.type == "cuda" or head.bias is not None
         products = torch.float32 if widens else getattr(torch, self.numerics.dtype)
-        right = is_right(head.scale, head.cap, products, device)
+        right = compiled_fold_is_right(head.scale, head.cap, products, device)
         if not right:
             self.notes.append("code generated here for the head gave wrong sums in a check: it is not used")
         return right
 
     def plan(self, sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
-        """Indices of `sequences` by pack."""
-        return plan(sequences, self.numerics.batch_tokens)
+        """Indices of `sequences` by pack; a pack holds only rows that may share a forward."""
+        packs = []
+        for some in self.rules.apart(sequences):
+            packs += [
+                tuple(some[i] for i in pack) for pack in plan([sequences[i] for i in some], self.numerics.batch_tokens)
+            ]
+        return packs
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """The model's attention is taken over once for all packs inside the block."""
+        if self._installed:
+            yield
+            return
+        with attention.installed(self.parts.model):
+            self._installed = True
+            try:
+                yield
+            finally:
+                self._installed = False
 
     def compute(self, sequences: Sequence[TokenSequence]) -> list[Values]:
         """One pack: the values of every sequence, in order."""
-        layout = lay_out(sequences, self._padded_size(sequences))
+        pack = lay_out(sequences, self._padded_size(sequences), self._longest_row(sequences))
         self.forwards += 1
-        with torch.inference_mode(), attention.installed(self.anatomy.model):
-            with attention.sharing(layout, self._prepared(layout)):
-                hidden_TH = self._hidden(layout)
-            out = self.anatomy.out_device
-            rows, source, target = (_on(out, array) for array in (layout.rows, layout.sources, layout.targets))
-            values = token_values(self.head, hidden_TH[rows], source, target, self.stats, self._compiled_head)
-        return split(values, layout.counts)
+        with torch.inference_mode(), self.session():
+            values = self.device_values(pack)
+        return split(values, pack.counts)
+
+    def device_values(self, pack: Pack) -> dict[str, Tensor]:
+        """The values of a pack on the device, without waiting for it."""
+        out = self.parts.out_device
+        with attention.sharing(prepared_pack(pack, self.numerics.kernel, self.parts.device)):
+            hidden_TH = self._hidden(pack)
+        rows, target = to_device(pack.rows, out), to_device(pack.targets, out)
+        return token_values(self.head, hidden_TH[rows], pack.sources, target, self.stats, self._compiled_head)
 
     def _padded_size(self, sequences: Sequence[TokenSequence]) -> int:
         """On a GPU packs have few sizes, for which kernels are chosen and tuned; elsewhere padding is only work."""
         gpu = self.numerics.device_kind == "cuda"
         return bucket(pack_size(sequences), self.numerics.batch_tokens) if gpu else 0
 
-    def _prepared(self, layout: Layout) -> Any:
-        """The pack as the kernel wants it; None for the batched products, which need nothing but the layout."""
-        if self.anatomy.device.type == "cuda":
-            return attention_gpu.PreparedPack.of(layout, self.anatomy.device, self.numerics.kernel)
-        return attention_sdpa.CpuPack(layout) if self.numerics.kernel.startswith("sdpa") else None
+    def _longest_row(self, sequences: Sequence[TokenSequence]) -> int:
+        """0 where the model does not ask for it."""
+        return max(map(row_length, sequences), default=0) if self.rules else 0
 
-    def _hidden(self, layout: Layout) -> Tensor:
+    def _hidden(self, pack: Pack) -> Tensor:
         """Hidden states [T, H] of the pack."""
-        ids, positions = (_on(self.anatomy.device, array)[None] for array in (layout.ids, layout.positions))
-        return self.anatomy.hidden(ids, position_ids=positions)[0]
+        if self.rules:
+            fresh_rope(self.parts.model)
+        ids, positions = (to_device(array, self.parts.device)[None] for array in (pack.ids, pack.positions))
+        return self.parts.hidden(ids, position_ids=positions)[0]
 
 
-def _on(device: torch.device, array: np.ndarray[Any, Any]) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+def prepared_pack(pack: Pack, kernel: Kernel, device: torch.device) -> attention.PreparedPack:
+    """The pack as its kernel wants it."""
+    if device.type == "cuda":
+        return PreparedPack.of(pack, device, kernel)
+    return CpuPack(pack) if kernel == Kernel.SDPA else BmmPack(pack)
 
 
 def compile_layers(body: nn.Module) -> None:
     """Compile each decoder layer for itself, once for all token counts: seconds to start, where a whole model takes
-    minutes. Layers that are already compiled stay as they are."""
+    minutes. Layers that are already compiled are left alone."""
     for layer in decoder_layers(body):
         if layer._compiled_call_impl is None:
             layer.compile(dynamic=True)

@@ -1,9 +1,9 @@
-"""Which sequences share a pack, and where every token stands in it. Pure: numpy in, numpy out.
+"""Which sequences share a pack, and where every token of it is. Pure: numpy in, numpy out.
 
-A pack is one row of tokens `[prompt | response | response …][prompt | response …]…`. Each prompt stands once for
-all its responses, each distinct response once; positions start again at the prompt's length for every response. The
-last token of a response is no input: it is predicted, and predicts nothing. An empty prompt is not shared. The plan
-depends on the sequences and the budget alone, never on a device or the clock.
+A pack is one row of tokens `[prompt | response | response …][prompt | response …]…`. It holds each prompt once for
+all its responses, and each distinct response once; positions start again at the prompt's length for every response.
+The last token of a response is no input: it is predicted, and predicts nothing. An empty prompt is not shared. The
+plan depends on the sequences and the budget alone, never on a device or the clock.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +23,10 @@ from dpo_score.data.types import TokenSequence
 Index = NDArray[np.int64]
 PAD = 64
 BUCKETS = 16
-"""Sizes that packs are padded to, where they are: a device that sees few shapes meets few kernels."""
+"""Sizes that packs are padded to on a GPU: few shapes need few kernels."""
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Queries: tokens [start, start + length). Keys: tokens [prefix, prefix + prefix_length), then the queries' own.
 
     Attention is causal in that order: the i-th query sees the whole prefix and the first i + 1 of its own tokens.
@@ -37,21 +38,25 @@ class Segment:
     length: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Layout:
-    """One pack. `ids`, `positions`: int64 [T]. `rows` [N]: tokens whose hidden state the head needs, each once.
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """`ids`, `positions`: int64 [T]. `segment_table`: int64 [S, 4], the fields of S segments in order.
 
-    Scored token j (sequences in order, `counts[i]` of them for sequence i) is `targets[j]`, predicted from row
-    `rows[sources[j]]`.
+    `rows` [N]: tokens whose hidden state the head needs, ascending, each once. Scored token j (sequences in order,
+    `counts[i]` of them for sequence i) is `targets[j]`, predicted from row `rows[sources[j]]`.
     """
 
     ids: Index
     positions: Index
-    segments: tuple[Segment, ...]
+    segment_table: Index
     rows: Index
     sources: Index
     targets: Index
     counts: tuple[int, ...]
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        return tuple(map(Segment._make, self.segment_table.tolist()))
 
 
 def plan(sequences: Sequence[TokenSequence], budget: int) -> list[tuple[int, ...]]:
@@ -65,14 +70,14 @@ def prompt_groups(sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
     """Indices by equal prompt, in order of first appearance; an empty prompt makes a group of its own."""
     groups: dict[Any, list[int]] = {}
     for index, sequence in enumerate(sequences):
-        key = sequence.prompt.astype(np.int32, copy=False).tobytes() or index
+        key = _bytes(sequence.prompt) or index
         groups.setdefault(key, []).append(index)
     return [tuple(group) for group in groups.values()]
 
 
 def group_size(group: Sequence[TokenSequence]) -> int:
     """Tokens of one group in a pack: the prompt, and each distinct response without its last token, once."""
-    return len(group[0].prompt) + sum({_bytes(s): len(response_inputs(s)) for s in group}.values())
+    return len(group[0].prompt) + sum({_bytes(ids): len(ids) for ids in map(response_inputs, group)}.values())
 
 
 def response_inputs(sequence: TokenSequence) -> NDArray[np.int32]:
@@ -96,7 +101,7 @@ def bucket(tokens: int, budget: int) -> int:
 
 
 def fill(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Bins of items within the budget (an item above it stands alone); the fewer of best-fit and first-fit decreasing.
+    """Bins of items within the budget (an item above it has its own); the fewer of best-fit and first-fit decreasing.
 
     Best fit leaves fuller bins; first fit, which now and then needs one bin less, is the classical bound
     (11/9 of the optimum; Johnson et al. 1974).
@@ -135,80 +140,87 @@ def _first_fit(order: Sequence[int], sizes: Sequence[int], budget: int) -> list[
     return bins
 
 
-def lay_out(sequences: Sequence[TokenSequence], pad_to: int = 0) -> Layout:
-    """The tokens of one pack, and which of them predict what. Padding, if asked, is a segment nobody reads."""
-    tokens = _Tokens()
-    where: dict[int, tuple[int, int]] = {}
-    for group in prompt_groups(sequences):
-        tokens.add_group([sequences[i] for i in group], group, where)
-    tokens.add_padding(pad_to)
-    predictors = [_predictors(s, *where[i]) for i, s in enumerate(sequences)]
-    counts = tuple(len(p) for p in predictors)
-    rows, sources = np.unique(np.concatenate([*predictors, np.zeros(0, np.int64)]), return_inverse=True)
-    return Layout(
-        ids=np.concatenate([*tokens.ids, np.zeros(0, np.int64)]).astype(np.int64),
-        positions=np.concatenate([*tokens.positions, np.zeros(0, np.int64)]).astype(np.int64),
-        segments=tuple(tokens.segments),
-        rows=rows.astype(np.int64),
-        sources=sources.astype(np.int64).reshape(-1),
-        targets=np.concatenate([*(_targets(s) for s in sequences), np.zeros(0, np.int64)]).astype(np.int64),
-        counts=counts,
+def lay_out(sequences: Sequence[TokenSequence], pad_to: int = 0, longest_row: int = 0) -> Pack:
+    """The tokens of one pack, and which of them predict what.
+
+    `pad_to`: tokens of padding follow up to this size, in segments of their own that predict nothing. `longest_row`:
+    one token of padding gets the last position of a row of this length, for models whose forward asks how long its
+    longest row is (the last token of a row is no input, so its position would be missing).
+    """
+    parts, starts, table, prompt_at, response_at = _written(sequences)
+    size = sum(map(len, parts))
+    table, padding = _with_padding(table, size, pad_to, longest_row)
+    positions = np.arange(size) - np.repeat(starts, [len(part) for part in parts]) if size else np.zeros(0, np.int64)
+
+    scored = [s.scored_positions for s in sequences]
+    counts = np.array([len(p) for p in scored], np.int64)
+    position = np.concatenate([*scored, np.zeros(0, np.int64)]).astype(np.int64)
+    of = np.repeat(np.arange(len(sequences)), counts)
+    prompts = np.array([len(s.prompt) for s in sequences], np.int64)
+    before = position - 1
+    predictor = np.where(before < prompts[of], prompt_at[of] + before, response_at[of] + before - prompts[of])
+    needed = np.zeros(size, bool)
+    needed[predictor] = True
+    whole = np.concatenate([np.zeros(0, np.int32), *chain.from_iterable((s.prompt, s.response) for s in sequences)])
+    lengths = np.array([len(s.prompt) + len(s.response) for s in sequences], np.int64)
+    begin = np.cumsum(lengths) - lengths
+    return Pack(
+        ids=np.concatenate([np.zeros(0, np.int64), *parts, np.zeros(len(padding), np.int64)]).astype(np.int64),
+        positions=np.concatenate([positions, padding]).astype(np.int64),
+        segment_table=table,
+        rows=np.flatnonzero(needed),
+        sources=(np.cumsum(needed) - 1)[predictor] if len(predictor) else predictor,
+        targets=whole[begin[of] + position].astype(np.int64),
+        counts=tuple(counts.tolist()),
     )
 
 
-class _Tokens:
-    """A pack being written from left to right."""
-
-    def __init__(self) -> None:
-        self.ids: list[NDArray[Any]] = []
-        self.positions: list[NDArray[Any]] = []
-        self.segments: list[Segment] = []
-        self.length = 0
-
-    def add_group(
-        self, group: Sequence[TokenSequence], indices: Sequence[int], where: dict[int, tuple[int, int]]
-    ) -> None:
-        """Write prompt and distinct responses; `where[index]` becomes (start of prompt, start of response)."""
-        prompt, begin = group[0].prompt, self.length
-        starts: dict[bytes, int] = {}
-        for index, sequence in zip(indices, group, strict=True):
-            response = _bytes(sequence)
-            if response not in starts:
-                first = not starts
-                starts[response] = self._write(prompt, response_inputs(sequence), begin, first)
-            where[index] = begin, starts[response]
-
-    def _write(self, prompt: NDArray[Any], response: NDArray[Any], begin: int, first: bool) -> int:
-        start = self.length + (len(prompt) if first else 0)
-        written = (prompt, response) if first else (response,)
-        total = sum(len(part) for part in written)
-        self.ids.extend(written)
-        self.positions.append(np.arange(len(prompt) + len(response))[-total:] if total else np.zeros(0, np.int64))
-        if total:
-            self.segments.append(Segment(begin, 0 if first else len(prompt), self.length, total))
-        self.length += total
-        return start
-
-    def add_padding(self, pad_to: int) -> None:
-        """Short segments of token 0, so that they cost next to nothing and no position is beyond any model."""
-        for start in range(self.length, pad_to, PAD):
-            length = min(PAD, pad_to - start)
-            self.ids.append(np.zeros(length, np.int64))
-            self.positions.append(np.arange(length))
-            self.segments.append(Segment(start, 0, start, length))
-        self.length = max(self.length, pad_to)
+def _written(sequences: Sequence[TokenSequence]) -> tuple[list[NDArray[Any]], list[int], Index, Index, Index]:
+    """The pack from left to right: parts (a prompt or a response), where position 0 of each part is, segments; and
+    for every sequence where its prompt and its response begin."""
+    parts: list[NDArray[Any]] = []
+    starts: list[int] = []
+    table: list[tuple[int, int, int, int]] = []
+    prompt_at, response_at = np.zeros(len(sequences), np.int64), np.zeros(len(sequences), np.int64)
+    size = 0
+    for group in prompt_groups(sequences):
+        prompt, begin = sequences[group[0]].prompt, size
+        parts.append(prompt)
+        starts.append(begin)
+        size += len(prompt)
+        found: dict[bytes, int] = {}
+        for index in group:
+            response = response_inputs(sequences[index])
+            key = _bytes(response)
+            if key not in found:
+                first = not found
+                found[key] = size
+                parts.append(response)
+                starts.append(size - len(prompt))
+                table.append(
+                    (begin, 0, begin, len(prompt) + len(response))
+                    if first
+                    else (begin, len(prompt), size, len(response))
+                )
+                size += len(response)
+            prompt_at[index], response_at[index] = begin, found[key]
+    segments = np.array(table, np.int64).reshape(-1, 4)
+    return parts, starts, segments[segments[:, 3] > 0], prompt_at, response_at
 
 
-def _predictors(sequence: TokenSequence, prompt_start: int, response_start: int) -> Index:
-    """The pack's token before each scored one: in the prompt, or in the response, or the prompt's last."""
-    before = sequence.scored_positions - 1
-    in_response = before - len(sequence.prompt)
-    return np.where(in_response < 0, prompt_start + before, response_start + in_response)
+def _with_padding(table: Index, size: int, pad_to: int, longest_row: int) -> tuple[Index, Index]:
+    """Segments with those of padding, and the positions of the padding: short runs from 0 on, which cost next to
+    nothing and are beyond no model."""
+    lone = 1 if longest_row else 0
+    starts = np.arange(size + lone, max(pad_to, size + lone), PAD, dtype=np.int64)
+    lengths = np.minimum(PAD, max(pad_to, size + lone) - starts)
+    positions = np.arange(lengths.sum()) % PAD
+    if lone:
+        starts, lengths = np.append(size, starts), np.append(1, lengths)
+        positions = np.append(longest_row - 1, positions)
+    added = np.stack((starts, np.zeros_like(starts), starts, lengths), 1)
+    return np.concatenate((table, added)), positions.astype(np.int64)
 
 
-def _targets(sequence: TokenSequence) -> NDArray[Any]:
-    return np.concatenate([sequence.prompt, sequence.response])[sequence.scored_positions]
-
-
-def _bytes(sequence: TokenSequence) -> bytes:
-    return response_inputs(sequence).astype(np.int32, copy=False).tobytes()
+def _bytes(ids: NDArray[Any]) -> bytes:
+    return ids.astype(np.int32, copy=False).tobytes()

@@ -19,13 +19,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from dpo_score.data.types import TokenSequence
-from dpo_score.logprobs.numerics import Numerics
 from dpo_score.logprobs.scorer import Path, make_path
 from dpo_score.logprobs.self_check import verify_fast_path
 from dpo_score.logprobs.torch_settings import running
 from dpo_score.logprobs.upcast import widened
 from dpo_score.models import memory
 from dpo_score.models.loader import ModelLoader
+from dpo_score.models.numerics import Numerics
 from dpo_score.models.parallel.process_group import Group
 from dpo_score.models.parallel.rank_zero import Failure
 from dpo_score.models.resolve import ModelSource

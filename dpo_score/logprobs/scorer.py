@@ -1,8 +1,8 @@
 """PairScorer: token sequences in, token log-probabilities out, in input order, each distinct sequence once.
 
-A path (plain.py, fast.py, encdec.py) plans and computes; here is what holds for all of them: duplicates, progress,
-stopping between packs, a pack that runs out of memory, a pack that overflows 16 bits. Not here: sums, caching,
-reading, writing.
+A path (packed.py, padded.py, encoder_decoder.py) plans and computes; here is what all of them share: duplicates,
+progress, stopping between packs, a pack that runs out of memory, a pack that overflows 16 bits. Not here: sums,
+caching, reading, writing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,13 +18,13 @@ import numpy as np
 from dpo_score.data.types import TokenSequence
 from dpo_score.errors import ConfigError, Interrupted, nearest
 from dpo_score.logprobs.encoder_decoder import EncoderDecoderPath
-from dpo_score.logprobs.numerics import OWN_SOFTMAX, Numerics
-from dpo_score.logprobs.packed import FastPath
-from dpo_score.logprobs.padded import PlainPath, Values
+from dpo_score.logprobs.packed import PackedPath
+from dpo_score.logprobs.padded import PaddedPath
 from dpo_score.logprobs.torch_settings import running
-from dpo_score.logprobs.types import STATS, SequenceLogps, Unscored
+from dpo_score.logprobs.types import STATS, SequenceLogps, Unscored, Values
 from dpo_score.logprobs.upcast import CannotWiden, is_wide, widened
 from dpo_score.models import memory
+from dpo_score.models.numerics import Numerics
 from dpo_score.models.parallel.process_group import group_of
 from dpo_score.models.parallel.rank_zero import RankZero
 from dpo_score.models.parts import ModelParts, model_parts
@@ -32,14 +33,17 @@ Result = SequenceLogps | Unscored
 
 
 class Path(Protocol):
-    """One way to compute. `plan` is a pure function of the sequences; `compute` runs one of its packs."""
+    """One way to compute. `plan` is a pure function of the sequences; `compute` runs one of its packs; `session` makes
+    once what all packs need."""
 
-    anatomy: ModelParts
+    parts: ModelParts
 
     @property
     def forwards(self) -> int: ...
 
     def plan(self, sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]: ...
+
+    def session(self) -> AbstractContextManager[None]: ...
 
     def compute(self, sequences: Sequence[TokenSequence]) -> list[Values]: ...
 
@@ -69,7 +73,7 @@ class PairScorer:
         self.packs_split = 0
         with memory.room_for(type(model).__name__, numerics.device, numerics.dtype):
             self._path = make_path(model, numerics, stats)
-        if isinstance(self._path, FastPath):
+        if isinstance(self._path, PackedPath):
             self.notes += self._path.notes
         self._on_progress = on_progress or (lambda _: None)
         self._should_stop = should_stop or (lambda: False)
@@ -84,7 +88,7 @@ class PairScorer:
         keys = [s.key for s in sequences]
         unique = dict(zip(reversed(keys), reversed(sequences), strict=True))
         order = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        with running(self.numerics):
+        with running(self.numerics), self._path.session():
             done = self._score_unique([unique[key] for key in order])
         return [done[order[key]] for key in keys]
 
@@ -130,7 +134,7 @@ class PairScorer:
         if self.numerics.dtype == "float32":
             return [finished(v) for v in self._apart(members, values)]
         try:
-            with widened(self._path.anatomy.model):
+            with widened(self._path.parts.model):
                 redone = self._apart(members, self._path.compute(members))
         except CannotWiden as reason:
             self.notes.append(f"a pack overflowed {self.numerics.dtype} and could not be redone in float32: {reason}")
@@ -163,8 +167,9 @@ class LedPath:
         self._rank_zero, self._number = leader, leader.number()
         with leader.step("path", self._number, numerics, tuple(stats), plain, is_wide(model)):
             self._path = _own_path(model, numerics, stats, plain)
-        self.anatomy = self._path.anatomy
+        self.parts = self._path.parts
         self.plan = self._path.plan
+        self.session = self._path.session
 
     @property
     def forwards(self) -> int:
@@ -172,17 +177,17 @@ class LedPath:
 
     def compute(self, sequences: Sequence[TokenSequence]) -> list[Values]:
         """One pack, on all ranks; in fp32 on all of them where it is here."""
-        with self._rank_zero.step("compute", self._number, list(sequences), is_wide(self.anatomy.model)):
+        with self._rank_zero.step("compute", self._number, list(sequences), is_wide(self.parts.model)):
             return self._path.compute(sequences)
 
 
 def _own_path(model: Any, numerics: Numerics, stats: Sequence[str], plain: bool) -> Path:
     if model.config.is_encoder_decoder:
         return EncoderDecoderPath(model, numerics.batch_tokens, stats)
-    anatomy = model_parts(model)
+    parts = model_parts(model)
     if numerics.path == "fast" and not plain:
-        return FastPath(anatomy, numerics, stats)
-    return PlainPath(anatomy, numerics.batch_tokens, stats, own_softmax=numerics.kernel == OWN_SOFTMAX)
+        return PackedPath(parts, numerics, stats)
+    return PaddedPath(parts, numerics, stats)
 
 
 def is_finite(values: Values) -> bool:

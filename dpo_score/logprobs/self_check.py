@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from dpo_score.data.types import Ids, TokenSequence
 from dpo_score.logprobs.attention.interface import Unshareable
-from dpo_score.logprobs.numerics import Numerics
-from dpo_score.logprobs.packed import FastPath
-from dpo_score.logprobs.padded import log_softmax
+from dpo_score.logprobs.numerics import on_plain_path
+from dpo_score.logprobs.packed import PackedPath
+from dpo_score.logprobs.softmax import log_softmax
 from dpo_score.logprobs.torch_settings import running
 from dpo_score.logprobs.upcast import CannotWiden, widened
 from dpo_score.models.memory import is_out_of_memory, room_for
+from dpo_score.models.numerics import Numerics
 from dpo_score.models.parallel.rank_zero import group_step
 from dpo_score.models.parts import model_parts
 
@@ -32,7 +33,7 @@ Logps = NDArray[np.float32]
 FP32_BOUND = 1e-4
 NARROW_RATIO = 1.5
 MISFITS = (Unshareable, RuntimeError, TypeError, ValueError, AttributeError, LookupError)
-"""What a model written for other layouts may raise when it is given a pack (NotImplementedError is a RuntimeError)."""
+"""What a model written for other pack may raise when it is given a pack (NotImplementedError is a RuntimeError)."""
 LONG_TAIL = 24
 """Scored tokens of the long row: the ones that a window hides something from."""
 
@@ -53,8 +54,7 @@ def settle(model: Any, numerics: Numerics) -> tuple[Numerics, Verdict | None]:
     verdict = verify_fast_path(model, numerics)
     if verdict.ok:
         return numerics, verdict
-    products = "+onednn" if numerics.kernel.endswith("+onednn") else ""
-    return replace(numerics, path="plain", kernel="model" + products, compile=False), verdict
+    return on_plain_path(numerics), verdict
 
 
 def verify_fast_path(model: Any, numerics: Numerics) -> Verdict:
@@ -68,27 +68,27 @@ def verify_fast_path(model: Any, numerics: Numerics) -> Verdict:
 
 
 def _verdict(model: Any, numerics: Numerics) -> Verdict:
-    anatomy = model_parts(model)
-    sequences = probe(anatomy.model.config)
+    parts = model_parts(model)
+    sequences = probe(parts.model.config)
     with running(numerics):
         try:
-            path = FastPath(anatomy, replace(numerics, batch_tokens=0, compile=False))
+            path = PackedPath(parts, replace(numerics, batch_tokens=0, compile=False))
             fast = _through(path, sequences)
         except MISFITS as error:
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
-            return Verdict(False, None, f"the fast path does not fit {type(anatomy.model).__name__}: {error}")
-        twin = _ordinary(anatomy.model, sequences)
+            return Verdict(False, None, f"the fast path does not fit {type(parts.model).__name__}: {error}")
+        twin = _ordinary(parts.model, sequences)
         if numerics.dtype == "float32":
             return _fp32_verdict(fast, twin)
         return _narrow(path, sequences, fast, twin)
 
 
-def _narrow(path: FastPath, sequences: Sequence[TokenSequence], fast: Logps, twin: Logps) -> Verdict:
+def _narrow(path: PackedPath, sequences: Sequence[TokenSequence], fast: Logps, twin: Logps) -> Verdict:
     """Both against fp32 arithmetic; a probe that overflows 16 bits is judged in fp32, where its packs will run."""
     try:
-        with widened(path.anatomy.model):
-            exact = _ordinary(path.anatomy.model, sequences)
+        with widened(path.parts.model):
+            exact = _ordinary(path.parts.model, sequences)
             if not (np.isfinite(fast).all() and np.isfinite(twin).all()):
                 return _fp32_verdict(_through(path, sequences), exact)
     except CannotWiden as error:
@@ -105,7 +105,7 @@ def _fp32_verdict(fast: Logps, twin: Logps) -> Verdict:
     return Verdict(False, largest, f"fast and plain differ by {largest:.1e} nats on a token; {FP32_BOUND} is the bound")
 
 
-def _through(path: FastPath, sequences: Sequence[TokenSequence]) -> Logps:
+def _through(path: PackedPath, sequences: Sequence[TokenSequence]) -> Logps:
     return np.concatenate([values["logp"] for values in path.compute(sequences)])
 
 

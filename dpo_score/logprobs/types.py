@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float32]
+Values: TypeAlias = Mapping[str, Floats]
+"""What a path computes of one sequence: 'logp' and the requested statistics, each fp32 [scored positions]."""
 
 STATS = ("log_sum_sq_probs", "entropy", "top1")
 """Per scored token, under the model's distribution p at that place: log Σ p² (the length normaliser of WPO,
-arXiv 2406.11827), −Σ p log p in nats, and 1.0 where no token is more likely than the one that stands there."""
+arXiv 2406.11827), −Σ p log p in nats, and 1.0 where no token is more likely than the sequence's own."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

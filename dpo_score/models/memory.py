@@ -16,7 +16,7 @@ from dpo_score.models.limits import text_config
 from dpo_score.models.weights import safetensors_header
 
 if TYPE_CHECKING:
-    from dpo_score.logprobs.numerics import Numerics
+    from dpo_score.models.numerics import Numerics
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 CPU_TOKENS = 4096

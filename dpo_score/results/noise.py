@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from dpo_score.data.types import TokenSequence
 from dpo_score.errors import DamageError
-from dpo_score.logprobs.numerics import Numerics
 from dpo_score.logprobs.types import SequenceLogps
+from dpo_score.models.numerics import Numerics
 from dpo_score.storage.base import Store
 from dpo_score.storage.cache.cache import CacheEntry
 

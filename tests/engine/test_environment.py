@@ -19,7 +19,7 @@ from dpo_score.engine.progress import Progress
 from dpo_score.engine.run import run
 from dpo_score.errors import IdentityError
 from dpo_score.logprobs import matmul as gemm
-from dpo_score.logprobs.numerics import Numerics
+from dpo_score.models.numerics import Numerics
 from dpo_score.results.status import status
 from dpo_score.storage.manifest import read_manifest
 from dpo_score.storage.open import open_store

@@ -16,9 +16,9 @@ from dpo_score.engine.model_logprobs import CachedLogprobs, overlaid, placed
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError
 from dpo_score.logprobs import matmul as gemm
-from dpo_score.logprobs import torch_settings as settings
-from dpo_score.logprobs.numerics import Numerics
+from dpo_score.logprobs import numerics as settings
 from dpo_score.models.loader import ModelLoader
+from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import Resolver
 from dpo_score.storage.cache.cache import open_cache
 from dpo_score.storage.manifest import read_manifest

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dpo_score.errors import DataError
-from dpo_score.logprobs.packed import FastPath
+from dpo_score.logprobs.packed import PackedPath
 from dpo_score.logprobs.packing import pack_size
 from tests.run_fixtures import Runner, preference_rows, write_rows
 from tests.tiny import byte_tokenizer, tiny_model
@@ -37,14 +37,14 @@ def test_packs_that_were_split_are_counted_in_the_record_of_their_block(
     runner: Runner, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner(data, tmp_path / "whole", path="fast")
-    compute = FastPath.compute
+    compute = PackedPath.compute
 
-    def with_little_memory(self: FastPath, sequences: Any) -> Any:
+    def with_little_memory(self: PackedPath, sequences: Any) -> Any:
         if pack_size(sequences) > 2000:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return compute(self, sequences)
 
-    monkeypatch.setattr(FastPath, "compute", with_little_memory)
+    monkeypatch.setattr(PackedPath, "compute", with_little_memory)
     runner(data, tmp_path / "split", path="fast", cache_dir=str(tmp_path / "other"))
     assert [note.get("packs_split", 0) > 0 for note in notes(tmp_path / "split", "reference")] == [True, False]
     assert [note.get("packs_split", 0) > 0 for note in notes(tmp_path / "split", "scores/better")] == [True, False]

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from dpo_score.config.schema import ComputeSpec
-from dpo_score.logprobs.numerics import Numerics, resolve_numerics
+from dpo_score.logprobs.numerics import resolve_numerics
+from dpo_score.models.numerics import Numerics
 
 
 def numerics_for(model, path, **changes) -> Numerics:

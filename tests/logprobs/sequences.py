@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dpo_score.data.types import TokenSequence
-from dpo_score.logprobs.packing import Layout
+from dpo_score.logprobs.packing import Pack
 
 
 def ids(rng, n):
@@ -32,11 +32,11 @@ def awkward(seed=0, longest=40):
     ]
 
 
-def visible(layout: Layout, window: int = 0) -> np.ndarray:
+def visible(pack: Pack, window: int = 0) -> np.ndarray:
     """The mask of a pack [T, T] from the definition: which token each token may attend to."""
-    T = len(layout.ids)
+    T = len(pack.ids)
     seen = np.zeros((T, T), bool)
-    for s in layout.segments:
+    for s in pack.segments:
         keys = [*range(s.prefix, s.prefix + s.prefix_length), *range(s.start, s.start + s.length)]
         for i in range(s.length):
             place = s.prefix_length + i

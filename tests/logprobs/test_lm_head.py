@@ -8,7 +8,7 @@ import torch
 from dpo_score.logprobs import lm_head as tiled
 from dpo_score.logprobs.lm_head import Fold, token_values
 from dpo_score.logprobs.numerics import _can_compile
-from dpo_score.logprobs.padded import read_logits
+from dpo_score.logprobs.softmax import read_logits
 from dpo_score.logprobs.types import STATS
 from dpo_score.models.parts import Head
 
@@ -25,7 +25,7 @@ def some_rows(rows=37, targets=60, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     return (
         torch.randn(rows, 16, generator=generator).to(dtype),
-        torch.randint(0, rows, (targets,), generator=generator),
+        torch.randint(0, rows, (targets,), generator=generator).numpy(),
         torch.randint(0, 301, (targets,), generator=generator),
     )
 
@@ -65,7 +65,7 @@ def test_overflow_is_not_hidden():
     hidden, source, target = some_rows()
     hidden[source[0]] = torch.inf
     got = token_values(a_head(), hidden, source, target)["logp"]
-    assert torch.equal(~torch.isfinite(got), source == source[0])
+    assert torch.equal(~torch.isfinite(got), torch.from_numpy(source == source[0]))
 
 
 @torch.inference_mode()
@@ -78,7 +78,7 @@ def test_wide_hidden_states_meet_narrow_weights_in_fp32():
 @torch.inference_mode()
 def test_no_rows_no_values():
     empty = torch.zeros(0, dtype=torch.long)
-    assert len(token_values(a_head(), torch.zeros(0, 16), empty, empty, STATS)["entropy"]) == 0
+    assert len(token_values(a_head(), torch.zeros(0, 16), empty.numpy(), empty, STATS)["entropy"]) == 0
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpo_score.logprobs.noise_floor import noise_floor
-from dpo_score.logprobs.padded import PlainPath
+from dpo_score.logprobs.padded import PaddedPath
 from dpo_score.logprobs.scorer import PairScorer
 from dpo_score.logprobs.types import Unscored
 from tests.families import family
@@ -75,7 +75,7 @@ def test_no_room_for_the_second_pass_is_a_reason_not_an_error(monkeypatch):
     def full(*_args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(PlainPath, "compute", full)
+    monkeypatch.setattr(PaddedPath, "compute", full)
     floor = noise_floor(model, numerics, awkward(), results)
     assert (floor.logp_max, floor.deltas) == (None, ())
     assert "cpu has no room" in floor.reason
@@ -88,6 +88,6 @@ def test_another_error_of_the_second_pass_is_raised(monkeypatch):
     def breaks(*_args):
         raise RuntimeError("a shape is wrong")
 
-    monkeypatch.setattr(PlainPath, "compute", breaks)
+    monkeypatch.setattr(PaddedPath, "compute", breaks)
     with pytest.raises(RuntimeError, match="shape"):
         noise_floor(model, numerics, awkward(), results)

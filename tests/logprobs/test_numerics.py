@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 from dpo_score.config.schema import ComputeSpec
 from dpo_score.errors import ConfigError
 from dpo_score.logprobs import matmul as gemm
-from dpo_score.logprobs.numerics import Numerics, may_share, resolve_numerics
+from dpo_score.logprobs import numerics as numerics_module
+from dpo_score.logprobs.attention import flash_flex as attention_gpu
+from dpo_score.logprobs.numerics import in_effect, may_share, present, resolve_numerics
 from dpo_score.models import memory
+from dpo_score.models.numerics import Numerics
 from tests.tiny import tiny_config
 
 LLAMA = tiny_config("llama").to_dict()
@@ -75,3 +80,35 @@ def test_memory_limits_the_budget(monkeypatch):
 def test_the_records_import_without_torch():
     code = "import sys, dpo_score.logprobs.numerics, dpo_score.logprobs.types; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+NUMERICS = Numerics("cpu", "cpu", "float32", "fast", "bmm+onednn", False, 4096, 1)
+
+
+@pytest.mark.parametrize(("true_fp32", "kernel"), [(True, "bmm+onednn"), (False, "bmm")])
+def test_products_run_through_onednn_only_where_they_are_true_fp32(
+    true_fp32: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gemm, "onednn_is_true_fp32", lambda: true_fp32)
+    assert in_effect(NUMERICS) == replace(NUMERICS, kernel=kernel)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "model", "model+own-softmax", "flex"])
+def test_what_runs_anywhere_stays(kernel: str) -> None:
+    assert in_effect(replace(NUMERICS, kernel=kernel)).kernel == kernel
+
+
+@pytest.mark.parametrize(("here", "kernel"), [(True, "flex"), (False, "varlen")])
+def test_a_gpu_without_the_flash_kernel_takes_what_it_has(
+    here: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numerics_module, "present", lambda _: here)
+    monkeypatch.setattr(attention_gpu, "kernel", lambda: "flex")
+    on_gpu = replace(NUMERICS, device="cuda:0", device_kind="cuda", dtype="float16", kernel="varlen")
+    assert in_effect(on_gpu).kernel == kernel
+
+
+def test_which_devices_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert [present(name) for name in ("cpu", "cuda", "cuda:1", "cuda:2", "mps")] == [True, True, True, False, False]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from dpo_score.data.types import TokenSequence
-from dpo_score.logprobs.numerics import OWN_SOFTMAX, Numerics, with_own_softmax
+from dpo_score.logprobs.numerics import with_own_softmax
 from dpo_score.logprobs.scorer import PairScorer
+from dpo_score.models.numerics import Kernel, Numerics
 from tests.rewardbench_oracle import twin_logps
 from tests.tiny import tiny_model
 
@@ -39,4 +40,4 @@ def test_values_are_those_of_a_program_in_that_dtype(dtype: str) -> None:
 def test_float32_is_left_as_it_is() -> None:
     fast = replace(numerics("float32"), path="fast", kernel="bmm")
     assert with_own_softmax(fast) == fast
-    assert with_own_softmax(numerics("bfloat16")).kernel == OWN_SOFTMAX
+    assert with_own_softmax(numerics("bfloat16")).kernel == Kernel.MODEL_OWN_SOFTMAX

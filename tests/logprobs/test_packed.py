@@ -13,7 +13,7 @@ from dpo_score.logprobs import packed as fast
 from dpo_score.logprobs.lm_head import Fold
 from dpo_score.logprobs.noise_floor import noise_floor
 from dpo_score.logprobs.numerics import _can_compile
-from dpo_score.logprobs.packed import FastPath, decoder_layers
+from dpo_score.logprobs.packed import PackedPath, decoder_layers
 from dpo_score.logprobs.scorer import PairScorer
 from dpo_score.models.parts import model_parts
 from tests.families import family
@@ -65,17 +65,17 @@ def test_only_a_gpu_pads_and_to_a_bucket_not_to_the_whole_budget(monkeypatch, de
     sizes = []
     kept = fast.lay_out
     monkeypatch.setattr(fast, "lay_out", lambda *args: sizes.append(kept(*args)) or sizes[-1])
-    path = FastPath(model_parts(model), numerics_for(model, "fast", device_kind=device_kind, batch_tokens=512))
+    path = PackedPath(model_parts(model), numerics_for(model, "fast", device_kind=device_kind, batch_tokens=512))
     packs = [awkward()[:9], [awkward()[10]]]
     values = [value["logp"] for pack in packs for value in path.compute(pack)]
-    assert [len(layout.ids) for layout in sizes] == padded
+    assert [len(pack.ids) for pack in sizes] == padded
     plain = PairScorer(model, numerics_for(model, "plain")).score([s for pack in packs for s in pack])
     np.testing.assert_allclose([v.sum() for v in values], sums(plain), atol=1e-4)
 
 
 def test_half_of_a_pack_that_did_not_fit_is_smaller_than_the_whole():
     model = family("llama")
-    path = FastPath(model_parts(model), numerics_for(model, "fast", device_kind="cuda", batch_tokens=4096))
+    path = PackedPath(model_parts(model), numerics_for(model, "fast", device_kind="cuda", batch_tokens=4096))
     whole = [TokenSequence(np.arange(200, dtype=np.int32), np.full(50, i, np.int32)) for i in range(70)]
     assert path._padded_size(whole) == 3840
     assert path._padded_size(whole[:35]) == 2048

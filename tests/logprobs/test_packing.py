@@ -65,38 +65,38 @@ def test_never_more_bins_than_first_fit_decreasing(sizes, budget):
 def test_a_pack_reads_back_as_its_sequences(seed):
     """Following what each scored token may see, from its predecessor back, spells the sequence before it."""
     sequences = awkward(seed)
-    layout = lay_out(sequences)
-    seen, start = visible(layout), 0
-    for sequence, count in zip(sequences, layout.counts, strict=True):
+    pack = lay_out(sequences)
+    seen, start = visible(pack), 0
+    for sequence, count in zip(sequences, pack.counts, strict=True):
         whole = np.concatenate([sequence.prompt, sequence.response])
         for j, position in enumerate(sequence.scored_positions):
-            row = layout.rows[layout.sources[start + j]]
-            assert layout.targets[start + j] == whole[position]
-            np.testing.assert_array_equal(layout.ids[np.flatnonzero(seen[row])], whole[:position])
-            np.testing.assert_array_equal(layout.positions[np.flatnonzero(seen[row])], np.arange(position))
+            row = pack.rows[pack.sources[start + j]]
+            assert pack.targets[start + j] == whole[position]
+            np.testing.assert_array_equal(pack.ids[np.flatnonzero(seen[row])], whole[:position])
+            np.testing.assert_array_equal(pack.positions[np.flatnonzero(seen[row])], np.arange(position))
         start += count
 
 
 def test_a_prompt_and_a_repeated_answer_stand_once():
     prompt, answer = np.arange(10, dtype=np.int32), np.arange(5, dtype=np.int32)
-    layout = lay_out([TokenSequence(prompt, answer), TokenSequence(prompt, answer.copy())])
-    assert len(layout.ids) == 10 + 4
-    assert layout.counts == (5, 5)
+    pack = lay_out([TokenSequence(prompt, answer), TokenSequence(prompt, answer.copy())])
+    assert len(pack.ids) == 10 + 4
+    assert pack.counts == (5, 5)
 
 
 def test_positions_start_again_behind_the_prompt():
     prompt = np.arange(3, dtype=np.int32)
-    layout = lay_out([TokenSequence(prompt, np.array([7, 8, 2])), TokenSequence(prompt, np.array([9, 2]))])
-    assert layout.positions.tolist() == [0, 1, 2, 3, 4, 3]
+    pack = lay_out([TokenSequence(prompt, np.array([7, 8, 2])), TokenSequence(prompt, np.array([9, 2]))])
+    assert pack.positions.tolist() == [0, 1, 2, 3, 4, 3]
 
 
 def test_the_last_token_of_an_answer_is_predicted_and_not_read():
     prompt = np.arange(3, dtype=np.int32)
     answers = [np.array(ids, np.int32) for ids in ([7, 8, 2], [7, 8, 9], [5])]
-    layout = lay_out([TokenSequence(prompt, answer) for answer in answers])
-    assert layout.ids.tolist() == [0, 1, 2, 7, 8], "answers that differ in their last token alone are one"
-    assert layout.targets.tolist() == [7, 8, 2, 7, 8, 9, 5]
-    assert layout.rows[layout.sources].tolist() == [2, 3, 4, 2, 3, 4, 2]
+    pack = lay_out([TokenSequence(prompt, answer) for answer in answers])
+    assert pack.ids.tolist() == [0, 1, 2, 7, 8], "answers that differ in their last token alone are one"
+    assert pack.targets.tolist() == [7, 8, 2, 7, 8, 9, 5]
+    assert pack.rows[pack.sources].tolist() == [2, 3, 4, 2, 3, 4, 2]
 
 
 def test_empty_prompts_are_not_shared():
@@ -105,11 +105,11 @@ def test_empty_prompts_are_not_shared():
 
 
 def test_padding_is_a_segment_that_predicts_nothing():
-    layout = lay_out([TokenSequence(np.arange(3), np.arange(2))], pad_to=16)
-    assert len(layout.ids) == 16
-    assert layout.rows.max() < 4
-    assert not visible(layout)[:4, 4:].any()
-    assert not visible(layout)[4:, :4].any()
+    pack = lay_out([TokenSequence(np.arange(3), np.arange(2))], pad_to=16)
+    assert len(pack.ids) == 16
+    assert pack.rows.max() < 4
+    assert not visible(pack)[:4, 4:].any()
+    assert not visible(pack)[4:, :4].any()
 
 
 @given(st.integers(0, 9000), st.sampled_from([0, 256, 4096, 65536]))

@@ -12,7 +12,7 @@ from dpo_score.errors import ModelError
 from dpo_score.logprobs import packed as fast
 from dpo_score.logprobs import self_check as verify
 from dpo_score.logprobs.attention import interface as attention
-from dpo_score.logprobs.packing import Segment, lay_out
+from dpo_score.logprobs.packing import lay_out
 from dpo_score.logprobs.self_check import probe, settle, smallest_window, verify_fast_path
 from dpo_score.models.parts import ModelParts, model_parts
 from tests.families import family
@@ -31,20 +31,20 @@ def test_a_model_it_fits_passes(name, dtype):
 
 
 def branches_see_each_other(monkeypatch):
-    def one_segment_per_group(sequences, pad_to=0):
-        layout = lay_out(sequences, pad_to)
-        merged = [s for s in layout.segments if not s.prefix_length]
-        ends = [s.start for s in merged[1:]] + [len(layout.ids)]
-        segments = tuple(Segment(s.start, 0, s.start, end - s.start) for s, end in zip(merged, ends, strict=True))
-        return replace(layout, segments=segments)
+    def one_segment_per_group(*given):
+        pack = lay_out(*given)
+        merged = [s for s in pack.segments if not s.prefix_length]
+        ends = [s.start for s in merged[1:]] + [len(pack.ids)]
+        table = np.array([(s.start, 0, s.start, end - s.start) for s, end in zip(merged, ends, strict=True)])
+        return replace(pack, segment_table=table)
 
     monkeypatch.setattr(fast, "lay_out", one_segment_per_group)
 
 
 def positions_do_not_restart(monkeypatch):
-    def running_positions(sequences, pad_to=0):
-        layout = lay_out(sequences, pad_to)
-        return replace(layout, positions=np.arange(len(layout.ids)))
+    def running_positions(*given):
+        pack = lay_out(*given)
+        return replace(pack, positions=np.arange(len(pack.ids)))
 
     monkeypatch.setattr(fast, "lay_out", running_positions)
 
@@ -67,8 +67,8 @@ def logit_scale_dropped(monkeypatch):
 
 def changed_head(monkeypatch, **changes):
     def dissect_wrongly(model):
-        anatomy = model_parts(model)
-        return ModelParts(anatomy.model, anatomy.body, replace(anatomy.head, **changes), anatomy.stateful)
+        parts = model_parts(model)
+        return ModelParts(parts.model, parts.body, replace(parts.head, **changes), parts.stateful)
 
     monkeypatch.setattr(verify, "model_parts", dissect_wrongly)
 
@@ -153,6 +153,6 @@ def test_no_room_for_the_check_is_an_error_and_no_verdict(monkeypatch, where):
     def full(*_args, **_given):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(*((fast.FastPath, "compute") if where == "fast" else (verify, "_ordinary")), full)
+    monkeypatch.setattr(*((fast.PackedPath, "compute") if where == "fast" else (verify, "_ordinary")), full)
     with pytest.raises(ModelError, match=r"fast path in float32 does not fit on cpu .*--quantization"):
         verdict_of("llama")

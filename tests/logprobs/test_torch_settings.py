@@ -1,45 +1,82 @@
-"""What of the numerics this machine can do."""
+"""Settings are what numerics ask for inside the block, and what they were before it afterwards.
+
+What kept host memory saves is in tests/benchmarks/README.md: how many pages a heap faults in depends on all that was
+ever allocated in it, so no test counts them.
+"""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import pytest
 import torch
 
-from dpo_score.logprobs import matmul as gemm
-from dpo_score.logprobs import torch_settings as settings
-from dpo_score.logprobs.attention import flash_flex as attention_gpu
-from dpo_score.logprobs.numerics import Numerics
-from dpo_score.logprobs.torch_settings import in_effect, present
+from dpo_score.logprobs import torch_settings
+from dpo_score.logprobs.torch_settings import KEEP, REDUCED, USUAL, exact_cuda_products
 
-NUMERICS = Numerics("cpu", "cpu", "float32", "fast", "bmm+onednn", False, 4096, 1)
+MATMUL = torch.backends.cuda.matmul
 
 
-@pytest.mark.parametrize(("true_fp32", "kernel"), [(True, "bmm+onednn"), (False, "bmm")])
-def test_products_run_through_onednn_only_where_they_are_true_fp32(
-    true_fp32: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gemm, "onednn_is_true_fp32", lambda: true_fp32)
-    assert in_effect(NUMERICS) == replace(NUMERICS, kernel=kernel)
+@pytest.fixture(params=["ieee", "tf32"])
+def chosen(request):
+    """What a program has chosen by torch's settings by operator, after which the older ones cannot be read."""
+    kept = MATMUL.fp32_precision
+    MATMUL.fp32_precision = request.param
+    yield request.param
+    MATMUL.fp32_precision = kept
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "model", "model+own-softmax", "flex"])
-def test_what_runs_anywhere_stays(kernel: str) -> None:
-    assert in_effect(replace(NUMERICS, kernel=kernel)).kernel == kernel
+def test_products_on_cuda_are_exact_inside_and_as_asked_for_after(chosen):
+    flags = [getattr(MATMUL, name) for name in REDUCED]
+    with exact_cuda_products("cuda"):
+        assert MATMUL.fp32_precision == "ieee"
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert not any(getattr(MATMUL, name) for name in REDUCED)
+    assert MATMUL.fp32_precision == chosen
+    assert [getattr(MATMUL, name) for name in REDUCED] == flags
 
 
-@pytest.mark.parametrize(("here", "kernel"), [(True, "flex"), (False, "varlen")])
-def test_a_gpu_without_the_flash_kernel_takes_what_it_has(
-    here: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(settings, "present", lambda _: here)
-    monkeypatch.setattr(attention_gpu, "kernel", lambda: "flex")
-    on_gpu = replace(NUMERICS, device="cuda:0", device_kind="cuda", dtype="float16", kernel="varlen")
-    assert in_effect(on_gpu).kernel == kernel
+def test_elsewhere_nothing_is_changed():
+    flags = [getattr(MATMUL, name) for name in REDUCED]
+    with exact_cuda_products("cpu"):
+        assert [getattr(MATMUL, name) for name in REDUCED] == flags
 
 
-def test_which_devices_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert [present(name) for name in ("cpu", "cuda", "cuda:1", "cuda:2", "mps")] == [True, True, True, False, False]
+class Heard:
+    """Stands for glibc and notes what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[int, int]] = []
+
+    def mallopt(self, name: int, value: int) -> int:
+        self.said.append((name, value))
+        return 1
+
+
+def test_thresholds_are_raised_inside_and_lowered_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = Heard()
+    monkeypatch.setattr(torch_settings, "_glibc", lambda: heard)
+
+    def fail_inside() -> None:
+        with torch_settings.host_memory_kept():
+            assert heard.said == list(KEEP.items())
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fail_inside()
+    assert heard.said == [*KEEP.items(), *USUAL.items()]
+    assert all(KEEP[name] > USUAL[name] for name in KEEP)
+
+
+@pytest.mark.skipif(torch_settings._glibc() is None, reason="not glibc: nothing to keep")
+@pytest.mark.parametrize("thresholds", [KEEP, USUAL], ids=["keep", "usual"])
+def test_glibc_takes_these_values(thresholds: dict[int, int]) -> None:
+    libc = torch_settings._glibc()
+    try:
+        assert all(libc.mallopt(name, value) == 1 for name, value in thresholds.items())
+    finally:
+        torch_settings._set(libc, USUAL)
+
+
+def test_where_there_is_no_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_settings, "_glibc", lambda: None)
+    with torch_settings.host_memory_kept() as nothing:
+        assert nothing is None

@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dpo_score
 from dpo_score.config.schema import TextSpec
 from dpo_score.engine.finish import Outcome
-from dpo_score.logprobs.numerics import Numerics
 from dpo_score.logprobs.scorer import PairScorer
+from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import resolve
 from dpo_score.storage.file_hashes import FileDigests
 from dpo_score.tokenization.render import Renderer

@@ -15,8 +15,8 @@ import torch
 
 from dpo_score.config.schema import TextSpec
 from dpo_score.data.types import EncodedPair, Pair, Side, Source
-from dpo_score.logprobs.numerics import Numerics
 from dpo_score.logprobs.scorer import PairScorer
+from dpo_score.models.numerics import Numerics
 from dpo_score.tokenization.render import Renderer
 from tests.tiny import byte_tokenizer, tiny_model
 

@@ -19,7 +19,7 @@ from dpo_score.engine.context import RunContext
 from dpo_score.engine.executors.worker import Assignment, Report, WorkerReady
 from dpo_score.engine.plan import PolicyTask, ReferenceTask, RunPlan
 from dpo_score.errors import GroupLostError, StorageError
-from dpo_score.logprobs.numerics import Numerics
+from dpo_score.models.numerics import Numerics
 from dpo_score.storage.cache.location import cache_folder, cache_url
 from dpo_score.storage.commits import CommitRecord, read_record, record_name
 from dpo_score.storage.manifest import read_manifest

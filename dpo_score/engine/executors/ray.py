@@ -28,7 +28,7 @@ from dpo_score.engine.executors.pool import LostError, WorkerHandle, WorkerPool,
 from dpo_score.engine.executors.worker import Assignment, Report, Worker, WorkerReady
 from dpo_score.engine.signals import SIGNALS
 from dpo_score.errors import ConfigError, DpoScoreError
-from dpo_score.logprobs.numerics import Numerics
+from dpo_score.models.numerics import Numerics
 from dpo_score.storage.manifest import read_manifest
 from dpo_score.storage.paths import alive
 

@@ -17,7 +17,7 @@ from dpo_score.engine.context import RunContext
 from dpo_score.engine.executors.pool import WorkerPool, explicit
 from dpo_score.engine.executors.processes import ProcessPlace
 from dpo_score.errors import ConfigError
-from dpo_score.logprobs.numerics import Numerics
+from dpo_score.models.numerics import Numerics
 from dpo_score.storage.manifest import read_manifest
 
 

@@ -23,7 +23,7 @@ from dpo_score.engine.prepare import Preparation, identified, prepare
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.run import Compute, Stage, stage_work, work
 from dpo_score.errors import IdentityError, ModelError
-from dpo_score.logprobs.numerics import Numerics
+from dpo_score.models.numerics import Numerics
 from dpo_score.storage.commits import CommitRecord
 from dpo_score.storage.fingerprint import digest
 from dpo_score.storage.manifest import read_manifest

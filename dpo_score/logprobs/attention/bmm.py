@@ -1,7 +1,7 @@
 """Shared attention as batched products, for CPUs (and any device without a better kernel).
 
 The grouped query heads of one key head are folded into rows, so each product is one large one; in fp32 it runs on
-oneDNN where gemm.py switched that on, in 16 bits the softmax is computed in fp32. Segments are rounded up to a grid:
+oneDNN where matmul.py switched that on; in 16 bits the softmax is computed in fp32. Segments are rounded up to a grid:
 the added queries are overwritten by the segment they belong to, the added keys lie behind the causal diagonal or are
 masked. So few shapes occur, and kernels generated for one pack serve all others.
 
@@ -12,18 +12,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from dpo_score.logprobs.packing import Segment
+from dpo_score.logprobs.packing import Pack, Segment
 
 GRID = 16
 BLOCK = 128
 """Queries of a block: its scores stay in cache, and little is computed above the diagonal."""
 SCORES = 2**22
 """Most scores of a block (16 MB in fp32): what bounds the memory of long rows."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BmmPack:
+    """One pack, ready for `interface.forward`."""
+
+    pack: Pack
+
+    @property
+    def tokens(self) -> int:
+        return len(self.pack.ids)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float
+    ) -> Tensor:
+        """query [1, Hq, T, D], key [1, Hk, T, D], value [1, Hk, T, E] → [1, T, Hq, E]."""
+        segments = self.pack.segments
+        return bmm_attention(query[0], key[0], value[0], segments, scale, window, softcap, sinks)[None]
 
 
 def bmm_attention(

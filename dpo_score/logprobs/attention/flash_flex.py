@@ -1,10 +1,10 @@
-"""Shared attention on CUDA: torch's own variable-length flash kernel over gathered keys, FlexAttention where that
-cannot serve, batched products (attention_cpu) last.
+"""Shared attention on CUDA: torch's own flash kernel for sequences of different lengths, over gathered keys;
+FlexAttention where that cannot be used; batched products (bmm.py) last.
 
-A segment of a pack is one variable-length item whose keys are its prompt and itself: the kernel aligns a causal mask
-with the last key, which is exactly the rule of plan.Segment, and sees no mask object. The operator's schema is looked
-at before it is called, because it moved between torch versions. Attention sinks enter through the log-sum-exp the
-kernel returns. Every choice here is checked on the loaded model by verify.py before it is used.
+A segment of a pack is one item of the flash kernel, whose keys are its prompt and itself: the kernel aligns a causal
+mask with the last key, which is exactly the rule of `packing.Segment`, and needs no mask object. The operator's schema
+is looked at before it is called, because it moved between torch versions. Attention sinks enter through the
+log-sum-exp that the kernel returns. Every choice here is checked on the loaded model by self_check.py.
 
 Shapes: T tokens, S gathered keys; Hq, Hk heads; D, E head sizes.
 """
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from dpo_score.logprobs.attention.bmm import bmm_attention
-from dpo_score.logprobs.packing import BUCKETS, Layout
+from dpo_score.logprobs.packing import BUCKETS, Pack
+from dpo_score.logprobs.transfer import to_device
+from dpo_score.models.numerics import Kernel
 
 FLASH_HEAD = 256
 """Largest head size of the flash kernel."""
@@ -31,12 +33,19 @@ NEEDED = ("cum_seq_q", "max_q", "is_causal", "scale", "window_size_left", "windo
 """Arguments without which the flash operator cannot do what a segment asks."""
 
 
+KERNELS = (Kernel.VARLEN, Kernel.FLEX, Kernel.BMM)
+"""From the fastest to the one that runs anywhere: what a model does not run with one is tried with the next."""
+FLASH_CAPABILITY = (8, 0)
+"""The flash kernel needs Ampere or newer, and is part of the operators of every CUDA build all the same."""
+
+
 @cache
-def kernel() -> str:
-    """The best kernel this torch offers: `varlen`, `flex` or `bmm`. Part of the numerics of a run."""
-    if _flash_arguments() is not None:
-        return "varlen"
-    return "flex" if torch.cuda.is_available() else "bmm"
+def kernel() -> Kernel:
+    """The best kernel that this torch and its GPU offer. Part of the numerics of a run."""
+    if not torch.cuda.is_available():
+        return Kernel.BMM
+    able = torch.cuda.get_device_capability() >= FLASH_CAPABILITY
+    return Kernel.VARLEN if able and _flash_arguments() is not None else Kernel.FLEX
 
 
 @cache
@@ -56,8 +65,8 @@ class PreparedPack:
     `key_index` [S]: tokens in the order of the segments' keys; `queries`, `keys`: cumulative lengths, int32.
     """
 
-    layout: Layout
-    kernel: str
+    pack: Pack
+    kernel: Kernel
     key_index: Tensor
     queries: Tensor
     keys: Tensor
@@ -65,26 +74,31 @@ class PreparedPack:
     flex: Any
 
     @classmethod
-    def of(cls, layout: Layout, device: torch.device, kernel_name: str) -> PreparedPack:
-        lengths = np.array([s.length for s in layout.segments], np.int64)
-        spans = np.array([s.prefix_length + s.length for s in layout.segments], np.int64)
+    def of(cls, pack: Pack, device: torch.device, kernel: Kernel) -> PreparedPack:
+        lengths = pack.segment_table[:, 3]
+        spans = pack.segment_table[:, 1] + lengths
         return cls(
-            layout=layout,
-            kernel=kernel_name.split("+")[0],
-            key_index=torch.from_numpy(gathered_keys(layout)).to(device, non_blocking=True),
-            queries=_cumulative(lengths).to(device, non_blocking=True),
-            keys=_cumulative(spans).to(device, non_blocking=True),
+            pack=pack,
+            kernel=Kernel(kernel),
+            key_index=to_device(gathered_keys(pack), device),
+            queries=to_device(_cumulative(lengths), device),
+            keys=to_device(_cumulative(spans), device),
             longest=(int(lengths.max(initial=0)), int(spans.max(initial=0))),
-            flex=_Masks(layout),
+            flex=_Masks(pack),
         )
+
+    @property
+    def tokens(self) -> int:
+        return len(self.pack.ids)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float
     ) -> Tensor:
         """query [1, Hq, T, D], key [1, Hk, T, D], value [1, Hk, T, E] → [1, T, Hq, E]."""
-        if query.dtype == torch.float32 or self.kernel == "bmm":
-            return bmm_attention(query[0], key[0], value[0], self.layout.segments, scale, window, softcap, sinks)[None]
-        if self.kernel == "varlen" and not softcap and query.shape[-1] == value.shape[-1] <= FLASH_HEAD:
+        if query.dtype == torch.float32 or self.kernel == Kernel.BMM:
+            return bmm_attention(query[0], key[0], value[0], self.pack.segments, scale, window, softcap, sinks)[None]
+        head = query.shape[-1]
+        if self.kernel == Kernel.VARLEN and not softcap and head == value.shape[-1] <= FLASH_HEAD and head % 8 == 0:
             return self._varlen(query, key, value, sinks, scale, window)
         return self._flex(query, key, value, sinks, scale, window, softcap)
 
@@ -132,18 +146,16 @@ class PreparedPack:
         return _with_sinks(out[0].transpose(0, 1), mass[0].transpose(0, 1), sinks)[None].contiguous()
 
 
-def gathered_keys(layout: Layout) -> np.ndarray[Any, Any]:
+def gathered_keys(pack: Pack) -> np.ndarray[Any, Any]:
     """Token indices of every segment's keys, one segment after the other: prompt, then the segment itself."""
-    spans = [
-        part
-        for s in layout.segments
-        for part in (np.arange(s.prefix, s.prefix + s.prefix_length), np.arange(s.start, s.start + s.length))
-    ]
-    return np.concatenate([*spans, np.zeros(0, np.int64)]).astype(np.int64)
+    runs = pack.segment_table.reshape(-1, 2)  # (first token, tokens), of the prompt and of the segment in turn
+    lengths = runs[:, 1]
+    ends = np.cumsum(lengths)
+    return np.repeat(runs[:, 0] - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
-def _cumulative(lengths: np.ndarray[Any, Any]) -> Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+def _cumulative(lengths: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
 def _with_sinks(out_THE: Tensor, mass_TH: Tensor, sinks: Tensor | None) -> Tensor:
@@ -192,45 +204,46 @@ def _capped(softcap: float) -> Any:
 class _Masks:
     """Block masks of one pack by window and device, made when a layer first asks."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    def __init__(self, pack: Pack) -> None:
+        self.pack = pack
         self.made: dict[tuple[int, torch.device], Any] = {}
 
     def mask(self, window: int, device: torch.device) -> Any:
         if (window, device) not in self.made:
-            self.made[window, device] = block_mask(self.layout, window, device)
+            self.made[window, device] = block_mask(self.pack, window, device)
         return self.made[window, device]
 
 
-def block_mask(layout: Layout, window: int, device: torch.device) -> Any:
+def block_mask(pack: Pack, window: int, device: torch.device) -> Any:
     """The pack's mask for FlexAttention, its block table worked out from the segments instead of from T² elements."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    T = len(layout.ids)
-    counts, indices = block_table(layout)
-    of = np.repeat(np.arange(len(layout.segments)), [s.length for s in layout.segments])
-    fields = np.array([(s.prefix, s.prefix + s.prefix_length, s.start) for s in layout.segments], np.int64)[of]
-    prefix, prefix_end, start = (torch.from_numpy(column.copy()).to(device) for column in fields.T)
-    position = torch.from_numpy(layout.positions).to(device)
+    T = len(pack.ids)
+    counts, indices = block_table(pack)
+    table = pack.segment_table
+    of = np.repeat(np.arange(len(table)), table[:, 3])
+    fields = np.stack((table[:, 0], table[:, 0] + table[:, 1], table[:, 2]), 1)[of]
+    prefix, prefix_end, start = (to_device(column.copy(), device) for column in fields.T)
+    position = to_device(pack.positions, device)
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = ((k >= start[q]) & (k <= q)) | ((k >= prefix[q]) & (k < prefix_end[q]))
         return seen & (position[q] - position[k] < window) if window else seen
 
     return BlockMask.from_kv_blocks(
-        torch.from_numpy(counts).to(device)[None, None],
-        torch.from_numpy(indices).to(device)[None, None],
+        to_device(counts, device)[None, None],
+        to_device(indices, device)[None, None],
         BLOCK_SIZE=FLEX_BLOCK,
         mask_mod=visible,
         seq_lengths=(T, T),
     )
 
 
-def block_table(layout: Layout) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def block_table(pack: Pack) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """For each block of queries: how many key blocks it touches, and which come first (int32 [B], [B, B])."""
-    B = -(-len(layout.ids) // FLEX_BLOCK)
+    B = -(-len(pack.ids) // FLEX_BLOCK)
     touched = np.zeros((B, B), bool)
-    for s in layout.segments:
+    for s in pack.segments:
         rows = slice(s.start // FLEX_BLOCK, -(-(s.start + s.length) // FLEX_BLOCK))
         touched[rows, s.start // FLEX_BLOCK : rows.stop] = True
         if s.prefix_length:

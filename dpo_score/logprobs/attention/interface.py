@@ -1,10 +1,12 @@
-"""Attention over a prefix-shared pack, plugged into transformers under a private name.
+"""Attention over a pack with shared prompts, plugged into transformers under a private name.
 
 No model is patched: `AttentionInterface` hands query, key and value of every layer to `forward` here, which computes
-each segment of the pack (plan.Segment) against its prompt and itself. transformers builds no mask for a name it does
-not know, so whatever the mask would have said must be said here: causality, sliding window. Soft-capping, attention
-sinks and grouped heads are honoured; anything else a layer asks for raises `Unshareable`, and the model takes the
-plain path. The pack in force is process-wide state, set by `sharing`: one pack is computed at a time.
+each segment of the pack (`packing.Segment`) against its prompt and itself. transformers builds no mask for a name it
+does not know, so what the mask would have said is computed here: causality and sliding windows. Soft caps, attention
+sinks and grouped heads are supported; anything else that a layer asks for raises `Unshareable`, and the model is
+scored on the plain path. The pack in use is process-wide state, set by `sharing`: one pack is computed at a time.
+
+A new kernel is a class with the two members of `PreparedPack`; `packed.prepared_pack` chooses among them.
 
 Shapes: Hq, Hk query and key heads; T tokens of the pack; D, E head sizes of keys and values.
 """
@@ -13,13 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-from dpo_score.logprobs.attention.bmm import bmm_attention
-from dpo_score.logprobs.packing import Layout
 
 NAME = "dpo_score_shared"
 """Registered name. It must not contain the name of a stock implementation: transformers matches substrings."""
@@ -31,22 +30,33 @@ class Unshareable(Exception):
     """A layer needs something that a shared pack cannot give: the model is scored on the plain path."""
 
 
-class _Pack:
-    layout: Layout | None = None
-    prepared: Any = None
+class PreparedPack(Protocol):
+    """One pack as a kernel wants it, made once and used by every layer."""
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float
+    ) -> Tensor:
+        """query [1, Hq, T, D], key [1, Hk, T, D], value [1, Hk, T, E], sinks [Hq] → [1, T, Hq, E].
+
+        `window`, `softcap`: 0 for none.
+        """
 
 
-_pack = _Pack()
+_in_use: list[PreparedPack] = []
 
 
 @contextmanager
-def sharing(layout: Layout, prepared: Any = None) -> Iterator[None]:
-    """`forward` computes this pack inside the block; `prepared` is the pack as another kernel than bmm wants it."""
-    _pack.layout, _pack.prepared = layout, prepared
+def sharing(pack: PreparedPack) -> Iterator[None]:
+    """`forward` computes this pack inside the block."""
+    _in_use.append(pack)
     try:
         yield
     finally:
-        _pack.layout = _pack.prepared = None
+        _in_use.pop()
 
 
 @contextmanager
@@ -117,17 +127,15 @@ def _refuse(
 def shared_attention(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float
 ) -> Tensor:
-    """One layer over the pack in force. An operator of its own, so that a compiled layer calls it as it stands.
+    """One layer over the pack in use. An operator of its own, so that a compiled layer calls it as it stands.
 
     `window`, `softcap`: 0 for none. A window of W lets a token see itself and the W − 1 tokens before it.
     """
-    layout = _pack.layout
-    assert layout is not None, "shared attention runs inside sharing(layout)"
-    if query.shape[2] != len(layout.ids):
-        raise Unshareable(f"a layer attends over {query.shape[2]} tokens of a pack of {len(layout.ids)}")
-    if _pack.prepared is not None:
-        return _pack.prepared.attend(query, key, value, sinks, scale, window, softcap)  # type: ignore[no-any-return]
-    return bmm_attention(query[0], key[0], value[0], layout.segments, scale, window, softcap, sinks)[None]
+    assert _in_use, "shared attention runs inside sharing(pack)"
+    pack = _in_use[-1]
+    if query.shape[2] != pack.tokens:
+        raise Unshareable(f"a layer attends over {query.shape[2]} tokens of a pack of {pack.tokens}")
+    return pack.attend(query, key, value, sinks, scale, window, softcap)
 
 
 @shared_attention.register_fake

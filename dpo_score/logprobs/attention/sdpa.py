@@ -1,8 +1,8 @@
 """Shared attention on the CPU through torch's own fused kernel, a segment at a time.
 
 `scaled_dot_product_attention` keeps scores in cache, computes softmax in fp32, reads grouped heads and strided states
-as they lie: half the time of separate products in 16 bits. In fp32 its products are MKL's, so where oneDNN is faster
-(gemm.py) attention_cpu.py serves. Causality and windows depend on how far a key is behind its query and on nothing
+as they are: half the time of separate products in 16 bits. In fp32 its products are MKL's, so where oneDNN is faster
+(matmul.py) bmm.py serves. Causality and windows depend on how far a key is behind its query and on nothing
 else, so one mask per size serves every segment as a slice.
 
 Shapes: Hq, Hk heads; T tokens; D head size; m queries of a block, n keys they may see.
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dpo_score.logprobs.attention.bmm import bmm_attention
-from dpo_score.logprobs.packing import Layout, Segment
+from dpo_score.logprobs.packing import Pack, Segment
 
 MASK = 2**21
 """Most elements of a block's mask (4 MB in 16 bits): what bounds the memory of long rows."""
@@ -30,15 +30,19 @@ LEAST_QUERIES, LEAST_KEYS = 256, 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CpuPack:
-    """One pack, ready for `attention.forward`. Caps, sinks and unequal head sizes go to the batched products."""
+    """One pack, ready for `interface.forward`. Caps, sinks and unequal head sizes go to the batched products."""
 
-    layout: Layout
+    pack: Pack
+
+    @property
+    def tokens(self) -> int:
+        return len(self.pack.ids)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float
     ) -> Tensor:
         """query [1, Hq, T, D], key [1, Hk, T, D], value [1, Hk, T, E] → [1, T, Hq, E]."""
-        segments = self.layout.segments
+        segments = self.pack.segments
         if softcap or sinks is not None or query.shape[-1] != value.shape[-1]:
             return bmm_attention(query[0], key[0], value[0], segments, scale, window, softcap, sinks)[None]
         return sdpa_attention(query, key, value, segments, scale, window)
@@ -96,7 +100,7 @@ def _blocks(segment: Segment, window: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _mask(m: int, first: int, last: int, window: int, like: Tensor) -> Tensor:
-    """0 or −∞ [m, last − first]: the i-th of m queries stands at key last − m + i."""
+    """0 or −∞ [m, last − first]: the i-th of m queries has the place of key last − m + i."""
     before = last - first - m
     rows = max(LEAST_QUERIES, _power(m))
     whole = _staircase(rows, max(LEAST_KEYS, _power(before)), window, like.dtype)
@@ -110,7 +114,7 @@ def _power(n: int) -> int:
 
 @lru_cache(4)
 def _staircase(rows: int, before: int, window: int, dtype: torch.dtype) -> Tensor:
-    """0 or −∞ [rows, before + rows]: query i stands at key before + i and sees `window` keys up to there (0: all)."""
+    """0 or −∞ [rows, before + rows]: query i has the place of key before + i and sees `window` keys (0: all)."""
     whole = torch.full((rows, before + rows), -math.inf, dtype=dtype).triu_(before + 1)
     if window:
         whole += torch.full_like(whole, -math.inf).tril_(before - window)

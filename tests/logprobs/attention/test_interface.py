@@ -44,11 +44,11 @@ def states(heads, key_heads, T, D, E, dtype=torch.float32):
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize(("heads", "key_heads", "E"), [(4, 2, 8), (3, 3, 8), (6, 1, 12)])
 def test_equals_dense_masked_attention(window, softcap, sinks, heads, key_heads, E):
-    layout = lay_out(awkward(longest=150))
-    query, key, value = states(heads, key_heads, len(layout.ids), 8, E)
+    pack = lay_out(awkward(longest=150))
+    query, key, value = states(heads, key_heads, len(pack.ids), 8, E)
     logits = torch.linspace(-2, 2, heads) if sinks else None
-    got = bmm_attention(query, key, value, layout.segments, 0.3, window, softcap, logits)
-    expected = dense(query, key, value, torch.from_numpy(visible(layout, window)), 0.3, softcap, logits)
+    got = bmm_attention(query, key, value, pack.segments, 0.3, window, softcap, logits)
+    expected = dense(query, key, value, torch.from_numpy(visible(pack, window)), 0.3, softcap, logits)
     torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
 
 
@@ -58,59 +58,59 @@ def test_equals_dense_masked_attention(window, softcap, sinks, heads, key_heads,
 def test_fused_kernel_equals_dense_masked_attention(window, heads, key_heads, most, monkeypatch):
     monkeypatch.setattr(attention_sdpa, "MASK", most)
     monkeypatch.setattr(attention_sdpa, "LEAST_QUERIES", 64)
-    layout = lay_out(awkward(longest=150))
-    query, key, value = states(heads, key_heads, len(layout.ids), 8, 8)
-    got = CpuPack(layout).attend(query[None], key[None], value[None], None, 0.3, window, 0.0)[0]
-    expected = dense(query, key, value, torch.from_numpy(visible(layout, window)), 0.3, 0.0, None)
+    pack = lay_out(awkward(longest=150))
+    query, key, value = states(heads, key_heads, len(pack.ids), 8, 8)
+    got = CpuPack(pack).attend(query[None], key[None], value[None], None, 0.3, window, 0.0)[0]
+    expected = dense(query, key, value, torch.from_numpy(visible(pack, window)), 0.3, 0.0, None)
     torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("softcap", "sinks", "E"), [(2.0, False, 8), (0.0, True, 8), (0.0, False, 12)])
 def test_what_the_fused_kernel_lacks_goes_to_products(softcap, sinks, E):
-    layout = lay_out(awkward())
-    query, key, value = states(4, 2, len(layout.ids), 8, E)
+    pack = lay_out(awkward())
+    query, key, value = states(4, 2, len(pack.ids), 8, E)
     logits = torch.linspace(-2, 2, 4) if sinks else None
-    got = CpuPack(layout).attend(query[None], key[None], value[None], logits, 0.3, 5, softcap)[0]
-    expected = dense(query, key, value, torch.from_numpy(visible(layout, 5)), 0.3, softcap, logits)
+    got = CpuPack(pack).attend(query[None], key[None], value[None], logits, 0.3, 5, softcap)[0]
+    expected = dense(query, key, value, torch.from_numpy(visible(pack, 5)), 0.3, softcap, logits)
     torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
 
 
 def test_16_bits_are_as_close_as_their_format_allows():
-    layout = lay_out(awkward())
-    query, key, value = states(4, 2, len(layout.ids), 8, 8, torch.bfloat16)
-    fused = CpuPack(layout).attend(query[None], key[None], value[None], None, 0.3, 0, 0.0)[0]
-    expected = dense(query, key, value, torch.from_numpy(visible(layout)), 0.3, 0.0, None)
-    for got in (bmm_attention(query, key, value, layout.segments, 0.3), fused):
+    pack = lay_out(awkward())
+    query, key, value = states(4, 2, len(pack.ids), 8, 8, torch.bfloat16)
+    fused = CpuPack(pack).attend(query[None], key[None], value[None], None, 0.3, 0, 0.0)[0]
+    expected = dense(query, key, value, torch.from_numpy(visible(pack)), 0.3, 0.0, None)
+    for got in (bmm_attention(query, key, value, pack.segments, 0.3), fused):
         assert (got.double() - expected).abs().max() < 0.03
 
 
 def test_long_rows_are_blocked(monkeypatch):
     """With a bound of a few scores the blocks are small and the values the same."""
-    layout = lay_out(awkward(longest=300))
-    query, key, value = states(4, 2, len(layout.ids), 8, 8)
-    whole = bmm_attention(query, key, value, layout.segments, 0.3)
+    pack = lay_out(awkward(longest=300))
+    query, key, value = states(4, 2, len(pack.ids), 8, 8)
+    whole = bmm_attention(query, key, value, pack.segments, 0.3)
     monkeypatch.setattr("dpo_score.logprobs.attention.bmm.SCORES", 1)
-    torch.testing.assert_close(bmm_attention(query, key, value, layout.segments, 0.3), whole, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(bmm_attention(query, key, value, pack.segments, 0.3), whole, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("window", [0, 20])
 def test_flex_mask_is_the_pack_mask(window):
     """The analytic block mask, run through torch's own reference implementation of FlexAttention."""
-    layout = lay_out(awkward(longest=150), pad_to=384)
-    query, key, value = states(4, 2, len(layout.ids), 16, 16)
-    prepared = attention_gpu.PreparedPack.of(layout, torch.device("cpu"), "flex")
+    pack = lay_out(awkward(longest=150), pad_to=384)
+    query, key, value = states(4, 2, len(pack.ids), 16, 16)
+    prepared = attention_gpu.PreparedPack.of(pack, torch.device("cpu"), "flex")
     sinks = torch.linspace(-1, 1, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # uncompiled here, as torch says
         got = prepared._flex(query[None], key[None], value[None], sinks, 0.3, window, 2.0)[0]
-    expected = dense(query, key, value, torch.from_numpy(visible(layout, window)), 0.3, 2.0, sinks)
+    expected = dense(query, key, value, torch.from_numpy(visible(pack, window)), 0.3, 2.0, sinks)
     torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
 
 
 def test_block_table_touches_every_visible_block_and_no_later_one():
-    layout = lay_out(awkward(longest=400))
-    counts, order = attention_gpu.block_table(layout)
-    seen, size = visible(layout), attention_gpu.FLEX_BLOCK
+    pack = lay_out(awkward(longest=400))
+    counts, order = attention_gpu.block_table(pack)
+    seen, size = visible(pack), attention_gpu.FLEX_BLOCK
     for q in range(len(counts)):
         listed = set(order[q, : counts[q]])
         needed = {k for k in range(len(counts)) if seen[q * size : (q + 1) * size, k * size : (k + 1) * size].any()}
@@ -125,10 +125,10 @@ def test_flex_is_compiled_for_every_size_of_a_pack(monkeypatch):
 
 def test_variable_length_items_are_the_segments():
     """Gathered keys with cumulative lengths: the last query of an item aligns with its last key."""
-    layout = lay_out(awkward())
-    prepared = attention_gpu.PreparedPack.of(layout, torch.device("cpu"), "varlen")
-    seen = visible(layout)
-    for i, s in enumerate(layout.segments):
+    pack = lay_out(awkward())
+    prepared = attention_gpu.PreparedPack.of(pack, torch.device("cpu"), "varlen")
+    seen = visible(pack)
+    for i, s in enumerate(pack.segments):
         q0, q1 = prepared.queries[i : i + 2].tolist()
         k0, k1 = prepared.keys[i : i + 2].tolist()
         assert (q0, q1) == (s.start, s.start + s.length)

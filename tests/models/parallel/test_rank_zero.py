@@ -17,9 +17,9 @@ import torch
 
 from dpo_score.data.types import TokenSequence
 from dpo_score.errors import GroupLostError, ModelError
-from dpo_score.logprobs.packed import FastPath
-from dpo_score.logprobs.padded import Values
+from dpo_score.logprobs.packed import PackedPath
 from dpo_score.logprobs.scorer import PairScorer
+from dpo_score.logprobs.types import Values
 from dpo_score.models.loader import ModelLoader
 from dpo_score.models.parallel import rank_zero
 from dpo_score.models.parallel.rank_zero import RankZero
@@ -49,14 +49,14 @@ follow.main()
 
 def scarce(most: int, patch: Callable[[Any, str, Any], None] = setattr) -> None:
     """From now on a pass over more than `most` sequences takes more memory than there is."""
-    compute = FastPath.compute
+    compute = PackedPath.compute
 
-    def attempt(self: FastPath, sequences: Sequence[TokenSequence]) -> list[Values]:
+    def attempt(self: PackedPath, sequences: Sequence[TokenSequence]) -> list[Values]:
         if len(sequences) > most:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return compute(self, sequences)
 
-    patch(FastPath, "compute", attempt)
+    patch(PackedPath, "compute", attempt)
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ import torch
 
 from dpo_score.errors import ModelError
 from dpo_score.logprobs.noise_floor import noise_floor
-from dpo_score.logprobs.numerics import Numerics
 from dpo_score.logprobs.scorer import PairScorer
 from dpo_score.logprobs.self_check import verify_fast_path
 from dpo_score.logprobs.types import STATS, SequenceLogps
 from dpo_score.models import parts as anatomy
 from dpo_score.models.loader import LoadedModel, ModelLoader
+from dpo_score.models.numerics import Numerics
 from dpo_score.models.parallel.sharding import has_plan, key_value_heads
 from dpo_score.models.parts import Head
 from dpo_score.models.resolve import ModelSource
