@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpo_score.api import precompute, rescore, run, score
+    from dpo_score.api import precompute, rescore, run, score, select
     from dpo_score.losses.evaluate import evaluate_pairs
     from dpo_score.losses.torch import DPOLoss, sequence_logps
 
@@ -22,6 +22,7 @@ __all__ = [
     "rescore",
     "run",
     "score",
+    "select",
     "sequence_logps",
 ]
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "rescore": "dpo_score.api",
     "run": "dpo_score.api",
     "score": "dpo_score.api",
+    "select": "dpo_score.api",
     "sequence_logps": "dpo_score.losses.torch",
 }
 

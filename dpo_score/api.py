@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dpo_score.engine.in_memory import InMemoryModel
     from dpo_score.export.precompute import PrecomputeOutcome
 
-__all__ = ["precompute", "rescore", "run", "score"]
+__all__ = ["precompute", "rescore", "run", "score", "select"]
 
 OF_RUNS = frozenset(
     {"blocks", "data", "data_revision", "emit_ids", "engine", "limit", "log_to", "max_bad_rows", "out", "ray_address"}
@@ -88,6 +88,58 @@ def rescore(
     betas = [beta] if isinstance(beta, int | float) else beta
     listed = None if betas is None else ",".join(str(value) for value in betas)
     return grid.rescore(str(out), losses, listed, label_smoothing, loss_param, reference_policy)
+
+
+def select(
+    source: str | Path | pl.DataFrame,
+    *,
+    rule: str,
+    keep: int | str | None = None,
+    policies: str | Sequence[str] | None = None,
+    per_token: bool = False,
+    scaled: bool = False,
+    by_subset: bool = False,
+    length_match: bool = False,
+    dedupe: bool = False,
+    score_columns: tuple[str, str] | None = None,
+    folds: tuple[str, Mapping[str, str]] | None = None,
+    seed: int = 0,
+) -> pl.DataFrame:
+    """Which pairs a rule would keep for training: one row for every row of `source`, and why it is in or out.
+
+    Args:
+        source: the folder of a run, or a frame of its score columns (as `score` returns them).
+        rule: "margin:high", "difficulty", "random", … or an expression over the columns, as for `dpo-score select`.
+        keep: how many pairs, or a share of the scored ones such as "10%"; None with a rule that is a filter.
+        policies: those that judge (default: all). folds: a column and {fold: the policy that did not train on it}.
+
+    Returns: a polars frame with row_id, select_score (higher is kept first), select_rank (1 first), kept, reason, code.
+    Raises: UsageError, ConfigError, in one sentence.
+
+    >>> import polars as pl
+    >>> margins = pl.DataFrame({"margins_nats": [3.0, -1.0, 2.0], "margins": [0.3, -0.1, 0.2]})
+    >>> scores = margins.with_columns(policy_chosen_logps=-1.0, policy_rejected_logps=-2.0)
+    >>> select(scores, rule="margin:high", keep=2)["kept"].to_list()
+    [True, False, True]
+    """
+    from dpo_score.results.select import Request
+    from dpo_score.results.select import select as apply
+
+    request = Request(
+        rule,
+        keep,
+        policies if policies is None or isinstance(policies, str) else ",".join(policies),
+        per_token,
+        scaled,
+        by_subset,
+        length_match,
+        dedupe,
+        ",".join(score_columns) if score_columns else None,
+        folds[0] if folds else None,
+        ",".join(f"{fold}={name}" for fold, name in folds[1].items()) if folds else None,
+        seed,
+    )
+    return apply(os.fspath(source) if isinstance(source, str | Path) else source, request).frame
 
 
 def score(

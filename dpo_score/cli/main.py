@@ -16,6 +16,7 @@ import typer
 
 from dpo_score.cli import export as cli_share
 from dpo_score.cli import results as cli_results
+from dpo_score.cli import select as cli_select
 from dpo_score.config.schema import BY_NAME, OPTIONS, Option
 from dpo_score.errors import DpoScoreError
 from dpo_score.escape import safe
@@ -38,6 +39,7 @@ CPU_RUNTIME = {
 cache_app = typer.Typer(help="Log-probs by content, shared by all runs.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 cli_results.add_commands(app)
+cli_select.add_commands(app)
 cli_share.add_commands(app)
 
 Out = Annotated[str, typer.Argument(metavar="OUT", help="folder that a run wrote")]

@@ -1,0 +1,169 @@
+"""`dpo-score select`: the command and the tables it prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+import typer
+
+Out = Annotated[str, typer.Argument(metavar="OUT", help="folder that a run wrote")]
+HEADS = ("rule", "kept", "accuracy", "nats", "length", "suspect", "learnt", "as random")
+LEGEND = (
+    "accuracy: ranked as labelled by the policies · nats: mean margin · length: chosen minus rejected tokens · "
+    "suspect: every policy disagrees with the label · learnt: DPO weight under 0.1 · as random: also kept by chance"
+)
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Put the command of this file on `app`."""
+    app.command()(select)
+
+
+def select(
+    out: Out,
+    rule: Annotated[
+        str,
+        typer.Option(
+            "--rule",
+            "--rules",
+            help="margin:high, margin:low, margin:band=LOW,HIGH, difficulty, dual, agree[=K], suspect[=K], on-policy, "
+            "random, an expression over stored columns ('margins > 0 AND chosen_tokens < 300'), or all: compare them",
+        ),
+    ],
+    keep: Annotated[
+        str | None, typer.Option(metavar="N|P%", help="how many pairs, or a share of the scored ones")
+    ] = None,
+    policy: Annotated[list[str] | None, typer.Option(metavar="NAME", help="judges; default: all; repeatable")] = None,
+    per_token: Annotated[bool, typer.Option("--per-token", help="margins per token instead of sums")] = False,
+    scaled: Annotated[bool, typer.Option("--scaled", help="margins times beta instead of nats")] = False,
+    by_subset: Annotated[bool, typer.Option("--by-subset", help="keep the same share of every subset")] = False,
+    length_match: Annotated[
+        bool, typer.Option("--length-match", help="keep the same share of every length difference")
+    ] = False,
+    dedupe: Annotated[bool, typer.Option("--dedupe", help="of prompts that are nearly the same, keep one")] = False,
+    score_columns: Annotated[
+        str | None, typer.Option(metavar="CHOSEN,REJECTED", help="dual: stored columns with outside scores")
+    ] = None,
+    folds: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="stored column with the fold of each pair")
+    ] = None,
+    policy_of_fold: Annotated[
+        str | None, typer.Option(metavar="FOLD=NAME,…", help="which policy did not train on which fold")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of random, and of ties in a score")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Which pairs to train on: keep a share of them by a rule, or compare all rules. Loads no model.
+
+    Pairs of one prompt stay together."""
+    from dpo_score.results import select as selecting
+
+    request = selecting.Request(
+        rule,
+        keep,
+        ",".join(policy) if policy else None,
+        per_token,
+        scaled,
+        by_subset,
+        length_match,
+        dedupe,
+        score_columns,
+        folds,
+        policy_of_fold,
+        seed,
+    )
+    if rule.strip() == "all":
+        _compared(selecting.compare(out, request), as_json)
+        return
+    found = selecting.select(out, request)
+    _selected(found.summary, as_json)
+
+
+def _selected(summary: Mapping[str, Any], as_json: bool) -> None:
+    from dpo_score.cli.console import lines, print_json
+
+    if as_json:
+        print_json(summary)
+        return
+    lines(_selected_lines(summary))
+
+
+def _selected_lines(summary: Mapping[str, Any]) -> Iterable[str]:
+    counts = dict(summary["counts"])
+    kept = counts.pop("kept", 0)
+    threshold = "" if summary["threshold"] is None else f", lowest score {summary['threshold']:.4g}"
+    yield f"{summary['rule']} keeps {kept:,} of {summary['rows']:,} rows{threshold}: {summary['keeps']}"
+    left = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in counts.items())
+    if left:
+        yield f"left out: {left}"
+    yield f"{summary['judged']} ({', '.join(summary['policies'])}); source of the rule: {summary['source']}"
+
+
+def _compared(found: Mapping[str, Any], as_json: bool) -> None:
+    from rich.text import Text
+
+    from dpo_score.cli.console import console, print_json, table
+    from dpo_score.escape import safe
+
+    if as_json:
+        print_json(found)
+        return
+    screen = console()
+    screen.print(
+        Text(f"each rule keeps {found['keep']:,} of {found['scored']:,} scored pairs; {safe(found['judged'])}")
+    )
+    names = [rule["rule"] for rule in found["rules"] if "overlap" in rule]
+    rows = [_measured(rule) for rule in found["rules"]]
+    screen.print(table(HEADS, [*rows, _measured({"rule": "(all pairs)", **found["all"]})]))
+    screen.print(Text(LEGEND, style="dim"))
+    screen.print(Text("\nshare of a rule's pairs that another rule keeps too", style="bold"))
+    overlaps = [[rule["rule"], *(_percent(rule["overlap"][name]) for name in names)] for rule in _applied(found)]
+    screen.print(table(("rule", *names), overlaps))
+    screen.print(Text("\nwhat training on them would teach", style="bold"))
+    for rule in found["rules"]:
+        screen.print(Text(safe(f"{rule['rule']}: {rule.get('teaches') or rule.get('reason')}")))
+    screen.print(Text("\nhow near the pairs lie to each policy", style="bold"))
+    heads = ("policy", "chosen, nats/token", "rejected, nats/token", "displaced", "learnt")
+    screen.print(table(heads, [_near(name, cell) for name, cell in found["on_policy"].items()]))
+    screen.print(
+        Text("displaced: the chosen answer became less likely although the margin grew (arXiv 2410.08847)", style="dim")
+    )
+
+
+def _applied(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [rule for rule in found["rules"] if "overlap" in rule]
+
+
+def _measured(rule: Mapping[str, Any]) -> list[object]:
+    if "accuracy" not in rule:
+        return [rule["rule"], 0, *["-"] * (len(HEADS) - 2)]
+    overlap = rule.get("overlap", {}).get("random")
+    return [
+        rule["rule"],
+        rule["kept"],
+        _percent(rule["accuracy"]["value"]),
+        _number(rule["margins_nats"]["value"], ".2f"),
+        _number(rule["length_difference"]["value"], "+.0f"),
+        _percent(rule["suspect"]["value"]),
+        _percent(rule["saturated"]["value"]),
+        _percent(overlap),
+    ]
+
+
+def _near(name: str, cell: Mapping[str, Any]) -> list[object]:
+    return [
+        name,
+        _number(cell["chosen"]["value"], ".2f"),
+        _number(cell["rejected"]["value"], ".2f"),
+        _percent(cell["displaced"]["value"]),
+        _percent(cell["saturated"]["value"]),
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _number(value: float | None, how: str) -> str:
+    return "-" if value is None else format(value, how)

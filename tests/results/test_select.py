@@ -1,0 +1,148 @@
+"""`dpo-score select` on real runs of tiny models: every row accounted for, folds, JSON, mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+import dpo_score
+from dpo_score.cli.main import main
+from dpo_score.errors import ConfigError, UsageError
+from dpo_score.results.select import Request, compare, parse_keep, select
+from tests.run_fixtures import Runner, preference_rows, write_rows
+
+
+@pytest.fixture
+def out(tmp_path: Path, runner: Runner) -> str:
+    """40 pairs, one of which gives none; two policies; a column with folds."""
+    rows = preference_rows(40, seed=3)
+    for i, row in enumerate(rows):
+        row["fold"] = i % 2
+    rows[7]["chosen"] = None
+    data = write_rows(tmp_path / "pairs.parquet", rows)
+    policies = [f"{name}={runner.models[name]}" for name in ("better", "worse")]
+    runner(data, tmp_path / "out", policy=policies, keep_columns="fold")
+    return str(tmp_path / "out")
+
+
+def scores(out: str, policy: str) -> pl.DataFrame:
+    return pl.read_parquet(f"{out}/scores/{policy}/*.parquet")
+
+
+def test_every_row_of_the_run_has_one_reason(out: str) -> None:
+    found = select(out, Request("margin:high", 10))
+    assert found.frame["reason"].value_counts().sort("reason").rows() == [
+        ("below_cut", 29),
+        ("kept", 10),
+        ("not_scored", 1),
+    ]
+    assert found.frame.filter(pl.col("reason") == "not_scored")["code"].to_list() == ["null_field"]
+    assert found.summary["counts"] == {"kept": 10, "below_cut": 29, "not_scored": 1}
+    assert found.summary["rows"] == 40
+    assert repr(found) == "<Selected 10 of 40 rows by margin:high>"
+
+
+def test_scores_are_the_mean_margin_of_the_policies(out: str) -> None:
+    found = select(out, Request("margin:high", "25%")).frame.filter(pl.col("select_score").is_not_null())
+    both = [scores(out, name).select("row_id", "margins_nats") for name in ("better", "worse")]
+    expected = (
+        both[0]
+        .join(both[1], on="row_id")
+        .with_columns(mean=(pl.col("margins_nats") + pl.col("margins_nats_right")) / 2)
+    )
+    joined = found.join(expected, on="row_id")
+    assert joined["select_score"].to_list() == pytest.approx(joined["mean"].to_list())
+    assert set(joined.sort("mean", descending=True)["row_id"][:10]) == set(joined.filter("kept")["row_id"])
+
+
+def test_each_pair_is_judged_by_the_policy_of_its_fold(out: str) -> None:
+    found = select(out, Request("margin:low", 5, folds="fold", policy_of_fold="0=better,1=worse"))
+    own = {name: dict(scores(out, name).select("row_id", "margins_nats").iter_rows()) for name in ("better", "worse")}
+    for row_id, score in (
+        found.frame.filter(pl.col("select_score").is_not_null()).select("row_id", "select_score").rows()
+    ):
+        judge = ("better", "worse")[int(row_id.split(":")[1]) % 2]
+        assert score == pytest.approx(-own[judge][row_id])
+    assert found.summary["judged"] == "each pair is judged by the policy that did not train on its fold"
+
+
+def test_an_expression_reads_one_policy_or_the_mean_over_them(out: str) -> None:
+    one = select(out, Request('"better.margins" > 0')).frame
+    assert one.filter("kept").height == scores(out, "better").filter(pl.col("margins") > 0).height
+    mean = select(out, Request("margins_nats * 1", 3))
+    assert (
+        mean.frame.filter("kept")["row_id"].to_list()
+        == select(out, Request("margin:high", 3)).frame.filter("kept")["row_id"].to_list()
+    )
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "said"),
+    [
+        (Request("margin:high"), ConfigError, "say how many to keep"),
+        (Request("margin:high", 100), ConfigError, "39 pairs to choose from"),
+        (Request("margin:high", "110%"), ConfigError, "at most 100 %"),
+        (Request("margin:high", 5, policies="beter"), UsageError, "better"),
+        (Request("dual", 5, score_columns="a,b"), ConfigError, "--keep-columns a"),
+        (Request("policy_chosen_log_sum_sq_probs < 0"), ConfigError, "--stats wpo"),
+        (Request("margin:high", 5, folds="fold", policy_of_fold="0=better"), UsageError, "fold '1'"),
+        (Request("margin:high", 5, folds="fold"), ConfigError, "belong together"),
+        (Request("all"), ConfigError, "name one rule"),
+    ],
+)
+def test_mistakes(out: str, request_: Request, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said.replace("(", r"\(")):
+        select(out, request_)
+
+
+def test_near_duplicates_of_prompts(tmp_path: Path, runner: Runner) -> None:
+    """The same prompt in other case and spacing is another sequence of tokens, and the same prompt to a reader."""
+    rows = preference_rows(12, seed=1)
+    rows[5]["prompt"] = "  " + rows[2]["prompt"].upper().replace(" ", "  ")
+    data = write_rows(tmp_path / "pairs.parquet", rows)
+    runner(data, tmp_path / "out")
+    found = select(str(tmp_path / "out"), Request("random", 11, dedupe=True))
+    assert found.summary["counts"] == {"kept": 11, "duplicate_prompt": 1}
+    data.unlink()
+    with pytest.raises(UsageError, match="--dedupe reads the prompts again"):
+        select(str(tmp_path / "out"), Request("random", 11, dedupe=True))
+
+
+def test_all_rules_side_by_side(out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = compare(out, Request("all", "25%"))
+    assert [rule["rule"] for rule in found["rules"]] == [
+        *("margin:high", "margin:low", "difficulty", "on-policy", "random", "agree", "suspect")
+    ]
+    assert found["keep"] == 10
+    assert found["all"]["kept"] == 39
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["select", out, "--rules", "all", "--keep", "25%", "--json"])
+    assert json.loads(capsys.readouterr().out)["rules"] == json.loads(json.dumps(found["rules"]))
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["select", out, "--rules", "all", "--keep", "25%"])
+    shown = capsys.readouterr().out
+    assert "each rule keeps 10 of 39 scored pairs" in shown
+    assert "judged by policies that may have trained on these pairs" in shown
+
+
+def test_in_python_on_a_folder_and_on_a_frame(out: str) -> None:
+    by_folder = dpo_score.select(out, rule="margin:high", keep=10, policies="better")
+    frame = scores(out, "better")
+    by_frame = dpo_score.select(frame, rule="margin:high", keep=10)
+    assert isinstance(by_folder, pl.DataFrame)
+    assert by_folder.filter("kept")["row_id"].to_list() == by_frame.filter("kept")["row_id"].to_list()
+
+
+@pytest.mark.parametrize(("given", "kept"), [("10%", 14), ("12.5 %", 18), (7, 7), ("1,000", 1000), (None, None)])
+def test_how_many(given: Any, kept: int | None) -> None:
+    assert parse_keep(given, 140) == kept
+
+
+@pytest.mark.parametrize("given", ["0", "-3", "ten", "nan", "101%", "2.5"])
+def test_how_many_not(given: str) -> None:
+    with pytest.raises(ConfigError, match="--keep"):
+        parse_keep(given, 140)
