@@ -119,10 +119,10 @@ def test_all_rules_side_by_side(out: str, capsys: pytest.CaptureFixture[str]) ->
     ]
     assert found["keep"] == 10
     assert found["all"]["kept"] == 39
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["select", out, "--rules", "all", "--keep", "25%", "--json"])
     assert json.loads(capsys.readouterr().out)["rules"] == json.loads(json.dumps(found["rules"]))
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["select", out, "--rules", "all", "--keep", "25%"])
     shown = capsys.readouterr().out
     assert "each rule keeps 10 of 39 scored pairs" in shown
