@@ -31,7 +31,7 @@ from dpo_score.metrics.selection_comparison import compare_rules, diagnose_on_po
 from dpo_score.metrics.suspect_labels import near_duplicates
 from dpo_score.results.run_folder import chosen_names, open_out, parts
 from dpo_score.results.source_text import plain_text, text_source
-from dpo_score.storage.io import Store
+from dpo_score.storage.base import Store
 from dpo_score.storage.manifest import Manifest
 
 if TYPE_CHECKING:
