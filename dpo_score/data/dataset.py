@@ -16,11 +16,12 @@ from typing import Any
 
 from dpo_score.config.schema import DataSpec, RunConfig
 from dpo_score.data.column_types import Shape, Shapes, agree, is_plain, refined
-from dpo_score.data.files import Located, content_sha256, locate
+from dpo_score.data.files import content_sha256, select
 from dpo_score.data.formats.base import Reading
 from dpo_score.data.formats.detect import HH_SAMPLE, carried_columns, detect, refuse_undecided_preference
 from dpo_score.data.formats.registry import CONVERSATIONS, IDS, TURNS, Format
 from dpo_score.data.formats.row import RowReader, rejected
+from dpo_score.data.layout import Located
 from dpo_score.data.row_reader import RawRow, RowFile, open_rows
 from dpo_score.data.types import Pair, Problem, Rejected, Source
 from dpo_score.errors import DataError, nearest
@@ -155,7 +156,8 @@ def open_datasets(
 
 def _open_files(spec: DataSpec, first_index: int, sha256: Callable[[str], str]) -> list[DataFile]:
     files = []
-    for index, found in enumerate(locate(spec), first_index):
+    located, _ = select(spec)
+    for index, found in enumerate(located, first_index):
         content = open_rows(found)
         files.append(_data_file(found, index, content, found.sha256 or sha256(found.path)))
     if not sum(file.rows for file in files):

@@ -1,180 +1,145 @@
-"""Which files make up a set, and what each one is: names, splits, kinds. Nothing here decodes a row.
+"""Finding and opening the files of a data set, and telling what kind each one is. Nothing here decodes a row.
 
-A set is a file, a folder, a glob, the same behind an fsspec URL, or a data set of the hub (hub.py). Folders are
-searched to the bottom, in the order of their paths; names that begin with `.` or `_` are left out. Every refusal is
-a `DataError` of one paragraph.
+A set is a file, a folder, a glob, the same behind an fsspec URL (`s3://`, `http://`, …), or a data set of the hub. A
+folder is searched to the bottom; names that begin with `.` or `_` are left out. layout.py decides which of the files
+found make up the set. Every refusal is a `DataError` of one paragraph.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any, Literal, TypeAlias
 
 from dpo_score.config.schema import DataSpec
+from dpo_score.data.hub import fetch
+from dpo_score.data.layout import Entry, Listing, Located, card_head, is_hidden, kind_of_name, wanted, without_packing
 from dpo_score.errors import DataError, client_errors
 from dpo_score.escape import seen
 
-FileKind: TypeAlias = Literal["parquet", "lines", "array"]
-_PARQUET = (".parquet", ".pq")
-_JSON = (".jsonl", ".ndjson", ".json")
-SHARD = re.compile(r"^(?P<split>.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?$")
+FileKind: TypeAlias = Literal["parquet", "arrow", "lines", "array", "csv"]
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[^:/]+)?$")
-KNOWN_SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
-
-
-@dataclass(frozen=True, slots=True)
-class Located:
-    """A file of a set: `path` opens it, `name` is the path below the set's root.
-
-    `sha256` and `commit` are known of files from the hub.
-    """
-
-    path: str
-    name: str
-    size: int
-    sha256: str | None = None
-    commit: str | None = None
+_BOM = b"\xef\xbb\xbf"
 
 
 def locate(spec: DataSpec) -> list[Located]:
     """The files of a set, in reading order. Raises DataError where there are none."""
-    fs, root = _filesystem(spec)
-    found = _matching(fs, root, spec)
-    if found is None:
-        from dpo_score.data.hub import fetch
-
-        return fetch(spec)
-    kept = _of_kind(found)
-    if not kept:
-        raise DataError(f"data set {spec.name!r}: no .parquet, .jsonl or .json file in {spec.path}")
-    return _of_split(kept, spec)
+    return select(spec)[0]
 
 
-def _filesystem(spec: DataSpec) -> tuple[Any, str]:
+def select(spec: DataSpec) -> tuple[list[Located], Mapping[str, str]]:
+    """The files of a set, in reading order, and the names of the data files left out, each with the reason.
+
+    Raises DataError where there are none, or where it is not clear which ones are meant.
+    """
     import fsspec
 
     try:
         fs, root = fsspec.core.url_to_fs(spec.path)
     except (ValueError, ImportError) as error:
         raise DataError(f"data set {spec.name!r}: cannot open {spec.path}: {error}") from None
-    return fs, str(root)
-
-
-def _matching(fs: Any, root: str, spec: DataSpec) -> list[Located] | None:
-    """The files that are here; None where nothing is, and the name is that of a hub data set."""
     try:
-        if any(c in root for c in "*?["):
-            base = _fixed_part(root)
-            return _located(fs, spec, base, fs.glob(root, detail=True).values())
-        if fs.isfile(root):
-            return _located(fs, spec, str(PurePosixPath(root).parent), [fs.info(root)])
-        if fs.isdir(root):
-            return _located(fs, spec, root, fs.find(root, detail=True).values())
+        found, base, config, is_glob = _found(fs, str(root))
+        if found is None and _HUB_ID.match(spec.path) and kind_of_name(spec.path) is None:
+            return fetch(spec)
+        if found is None:
+            raise DataError(
+                f"data set {spec.name!r}: {spec.path} does not exist; give a file, a folder, a glob or a URL"
+            )
+        paths, listing = _listing(fs, base, found, spec)
     except client_errors(OSError) as error:
         why = getattr(error, "strerror", None) or error
         raise DataError(f"data set {spec.name!r}: cannot read {spec.path}: {why}") from None
-    if _HUB_ID.match(spec.path) and not (is_parquet(spec.path) or is_json(spec.path)):
-        return None
-    raise DataError(f"data set {spec.name!r}: {spec.path} does not exist; give a file, a folder, a glob or a URL")
+    chosen = wanted(replace(listing, glob=is_glob), spec, config)
+    if not chosen.entries:
+        raise DataError(
+            f"data set {spec.name!r}: no .parquet, .jsonl or .json file in {spec.path} (nor .arrow, .csv or .tsv)"
+        )
+    return [Located(paths[entry.name], entry.name, entry.size) for entry in chosen.entries], chosen.skipped
+
+
+def _found(fs: Any, root: str) -> tuple[Iterable[dict[str, Any]] | None, str, str | None, bool]:
+    """What is there (None: nothing), the folder that names start below, a configuration (`FOLDER:NAME`), is it a glob."""
+    if any(c in root for c in "*?[") and not fs.exists(root):
+        return fs.glob(root, detail=True).values(), _fixed_part(root), None, True
+    if fs.isfile(root):
+        return [fs.info(root)], root.rpartition("/")[0], None, False
+    if fs.isdir(root):
+        return fs.find(root, detail=True).values(), root, None, False
+    folder, colon, config = root.rpartition(":")
+    if colon and config and "/" not in config and fs.isdir(folder):
+        return fs.find(folder, detail=True).values(), folder, config, False
+    return None, root, None, False
 
 
 def _fixed_part(pattern: str) -> str:
     """The folders of a glob before its first wildcard."""
-    fixed = []
-    for part in PurePosixPath(pattern).parts[:-1]:
-        if any(c in part for c in "*?["):
-            break
-        fixed.append(part)
-    return str(PurePosixPath(*fixed)) if fixed else "."
+    folders = pattern.split("/")[:-1]
+    return "/".join(itertools.takewhile(lambda part: not any(c in part for c in "*?["), folders))
 
 
-def _located(fs: Any, spec: DataSpec, base: str, infos: Iterable[dict[str, Any]]) -> list[Located]:
-    protocol = spec.path.split("://", 1)[0] + "://" if "://" in spec.path else ""
+def _listing(fs: Any, base: str, infos: Iterable[dict[str, Any]], spec: DataSpec) -> tuple[dict[str, str], Listing]:
+    """Name below `base` → what opens the file; and the listing that layout.py decides on."""
     prefix = base.rstrip("/") + "/"
-    files = []
+    outer, chained, _ = spec.path.partition("::")
+    paths, entries = {}, []
     for info in infos:
         path = str(info["name"])
         name = path.removeprefix(prefix)
-        hidden = any(part.startswith((".", "_")) for part in PurePosixPath(name).parts)
-        if info.get("type") == "file" and not hidden:
-            files.append(Located(protocol + path if protocol != "file://" else path, name, int(info.get("size") or 0)))
-    return sorted(files, key=lambda file: file.name)
+        if info.get("type") != "file" or is_hidden(name):
+            continue
+        if chained:  # an archive behind a URL, as in zip://a.jsonl::https://host/set.zip
+            url = f"{outer.partition('://')[0]}://{path}::{spec.path.partition('::')[2]}"
+        else:
+            url = path if "://" not in spec.path or spec.path.startswith("file://") else str(fs.unstrip_protocol(path))
+        paths[name] = url
+        entries.append(Entry(name, int(info.get("size") or 0)))
+    entries.sort(key=lambda entry: entry.name)
+    texts = {name: _text(fs, prefix + name) for name in paths if PurePosixPath(name).name in ("state.json",)}
+    texts |= {name: _text(fs, prefix + name) for name in ("README.md", "dataset_dict.json") if name in paths}
+    card = card_head(texts.get("README.md", "")) if len(entries) > 1 else {}
+    return paths, Listing("", tuple(entries), card, local=True, saved=_saved_splits(texts))
 
 
-def _of_kind(files: Sequence[Located]) -> list[Located]:
-    """A single file is taken whatever its name; of several, Parquet goes before JSON."""
-    if len(files) == 1:
-        return list(files)
-    return [file for file in files if is_parquet(file.name)] or [file for file in files if is_json(file.name)]
+def _text(fs: Any, path: str) -> str:
+    return bytes(fs.cat_file(path)).decode("utf-8", "replace")
 
 
-def is_parquet(name: str) -> bool:
-    return name.lower().endswith(_PARQUET)
+def _saved_splits(texts: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Split → data files of a `save_to_disk` folder: of a whole Dataset (""), or of each one of a DatasetDict."""
+    states = {name: _json_object(text) for name, text in texts.items() if PurePosixPath(name).name == "state.json"}
+    known = _json_object(texts.get("dataset_dict.json", "")).get("splits")
+    splits = [str(split) for split in known] if isinstance(known, list) else [""]
+    found = {}
+    for split in splits:
+        folder = f"{split}/" if split else ""
+        files = states.get(f"{folder}state.json", {}).get("_data_files")
+        if isinstance(files, list) and all(isinstance(file, dict) and "filename" in file for file in files):
+            found[split] = tuple(f"{folder}{file['filename']}" for file in files)
+    return found
 
 
-def is_json(name: str) -> bool:
-    return _without_packing(name).endswith(_JSON)
-
-
-def _without_packing(name: str) -> str:
-    return name.lower().removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz").removesuffix(".zst")
-
-
-# --- splits -----------------------------------------------------------------------------------------------------
-
-
-def split_names(name: str) -> list[str]:
-    """The splits a file belongs to by its path, the most telling first.
-
-    `train-00000-of-00002.parquet`, `split=train/…` and a folder or file called `train` all say train;
-    `mine-test.parquet` says test.
-    """
-    path = PurePosixPath(name)
-    stem = PurePosixPath(_without_packing(path.name)).stem
-    shard = SHARD.match(stem)
-    if shard:
-        return [shard["split"]]
-    keyed = [part.removeprefix("split=") for part in path.parts[:-1] if part.startswith("split=")]
-    folders = [part for part in path.parts[:-1] if "=" not in part]
-    words = [word for word in re.split(r"[-._ ]", stem) if word in KNOWN_SPLITS]
-    return [*keyed, stem, *words, *(folder for folder in reversed(folders))]
-
-
-def _of_split(files: list[Located], spec: DataSpec) -> list[Located]:
-    """The files of the wanted splits, in the order asked; without a wish there must be one split only."""
-    sharded = {name for file in files for name in split_names(file.name)[:1] if SHARD.match(_stem(file.name))}
-    if not spec.split:
-        if len(sharded) > 1:
-            raise DataError(
-                f"data set {spec.name!r}: {spec.path} holds the splits {', '.join(sorted(sharded))}; say --split NAME"
-            )
-        return files
-    chosen = []
-    for split in spec.split:
-        found = [file for file in files if split in split_names(file.name) and file not in chosen]
-        if not found:
-            known = sorted({name for file in files for name in split_names(file.name)})
-            raise DataError(f"data set {spec.name!r}: no split {split!r} in {spec.path}; found: {', '.join(known)}")
-        chosen += found
-    return chosen
-
-
-def _stem(name: str) -> str:
-    return PurePosixPath(_without_packing(PurePosixPath(name).name)).stem
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 # --- what a file is ---------------------------------------------------------------------------------------------
 
 
 def open_binary(path: str) -> Any:
-    """A readable binary file, local or behind fsspec; packed JSON is unpacked."""
+    """A readable binary file, local or behind fsspec; packed JSON and CSV is unpacked."""
     import fsspec
 
-    compression = "infer" if _without_packing(path).endswith(_JSON) else None
+    compression = "infer" if kind_of_name(PurePosixPath(path).name) in ("JSON", "CSV") else None
     try:
         return fsspec.open(path, "rb", compression=compression).open()
     except client_errors(OSError, ValueError, ImportError) as error:
@@ -182,7 +147,7 @@ def open_binary(path: str) -> Any:
 
 
 def kind_of(file: Located) -> FileKind:
-    """Parquet, JSON lines or one JSON array, from the first and last bytes. Raises DataError for anything else."""
+    """What a file holds, from its first and last bytes and, for CSV, its name. Raises DataError for anything else."""
     with open_binary(file.path) as handle:
         try:
             head = handle.read(512)
@@ -191,8 +156,19 @@ def kind_of(file: Located) -> FileKind:
         if head[:4] == b"PAR1":
             _refuse_cut_parquet(handle, file)
             return "parquet"
-    _refuse_other(head, file)
-    return "array" if head.lstrip()[:1] == b"[" else "lines"
+    if head[:6] == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff":
+        return "arrow"
+    text = head.removeprefix(_BOM)
+    _refuse_other(text, file)
+    if kind_of_name(file.name) == "CSV":
+        return "csv"
+    begins = text.lstrip()
+    if begins[:1] == b"[":
+        return "array"
+    if begins[:1] == b"{":
+        return "lines"
+    shown = seen(text[:60].decode("utf-8", "replace"), 60)
+    raise DataError(f"{file.path} is neither Parquet nor JSON lines (nor Arrow, CSV or TSV): it begins with {shown!r}.")
 
 
 def _refuse_cut_parquet(handle: Any, file: Located) -> None:
@@ -208,11 +184,11 @@ def _refuse_other(head: bytes, file: Located) -> None:
         raise DataError(f"{file.path} is a Git LFS pointer, not the data. Fetch the file itself (`git lfs pull`).")
     if head[:4] == b"PARE":
         raise DataError(f"{file.path} is an encrypted Parquet file, which cannot be read. Decrypt it first.")
-    begins = seen(head[:60].decode("utf-8", "replace"), 60)
-    if file.name.lower().endswith(_PARQUET):
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{file.path} is UTF-16 text. Convert it: `iconv -f UTF-16 -t UTF-8 IN > OUT`.")
+    if without_packing(file.name).endswith((".parquet", ".pq")):
+        begins = seen(head[:60].decode("utf-8", "replace"), 60)
         raise DataError(f"{file.path} is not Parquet: it begins with {begins!r}. Convert it, or rename it.")
-    if head.lstrip()[:1] not in (b"{", b"["):
-        raise DataError(f"{file.path} is neither Parquet nor JSON lines: it begins with {begins!r}.")
 
 
 def content_sha256(path: str) -> str:

@@ -16,8 +16,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dpo_score.config.schema import DataSpec
-from dpo_score.data.files import Located
-from dpo_score.data.hub_layout import CONVERTED, Entry, Listing, hub_name, is_commit, wanted
+from dpo_score.data.layout import (
+    CONVERTED,
+    Entry,
+    Listing,
+    Located,
+    Selection,
+    card_head,
+    hub_name,
+    is_commit,
+    wanted,
+)
 from dpo_score.errors import DataError
 
 _CARD = "README.md"
@@ -25,8 +34,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 Found = TypeVar("Found")
 
 
-def fetch(spec: DataSpec) -> list[Located]:
-    """The files of a hub data set, in the hub's cache. Raises DataError."""
+def fetch(spec: DataSpec) -> tuple[list[Located], Mapping[str, str]]:
+    """The files of a hub data set, in the hub's cache, and the names left out with the reason. Raises DataError."""
     unreachable = None
     for revision in _revisions(spec):
         try:
@@ -34,9 +43,9 @@ def fetch(spec: DataSpec) -> list[Located]:
         except _Unreachable as error:
             unreachable = error
             continue
-        entries = wanted(listing, spec)
-        if entries:
-            return _downloaded(spec, revision, listing, entries)
+        chosen = wanted(listing, spec, hub_name(spec.path)[1])
+        if chosen.entries:
+            return _downloaded(spec, revision, listing, chosen), chosen.skipped
     if unreachable is not None:
         raise DataError(_not_cached(spec)) from unreachable
     raise DataError(
@@ -107,20 +116,17 @@ def _stored_sha256(path: Path) -> str | None:
 
 
 def _card(path: Path) -> Mapping[str, Any]:
-    """The YAML head of a card; a card that is none says nothing."""
-    import yaml
-    from huggingface_hub.repocard import metadata_load
-
+    """The YAML head of a card; a card that cannot be read says nothing."""
     try:
-        return metadata_load(path) or {}
-    except (OSError, ValueError, yaml.YAMLError):
+        return card_head(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
         return {}
 
 
-def _downloaded(spec: DataSpec, revision: str, listing: Listing, entries: list[Entry]) -> list[Located]:
+def _downloaded(spec: DataSpec, revision: str, listing: Listing, chosen: Selection) -> list[Located]:
     from huggingface_hub import snapshot_download
 
-    names = [glob.escape(entry.name) for entry in entries]
+    names = [glob.escape(entry.name) for entry in chosen.entries]
 
     def snapshot(at: str) -> Path:
         return Path(
@@ -139,7 +145,7 @@ def _downloaded(spec: DataSpec, revision: str, listing: Listing, entries: list[E
             folder = _asked(lambda: snapshot(listing.commit), spec, revision)
     except _Unreachable as unreachable:
         raise DataError(_not_cached(spec)) from unreachable
-    return [Located(str(folder / e.name), e.name, e.size, e.sha256, listing.commit) for e in entries]
+    return [Located(str(folder / e.name), e.name, e.size, e.sha256, listing.commit) for e in chosen.entries]
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------

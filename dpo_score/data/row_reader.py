@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_score.data.column_types import Shapes, from_arrow, from_values
-from dpo_score.data.files import Located, kind_of, open_binary
+from dpo_score.data.files import kind_of, open_binary
+from dpo_score.data.layout import Located
 from dpo_score.data.types import Problem
 from dpo_score.errors import DataError, client_errors
 from dpo_score.escape import seen

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dpo_score.data.dataset import DataFile, Dataset
-from dpo_score.data.files import split_names
+from dpo_score.data.layout import split_names
 from dpo_score.engine.plan import RowBlocks
 
 SHARD_BYTES = 500_000_000

@@ -10,7 +10,8 @@ import pytest
 
 from dpo_score.config.schema import DataSpec
 from dpo_score.data.dataset import open_datasets, read_pairs
-from dpo_score.data.files import locate, split_names
+from dpo_score.data.files import locate
+from dpo_score.data.layout import split_names
 from dpo_score.errors import DataError
 
 PAIRS = pa.table({"prompt": ["q"] * 50, "chosen": ["a"] * 50, "rejected": ["b"] * 50})

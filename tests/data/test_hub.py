@@ -18,7 +18,7 @@ import pytest
 from dpo_score.config.schema import DataSpec
 from dpo_score.data.dataset import open_datasets
 from dpo_score.data.files import locate
-from dpo_score.data.hub_layout import CONVERTED, Entry, Listing, wanted
+from dpo_score.data.layout import CONVERTED, Entry, Listing, hub_name, wanted
 from dpo_score.errors import DataError
 from tests.data.hub_data import TOKEN, Hub, serving
 
@@ -193,7 +193,7 @@ def chosen(
     files: list[str], path: str = "org/pairs", *split: str, card: Mapping[str, object] | None = None
 ) -> list[str]:
     listing = Listing("0" * 40, tuple(Entry(name, 1) for name in files), card or {})
-    return [entry.name for entry in wanted(listing, spec(path, *split))]
+    return [entry.name for entry in wanted(listing, spec(path, *split), hub_name(path)[1]).entries]
 
 
 CARD = {
