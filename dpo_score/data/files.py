@@ -64,7 +64,7 @@ def select(spec: DataSpec) -> tuple[list[Located], Mapping[str, str]]:
 
 
 def _found(fs: Any, root: str) -> tuple[Iterable[dict[str, Any]] | None, str, str | None, bool]:
-    """What is there (None: nothing), the folder that names start below, a configuration (`FOLDER:NAME`), is it a glob."""
+    """What is there (None: nothing), the folder above, a configuration (`FOLDER:NAME`), is it a glob."""
     if any(c in root for c in "*?[") and not fs.exists(root):
         return fs.glob(root, detail=True).values(), _fixed_part(root), None, True
     if fs.isfile(root):

@@ -67,8 +67,8 @@ class Listing:
     """What a folder or repository holds.
 
     commit: of a repository, else "". card: the YAML head of README.md. whole: False for what a half-filled hub cache
-    holds. local: a folder, glob or URL instead of a hub data set. glob: a pattern chose the folders already. saved: split → file names of a folder that
-    `save_to_disk` of the datasets library wrote.
+    holds. local: a folder, glob or URL instead of a hub data set. glob: a pattern chose the folders already.
+    saved: split → file names, for a folder that `save_to_disk` of the datasets library wrote.
     """
 
     commit: str
