@@ -1,8 +1,17 @@
-"""Results on a terminal: compact tables on standard output, JSON for machines. Nothing here computes."""
+"""All that commands print on standard output: tables for people, strict JSON for programs. Nothing here computes.
+
+The only place that prints tables. Text of data reaches the terminal through `escape.safe` alone. On a terminal that is
+too narrow for every column, the less important columns are left out and a line says where they are; names of policies
+are broken at `-`, `.`, `_` and `/`, never within a word; what a terminal's encoding lacks is replaced by ASCII.
+"""
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
+import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,21 +21,51 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_score.escape import safe
-from dpo_score.storage.resume import row_ranges
 
 if TYPE_CHECKING:
     from dpo_score.engine.finish import Outcome
+    from dpo_score.export.precompute import PrecomputeOutcome
 
 Cell = Mapping[str, Any]
-WIDTH = 116
-"""Columns that the table of a run needs: a narrower terminal wraps lines, it does not break numbers."""
+"""One entry of summary.json or of a comparison."""
+WIDE = 116
+"""Columns of text that every table fits into. Where the output is no terminal, tables are this wide at least."""
+NAME_WIDTH = 24
+_BARS = " ▁▂▃▄▅▆▇█"
+_ASCII = {
+    "…": "...", "−": "-", "–": "-", "—": "-", "·": ".", "×": "x", "≤": "<=", "≥": ">=", "→": "->", "←": "<-",
+    "β": "beta", "π": "pi", "ρ": "rho", "Δ": "delta", "±": "+-", "█": "#", "▁": "_", "▂": "_", "▃": "-", "▄": "-",
+    "▅": "=", "▆": "=", "▇": "#", "─": "-", "━": "-", "│": "|", "╭": "+", "╮": "+", "╰": "+", "╯": "+", "’": "'",
+    "²": "2", "⁶": "6", "⁸": "8",
+}  # fmt: skip
+
+
+def make_encodable() -> None:
+    """Let standard output and error print ASCII in place of characters that their encoding lacks."""
+
+    def replaced(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        text = error.object[error.start : error.end]
+        return "".join(_ASCII.get(character, "?") for character in text), error.end
+
+    codecs.register_error("dpo-score", replaced)
+    for stream in (sys.stdout, sys.stderr):
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        if hasattr(stream, "reconfigure") and not encoding.lower().replace("-", "").startswith("utf"):
+            stream.reconfigure(errors="dpo-score")
 
 
 def console() -> Console:
     """Standard output without markup, emoji or automatic links: what is printed is what was meant."""
     found = Console(markup=False, emoji=False, highlight=False)
-    found.width = max(found.width, WIDTH)
+    if not found.is_terminal and "COLUMNS" not in os.environ:
+        found.width = max(found.width, WIDE)
     return found
+
+
+def is_plain(screen: Console) -> bool:
+    """Whether colours cannot carry meaning: a pipe, or NO_COLOR."""
+    return screen.color_system is None or screen.no_color
 
 
 def print_json(value: Any) -> None:
@@ -36,8 +75,9 @@ def print_json(value: Any) -> None:
 
 def lines(found: Iterable[str]) -> None:
     """One line after another, made safe."""
+    screen = console()
     for line in found:
-        console().print(Text(safe(line)), soft_wrap=True)
+        screen.print(Text(safe(line)), soft_wrap=True)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> Table:
@@ -47,70 +87,59 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], left: int = 
         is_text = index < left
         found.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
     for row in rows:
-        found.add_row(*(Text(safe(cell)) for cell in row))
+        found.add_row(*(Text(safe(cell, keep_newlines=True)) for cell in row))
     return found
 
 
-def outcome(found: Outcome, as_json: bool = False, by_subset: bool = False) -> None:
-    """The table of a run: a line per policy and data set (and subset), then where the files are."""
-    if as_json:
-        print_json(found.summary)
-        return
-    screen, policies = console(), found.summary["policies"]
-    lines = [line for name, policy in policies.items() for line in _lines(name, policy, by_subset)]
-    heads = ("policy", "data", "n", "loss", "accuracy", "margin", "nats", "chosen", "rejected", "ref. alone")
-    if lines:
-        screen.print(table(heads, lines, left=2))
-    for heading, rows in _slices(policies):
-        screen.print(Text(f"by {safe(heading)}", style="bold"))
-        screen.print(table(("policy", *heads[1:]), rows, left=2))
-    _say_rejected(screen, found.summary)
-    for name, reason in found.summary["skipped"].items():
-        screen.print(Text(safe(f"{name}: skipped, not whole yet (the same command scores it once it is): {reason}")))
-    _say_benchmark(found.summary)
-    screen.print(Text(f"results in {safe(found.out)}: scores/<policy>/*.parquet, summary.json, report.html"))
+def fitted_table(
+    screen: Console,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    left: int = 1,
+    spare: Sequence[str] = (),
+    elsewhere: str = "",
+) -> None:
+    """Print a table. Of `spare`, columns are left out from the first on until it fits; `elsewhere` says where to look.
+
+    Names in the first `left` columns are broken into lines of NAME_WIDTH characters where the terminal is narrow.
+    """
+    kept = list(range(len(columns)))
+    dropped = []
+    made = table(columns, rows, left)
+    for name in (None, *spare):
+        if name is not None:
+            kept.remove(columns.index(name))
+            dropped.append(name)
+        cells = [[row[index] for index in kept] for row in rows]
+        made = table([columns[index] for index in kept], cells, left)
+        if _width(screen, made) > screen.width:
+            broken = [[*(broken_name(str(cell)) for cell in row[:left]), *row[left:]] for row in cells]
+            made = table([columns[index] for index in kept], broken, left)
+        if _width(screen, made) <= screen.width:
+            break
+    screen.print(made)
+    if dropped:
+        listed = ", ".join(dropped)
+        screen.print(Text(f"left out on {screen.width} columns: {listed}{elsewhere}", style="dim"))
 
 
-def _say_benchmark(summary: Cell) -> None:
-    if any("rewardbench" in policy for policy in summary["policies"].values()):
-        from dpo_score.cli.console_rewardbench import benchmark
-
-        benchmark(summary)
+def _width(screen: Console, made: Table) -> int:
+    return screen.measure(made, options=screen.options.update(width=10_000)).maximum
 
 
-def _lines(name: str, policy: Cell, by_subset: bool) -> Iterator[list[str]]:
-    datasets = policy["datasets"]
-    for dataset, cell in datasets.items():
-        yield _line(name, dataset, cell)
-        if by_subset:
-            yield from (_line("", f"  {subset}", found) for subset, found in policy["subsets"].get(dataset, {}).items())
-    if len(datasets) > 1:
-        yield _line(name, "all", policy["overall"])
+def broken_name(name: str, width: int = NAME_WIDTH) -> str:
+    """`name` in lines of at most `width` characters where it can be broken after `-`, `.`, `_`, `/` or a space."""
+    if len(name) <= width:
+        return name
+    found = [""]
+    for part in re.findall(r"[^-._/ ]*[-._/ ]*", name):
+        if found[-1] and len(found[-1]) + len(part) > width:
+            found.append("")
+        found[-1] += part
+    return "\n".join(found)
 
 
-def _slices(policies: Cell) -> Iterator[tuple[str, list[list[str]]]]:
-    """A table for each --slice: how it was cut, and a line for each policy and group."""
-    cuts = {column: cut["how"] for policy in policies.values() for column, cut in policy["slice_cuts"].items()}
-    for column, how in cuts.items():
-        found = {name: policy["slices"].get(column, {}) for name, policy in policies.items()}
-        yield (
-            f"{column} ({how})",
-            [_line(name, group, c) for name, groups in found.items() for group, c in groups.items()],
-        )
-
-
-def _line(name: str, label: str, cell: Cell) -> list[str]:
-    means = [cell[key]["mean"] for key in ("margins", "margins_nats", "chosen_rewards", "rejected_rewards")]
-    alone = cell["ranking"]["reference_sum"]["value"]
-    return [
-        name,
-        label,
-        f"{cell['scored']:,}",
-        number(cell["loss"]["mean"]),
-        share(cell["accuracy"]),
-        *(number(mean) for mean in means),
-        percent(alone),
-    ]
+# --- numbers ----------------------------------------------------------------------------------------------------------
 
 
 def number(value: float | None) -> str:
@@ -130,81 +159,295 @@ def share(cell: Cell) -> str:
     return shown if interval is None else f"{shown} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 
-def _say_rejected(screen: Console, summary: Cell) -> None:
-    for name, policy in summary["policies"].items():
+def sparkline(counts: Sequence[int]) -> str:
+    """Counts as a line of block characters; what is there at all is at least one eighth high."""
+    top = max([*counts, 1])
+    return "".join(_BARS[0 if not count else max(1, round(count / top * (len(_BARS) - 1)))] for count in counts)
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+_RUN = ("policy", "data", "n", "loss", "accuracy", "margin", "nats", "chosen", "rejected", "ref. alone")
+_RUN_SPARE = ("ref. alone", "rejected", "chosen", "nats")
+
+
+def outcome(found: Outcome, as_json: bool = False, by_subset: bool = False) -> None:
+    """The table of a run: a line per policy and data set (and subset), then where the files are."""
+    if as_json:
+        print_json(found.summary)
+        return
+    screen, policies = console(), found.summary["policies"]
+    best = _best(policies)
+    rows = [row for name, policy in policies.items() for row in _run_rows(name, policy, by_subset, name == best)]
+    elsewhere = " (in summary.json and report.html)"
+    if rows:
+        fitted_table(screen, _RUN, rows, left=2, spare=_RUN_SPARE, elsewhere=elsewhere)
+    if best is not None:
+        compared_by = f"dpo-score compare {found.out} --policies all"
+        screen.print(Text(safe(f"* highest accuracy; whether others are worse: {compared_by}")), soft_wrap=True)
+    for heading, groups in _run_slices(policies):
+        screen.print(Text(f"by {safe(heading)}", style="bold"))
+        fitted_table(screen, ("policy", "group", *_RUN[2:]), groups, left=2, spare=_RUN_SPARE, elsewhere=elsewhere)
+    for name, policy in policies.items():
         codes = policy["overall"]["rejected"]
         if codes:
             listed = ", ".join(f"{count} {code}" for code, count in codes.items())
             screen.print(Text(f"{safe(name)}: not scored: {safe(listed)} (rejects/ says which and why)"))
+    for name, reason in found.summary["skipped"].items():
+        screen.print(Text(safe(f"{name}: skipped, not whole yet (the same command scores it once it is): {reason}")))
+    benchmark(found.summary)
+    screen.print(Text(f"results in {safe(found.out)}: {', '.join(_written(found.out))}"), soft_wrap=True)
+
+
+def _written(out: str) -> list[str]:
+    """What a person may open first, of what is there."""
+    from dpo_score.storage.open import open_store
+
+    store = open_store(out)
+    names = [name for name in ("summary.json", "report.html") if store.exists(name)]
+    return ["scores/<policy>/*.parquet", *names]
+
+
+def _best(policies: Mapping[str, Cell]) -> str | None:
+    """The policy of the highest accuracy, where there are several and one alone has it."""
+    found = {name: policy["overall"]["accuracy"]["value"] for name, policy in policies.items()}
+    known = {name: value for name, value in found.items() if value is not None}
+    top = [name for name, value in known.items() if value == max(known.values())]
+    return top[0] if len(policies) > 1 and len(top) == 1 else None
+
+
+def _run_rows(name: str, policy: Cell, by_subset: bool, is_best: bool) -> Iterator[list[str]]:
+    label = f"{name} *" if is_best else name
+    for dataset, cell in policy["datasets"].items():
+        yield _run_row(label, dataset, cell)
+        if by_subset:
+            for subset, found in policy["subsets"].get(dataset, {}).items():
+                yield _run_row("", f"  {subset}", found)
+    if len(policy["datasets"]) > 1:
+        yield _run_row(label, "all", policy["overall"])
+
+
+def _run_slices(policies: Cell) -> Iterator[tuple[str, list[list[str]]]]:
+    """A table for each --slice: how it was cut, and a line for each policy and group."""
+    cuts = {column: cut["how"] for policy in policies.values() for column, cut in policy["slice_cuts"].items()}
+    for column, how in cuts.items():
+        found = {name: policy["slices"].get(column, {}) for name, policy in policies.items()}
+        rows = [_run_row(name, group, cell) for name, groups in found.items() for group, cell in groups.items()]
+        yield f"{column} ({how})", rows
+
+
+def _run_row(name: str, label: str, cell: Cell) -> list[str]:
+    means = [cell[key]["mean"] for key in ("margins", "margins_nats", "chosen_rewards", "rejected_rewards")]
+    alone = cell["ranking"]["reference_sum"]["value"]
+    scored, loss = f"{cell['scored']:,}", number(cell["loss"]["mean"])
+    return [name, label, scored, loss, share(cell["accuracy"]), *map(number, means), percent(alone)]
 
 
 def preview(found: Mapping[str, Any]) -> None:
     """A dry run or a probe: one line a fact."""
-    screen = console()
     for key, value in found.items():
-        for line in value if isinstance(value, list) else [value]:
-            screen.print(Text(f"{safe(key):<14} {safe(line)}"), soft_wrap=True)
+        lines(f"{key:<14} {line}" for line in (value if isinstance(value, list) else [value]))
 
 
-def rescored(found: Mapping[str, Any], as_json: bool = False) -> None:
-    if as_json:
-        print_json(found)
-        return
-    heads = ("policy", "loss", "beta", "n", "mean loss", "accuracy", "margin")
-    rows = [
-        [
-            r["policy"],
-            r["loss_name"],
-            f"{r['beta']:g}",
-            r["n"],
-            number(r["loss"]),
-            share(r["accuracy"]),
-            number(r["margins"]),
-        ]
-        for r in found["rows"]
-    ]
-    console().print(table(heads, rows, left=2))
-    for name, pairs in found["left_out"].items():
-        lost = f"{name}: {pairs:,} pairs left out, which {found['reference_policy']} did not score"
-        console().print(Text(safe(lost)), soft_wrap=True)
-    console().print(Text(f"per pair: {safe(found['folder'])}"))
-
-
-def _grid_line(row: Cell) -> list[object]:
-    means = (number(row["loss"]), share(row["accuracy"]), number(row["margins"]))
-    return [row["policy"], row["loss_name"], f"{row['beta']:g}", row["n"], *means]
-
-
-def precomputed(found: Any, as_json: bool = False) -> None:
+def precomputed(found: PrecomputeOutcome, as_json: bool = False) -> None:
     if as_json:
         print_json(found.summary)
         return
-    for line in found.lines():
-        console().print(Text(safe(line)))
+    lines(found.lines())
+
+
+# --- RewardBench ------------------------------------------------------------------------------------------------------
+
+
+def benchmark(summary: Cell) -> None:
+    """RewardBench's sections and average of every policy, and RewardBench 2's subsets, where a run has them."""
+    policies = {n: p["rewardbench"] for n, p in summary["policies"].items() if "rewardbench" in p}
+    if not policies:
+        return
+    from dpo_score.metrics.rewardbench import PRIOR, SECTIONS
+
+    pairs = {name: found for name, found in policies.items() if found.get("sections")}
+    if pairs:
+        heads = [name for name in (*SECTIONS, PRIOR) if any(name in found["sections"] for found in pairs.values())]
+        rows = [
+            [name, *(percent(found["sections"].get(head)) for head in heads), percent(found["leaderboard"])]
+            for name, found in pairs.items()
+        ]
+        _benchmark_table("RewardBench", next(iter(pairs.values())), heads, rows)
+    lists = {name: found["best_of_n"] for name, found in policies.items() if "best_of_n" in found}
+    if lists:
+        heads = list(next(iter(lists.values()))["subsets"])
+        rows = [
+            [name, *(percent(found["subsets"].get(head, {}).get("score")) for head in heads), percent(found["average"])]
+            for name, found in lists.items()
+        ]
+        _benchmark_table("RewardBench 2", policies[next(iter(lists))], heads, rows)
+
+
+def _benchmark_table(title: str, found: Cell, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    screen = console()
+    screen.print(Text(f"{title}, {found['mode']}, score: {safe(found['score'])}"))
+    screen.print(table(["policy", *(safe(head) for head in heads), "average"], rows))
+
+
+def benchmark_difference(policy: str, ours: Cell, theirs: Cell) -> None:
+    """Two runs' RewardBench tables of one policy, and their difference in percentage points, section by section."""
+    from dpo_score.metrics.rewardbench import PRIOR, SECTIONS
+
+    rows = []
+    names = [name for name in (*SECTIONS, PRIOR) if name in ours["sections"] and name in theirs["sections"]]
+    pairs = [(name, ours["sections"][name], theirs["sections"][name]) for name in names]
+    for name, here, there in (*pairs, ("average", ours["leaderboard"], theirs["leaderboard"])):
+        points = "-" if here is None or there is None else f"{100 * (here - there):+.2f}"
+        rows.append([name, percent(here), percent(there), points])
+    screen = console()
+    screen.print(Text(f"{safe(policy)}: {ours['mode']} against {theirs['mode']}"))
+    screen.print(table(["section", ours["mode"], theirs["mode"], "points"], rows))
+
+
+# --- compare ----------------------------------------------------------------------------------------------------------
+
+_DIFFERENCES = ("policy", "difference", "p", "adjusted p", "won", "lost", "detectable")
+_GROUPS = ("", "pairs", "policy", "accuracy", "margin", "nats", "loss", "chosen", "rejected")
+
+
+def compared(found: Cell, as_json: bool = False) -> None:
+    """A comparison: the sentence, the policies, then differences against the best and the baseline."""
+    if as_json:
+        print_json(found)
+        return
+    screen = console()
+    elsewhere = " (in `report` and with --json)"
+    for line in summary_lines(found):
+        screen.print(Text(safe(line)), soft_wrap=False)
+    screen.print()
+    edges = found["margin_edges"]
+    span = f"margins {edges[0]:.2f} … {edges[-1]:.2f}"
+    heads = ("policy", "accuracy", "ties", "margin", "nats", "loss", span)
+    rows = [_level(policy, policy["name"] == found["best"]) for policy in found["policies"]]
+    fitted_table(screen, heads, rows, spare=("nats", span, "ties", "loss"), elsewhere=elsewhere)
+    if found["best"] is not None and len(found["policies"]) > 1:
+        screen.print(Text("* highest accuracy"))
+    for heading, differences in _difference_tables(found):
+        screen.print(Text(f"\n{safe(heading)}", style="bold"))
+        fitted_table(screen, _DIFFERENCES, differences, spare=("detectable", "p", "won", "lost"), elsewhere=elsewhere)
+    for column, one in found["slices"].items():
+        screen.print()
+        screen.print(Text(safe(f"by {column} ({one['cut']})"), style="bold"))
+        groups = [row for item in one["groups"].items() for row in _group_rows(*item)]
+        spare = ("chosen", "rejected", "nats", "loss")
+        fitted_table(screen, _GROUPS, groups, left=3, spare=spare, elsewhere=elsewhere)
+
+
+def summary_lines(found: Cell) -> Iterator[str]:
+    """What the comparison found in a sentence, and which pairs it is about."""
+    yield str(found["sentence"])
+    note = f"{found['pairs']:,} pairs in common"
+    if found["groups"] < found["pairs"]:
+        note += f", in {found['groups']:,} groups that share a prompt or group (intervals allow for it)"
+    yield note
+    for side in found["one_sided"]:
+        name = side["policy"]
+        only = len(found["policies"]) == 2
+        pairs = f"pairs only {name} has" if only else f"pairs of {name} that not all others have"
+        yield f"left out: {side['pairs']:,} {pairs} (row {', '.join(side['first'])} …)"
+
+
+def _level(policy: Cell, is_best: bool) -> list[object]:
+    means = [number(policy[metric]["mean"]) for metric in ("margins", "margins_nats", "loss")]
+    name = f"{policy['name']} *" if is_best else policy["name"]
+    return [name, share(policy["accuracy"]), policy["ties"], *means, sparkline(policy["histogram"])]
+
+
+def _difference_tables(found: Cell) -> Iterator[tuple[str, list[list[object]]]]:
+    items = found["versus_best"].get("accuracy", [])
+    if items and found["best"] != found["baseline"]:
+        yield f"accuracy against the best, {found['best']} (points)", [_difference(item, 100.0) for item in items]
+    for metric, items in found["versus_baseline"].items():
+        scale, unit = (100.0, " (points)") if metric == "accuracy" else (1.0, "")
+        yield f"{metric} against {found['baseline']}{unit}", [_difference(item, scale) for item in items]
+
+
+def _difference(item: Cell, scale: float) -> list[object]:
+    from dpo_score.metrics.sentences import p_value
+
+    if item["mean"] is None:
+        return [item["policy"], item.get("reason") or "-", "", "", "", "", ""]
+    ci95, detectable = item["ci95"], item["detectable"]
+    interval = "" if ci95 is None else f" [{scale * ci95[0]:+.2f}, {scale * ci95[1]:+.2f}]"
+    smallest = "-" if detectable is None else f"{scale * detectable:.2f}"
+    p_values = (p_value(item["p"]), p_value(item["p_adjusted"]))
+    return [item["policy"], f"{scale * item['mean']:+.2f}{interval}", *p_values, item["won"], item["lost"], smallest]
+
+
+def _group_rows(name: str, group: Cell) -> Iterator[list[object]]:
+    """A line for each policy in one group of a slice."""
+    metrics = ("margins", "margins_nats", "loss", "chosen_rewards", "rejected_rewards")
+    heads = [name, f"{group['pairs']:,}"]
+    for policy, cell in group["policies"].items():
+        yield [*heads, policy, share(cell["accuracy"]), *(number(cell[metric]["mean"]) for metric in metrics)]
+        heads = ["", ""]
+
+
+# --- other commands that read results ---------------------------------------------------------------------------------
+
+
+def rescored(found: Mapping[str, Any], as_json: bool = False) -> None:
+    """The grid of losses and betas, a line each per policy."""
+    if as_json:
+        print_json(found)
+        return
+    rows = []
+    for row in found["rows"]:
+        means = (number(row["loss"]), share(row["accuracy"]), number(row["margins"]))
+        rows.append([row["policy"], row["loss_name"], f"{row['beta']:g}", row["n"], *means])
+    fitted_table(console(), ("policy", "loss", "beta", "n", "mean loss", "accuracy", "margin"), rows, left=2)
+    other = found["reference_policy"]
+    lines(f"{name}: {n:,} pairs left out, which {other} did not score" for name, n in found["left_out"].items())
+    lines([f"per pair: {found['folder']}"])
 
 
 def status(found: Mapping[str, Any], as_json: bool = False) -> None:
     if as_json:
         print_json(found)
         return
-    screen = console()
-    screen.print(Text(f"{safe(found['out'])}: {found['state']}; {found['total_rows']:,} rows"))
+    from dpo_score.storage.resume import row_ranges
+
+    lines([f"{found['out']}: {found['state']}; {found['total_rows']:,} rows"])
     rows = [[s["stage"], f"{s['done']}/{s['blocks']}", s["rows"], s["scored"], s["rejected"]] for s in found["stages"]]
-    screen.print(table(("stage", "blocks", "rows", "scored", "rejected"), rows))
+    fitted_table(console(), ("stage", "blocks", "rows", "scored", "rejected"), rows)
     for stage in found["stages"]:
         if stage["missing"]:
             lacking = row_ranges([(start, stop) for start, stop in stage["missing"]])
-            screen.print(Text(f"{safe(stage['stage'])}: {lacking} are not scored yet, counted from 0"))
-    for warning in found["warnings"]:
-        screen.print(Text(f"warning: {safe(warning)}"))
+            lines([f"{stage['stage']}: {lacking} are not scored yet, counted from 0"])
+    lines(f"warning: {warning}" for warning in found["warnings"])
 
 
 def verified(found: Any, as_json: bool = False) -> None:
     if as_json:
         print_json(found.to_json())
         return
-    for line in found.lines():
-        console().print(Text(safe(line)))
+    lines(found.lines())
+
+
+def audited(found: Mapping[str, Any], as_json: bool = False) -> None:
+    """Labels in doubt: counts, the first pairs, where the file is."""
+    if as_json:
+        print_json(found)
+        return
+    voters = f"every policy ({len(found['policies'])}) ranks"
+    lines(
+        [
+            f"{found['ranked_against']:,} of {found['pairs']:,} pairs are those that {voters} against the label",
+            f"{found['identical_answers']:,} pairs have identical answers; of the listed ones "
+            f"{found['near_identical']:,} have nearly the same answers and {found['near_duplicates']:,} nearly repeat "
+            "another listed pair",
+            *([found["texts"]] if found["texts"] else []),
+        ]
+    )
+    rows = [[r["row_id"], r["finding"], number(r["confidence"]), r["copies"]] for r in found["first"]]
+    fitted_table(console(), ("row", "finding", "confidence", "copies"), rows, left=2)
+    lines([f"all of them, for review: {found['file']}"])
 
 
 def formats(found: Sequence[Mapping[str, Any]], as_json: bool = False) -> None:
@@ -220,31 +463,7 @@ def cache(found: Sequence[Mapping[str, Any]], as_json: bool = False) -> None:
         print_json(list(found))
         return
     if not found:
-        console().print(Text("the cache is empty"))
+        lines(["the cache is empty"])
         return
     heads = list(found[0])
-    console().print(table(heads, [[item[name] for name in heads] for item in found]))
-
-
-def audited(found: Mapping[str, Any], as_json: bool = False) -> None:
-    """Counts, the first suspects, where the file is."""
-    if as_json:
-        print_json(found)
-        return
-    screen = console()
-    voters = f"every policy ({len(found['policies'])}) ranks"
-    lines = [
-        f"{found['ranked_against']:,} of {found['pairs']:,} pairs are those that {voters} against the label",
-        f"{found['identical_answers']:,} pairs have identical answers; of the listed ones {found['near_identical']:,} "
-        f"have nearly the same answers and {found['near_duplicates']:,} nearly repeat another listed pair",
-        *([found["texts"]] if found["texts"] else []),
-    ]
-    for line in lines:
-        screen.print(Text(safe(line)))
-    rows = [[r["row_id"], r["finding"], _confidence(r["confidence"]), r["copies"]] for r in found["first"]]
-    screen.print(table(("row", "finding", "confidence", "copies"), rows, left=2))
-    screen.print(Text(f"all of them, for review: {safe(found['file'])}"))
-
-
-def _confidence(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    fitted_table(console(), heads, [[item[name] for name in heads] for item in found])

@@ -6,15 +6,9 @@ from typing import Annotated
 
 import typer
 
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
-Out = Annotated[str, typer.Argument(metavar="OUT", help="folder that a run wrote")]
+from dpo_score.cli.options import AsJson, Out, Quiet
+
 Folder = Annotated[str | None, typer.Option("--out", metavar="DIR", help="where to write")]
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Put the commands of this file on `app`."""
-    for command in (export, push):
-        app.command()(command)
 
 
 def export(
@@ -25,36 +19,35 @@ def export(
     versus: Annotated[
         str | None, typer.Option(metavar="OUT", help="rewardbench: another run's table, and the difference")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="only warnings and errors")] = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Results in the form that another program reads: TRL's columns, token ids, RewardBench's JSON."""
     if to == "rewardbench":
         _rewardbench(out, folder, versus, as_json)
         return
-    from dpo_score.cli import console as show
+    from dpo_score.cli import console
     from dpo_score.engine.progress import Progress
-    from dpo_score.export import export as data_set
+    from dpo_score.export.precompute import export_run
 
-    outcome = data_set.export(out, to, folder, rename, Progress(quiet))
-    show.precomputed(outcome, as_json=as_json)
+    outcome = export_run(out, to, folder, rename, Progress(quiet))
+    console.precomputed(outcome, as_json=as_json)
     outcome.raise_failures()
 
 
 def _rewardbench(out: str, folder: str | None, versus: str | None, as_json: bool) -> None:
-    from dpo_score.cli import console as show
-    from dpo_score.cli import console_rewardbench as show_rewardbench
+    from dpo_score.cli import console
     from dpo_score.export import rewardbench
 
     found = rewardbench.differences(out, versus) if versus else []
     written = rewardbench.export(out, folder)
     if as_json:
         tables = [{"policy": name, "here": here, "there": there} for name, here, there in found]
-        show.print_json({"files": written, "versus": tables})
+        console.print_json({"files": written, "versus": tables})
         return
     for name, here, there in found:
-        show_rewardbench.difference(name, here, there)
-    show.lines(written)
+        console.benchmark_difference(name, here, there)
+    console.lines(written)
 
 
 def push(
@@ -67,12 +60,12 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Send a finished folder to the Hugging Face hub; without --yes only say what would be sent."""
-    from dpo_score.cli import console as show
-    from dpo_score.export import hub as upload
+    from dpo_score.cli import console
+    from dpo_score.export import hub
 
-    found = upload.plan(out, to, exclude=exclude or [], public=public, revision=revision)
-    commit = upload.push(found) if yes else None
+    found = hub.plan(out, to, exclude=exclude or [], public=public, revision=revision)
+    commit = hub.push(found) if yes else None
     if as_json:
-        show.print_json({**found.to_json(), "commit": commit})
+        console.print_json({**found.to_json(), "commit": commit})
         return
-    show.lines([*found.lines(), f"sent: {commit}" if yes else "nothing was sent: --yes sends it"])
+    console.lines([*found.lines(), f"sent: {commit}" if yes else "nothing was sent: --yes sends it"])

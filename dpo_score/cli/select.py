@@ -7,17 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-Out = Annotated[str, typer.Argument(metavar="OUT", help="folder that a run wrote")]
+from dpo_score.cli.options import AsJson, Out
+
 HEADS = ("rule", "kept", "accuracy", "nats", "length", "suspect", "learnt", "as random")
 LEGEND = (
     "accuracy: ranked as labelled by the policies · nats: mean margin · length: chosen minus rejected tokens · "
     "suspect: every policy disagrees with the label · learnt: DPO weight under 0.1 · as random: also kept by chance"
 )
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Put the command of this file on `app`."""
-    app.command()(select)
 
 
 def select(
@@ -52,7 +48,7 @@ def select(
         str | None, typer.Option(metavar="FOLD=NAME,…", help="which policy did not train on which fold")
     ] = None,
     seed: Annotated[int, typer.Option(help="of random, and of ties in a score")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Which pairs to train on: keep a share of them by a rule, or compare all rules. Loads no model.
 

@@ -26,7 +26,6 @@ from dpo_score.engine.plan import PolicyTask, ReferenceTask, RowBlocks, RunPlan,
 from dpo_score.engine.prepare import parameters
 from dpo_score.engine.stages import BlockResult, part, policy_block, reference_block
 from dpo_score.errors import ConfigError, DataError, ModelError
-from dpo_score.export.input_rows import fitted
 from dpo_score.logprobs.numerics import resolve_numerics
 from dpo_score.logprobs.types import SequenceLogps, Unscored
 from dpo_score.losses.parse import parse_loss
@@ -36,6 +35,7 @@ from dpo_score.models.resolve import ModelSource, Resolver, resolve_policy
 from dpo_score.results.schemas import STATS, text_table
 from dpo_score.storage.cache.cache import CacheEntry
 from dpo_score.storage.fingerprint import Identities
+from dpo_score.storage.parquet import fitted
 from dpo_score.tokenization.choose import REFERENCE, choose_tokenizer, renderer_of
 
 Model: TypeAlias = "ModelSource | InMemoryModel"

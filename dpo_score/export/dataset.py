@@ -21,21 +21,35 @@ from dpo_score.engine.plan import SCHEMA_VERSION, RunPlan
 from dpo_score.engine.resume import refuse_changed_input
 from dpo_score.engine.stages import part
 from dpo_score.errors import IdentityError
-from dpo_score.export.as_scored import as_scored, built_columns
-from dpo_score.export.exports import MASKS, TOKEN_IDS, VALUES, renamed
-from dpo_score.export.input_rows import OriginalRows, fitted, together
-from dpo_score.export.layout import Export, RunRows, SetPlan, Slice, per_item, plan_set
-from dpo_score.export.splits import Shard, shards_of, splits_of
+from dpo_score.export.input_rows import OriginalRows
+from dpo_score.export.layout import (
+    MASKS,
+    TOKEN_IDS,
+    VALUES,
+    Export,
+    RowSlice,
+    RunRows,
+    SetPlan,
+    Shard,
+    as_scored,
+    built_columns,
+    per_item,
+    plan_set,
+    renamed,
+    shards_of,
+    splits_of,
+)
 from dpo_score.storage.base import FileRecord
 from dpo_score.storage.commits import CommitRecord, StoredRecord, commit, read_records, record_name
 from dpo_score.storage.fingerprint import diff, digest, listed
+from dpo_score.storage.parquet import common_schema, fitted
 from dpo_score.storage.resume import Action, BlockRange, file_states, next_action, settle
 
 GROUP_BYTES = 8 << 20
 
 
 class DatasetWriter:
-    """Writes the files of one data set: `due` says which, `write` makes and commits one."""
+    """Writes the files of one data set: `pending` says which, `write` makes and commits one."""
 
     def __init__(self, context: RunContext, plan: RunPlan, export: Export) -> None:
         self._context, self._plan, self._export = context, plan, export
@@ -45,9 +59,9 @@ class DatasetWriter:
         self._plans: tuple[SetPlan, ...] = ()
         self._texts = BlockTexts(context, plan, plan.references[0].identity) if export.emit_ids else None
 
-    def due(self) -> list[Shard]:
+    def pending(self) -> list[Shard]:
         """Files without a sound record; what is left of them is cleared away."""
-        due = []
+        pending = []
         for shard in self.shards:
             name = record_name(shard.stage, shard.index, shard.of)
             record = read_records(self._context.store, shard.stage).get(name)
@@ -58,8 +72,8 @@ class DatasetWriter:
             if warning:
                 self._context.progress.warn(warning)
             if action is not Action.SKIP:
-                due.append(shard)
-        return due
+                pending.append(shard)
+        return pending
 
     def _refuse_other_export(self, record: StoredRecord | None) -> None:
         if not isinstance(record, CommitRecord) or record.identity == self.identity:
@@ -78,7 +92,7 @@ class DatasetWriter:
 
     def write(self, shard: Shard) -> None:
         """One file and its record. Raises DataError when an input changed meanwhile, StorageError."""
-        schema = together(plan.schema for plan in self._planned()) or self._plan_of(shard).schema
+        schema = common_schema(plan.schema for plan in self._planned()) or self._plan_of(shard).schema
         names = renamed(schema.names, dict(self._export.renames))
         parts = (fitted(table, schema).rename_columns(names) for table in self._grouped(shard))
         final = pa.schema([column.with_name(name) for column, name in zip(schema, names, strict=True)])
@@ -140,13 +154,13 @@ class DatasetWriter:
             table = _beside(table, self._texts.block(block).table.select(["row_id", *TOKEN_IDS, *MASKS]))
         return BlockLogprobs.of(weighted(table, self._export.ld_alpha), rejects)
 
-    def _table(self, plan: SetPlan, source: pa.Table, piece: Slice, values: BlockLogprobs) -> pa.Table:
+    def _table(self, plan: SetPlan, source: pa.Table, piece: RowSlice, values: BlockLogprobs) -> pa.Table:
         """The output rows of some input rows."""
         items, text = piece.items, self._plan.renderer.text
-        pairs = [as_scored(item, text) for item in items] if plan.layout.built else []
+        pairs = [as_scored(item, text) for item in items] if plan.columns.built else []
         given, ids = per_item(source, piece.units), [item.source.row_id for item in items]
         columns = {plan.kept[name]: given[name] for name in plan.source.names}
-        columns |= built_columns(plan.layout, pairs, text)
+        columns |= built_columns(plan.columns, pairs, text)
         columns |= values.columns(ids, self._export.added().names)
         columns["row_id"] = pa.array(ids, pa.string())
         columns["pair_id"] = pa.array([getattr(item, "pair_id", None) for item in items], pa.string())

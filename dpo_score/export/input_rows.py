@@ -8,7 +8,7 @@ its rows share; a column without one type is passed on as JSON text. Rows that c
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +20,7 @@ from dpo_score.data.dataset import DataFile, Dataset
 from dpo_score.data.files import open_binary
 from dpo_score.data.row_reader import BATCH_BYTES, BATCH_ROWS, ParquetRows
 from dpo_score.errors import DataError
+from dpo_score.storage.parquet import fitted
 
 SCALARS = {"text": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_(), "null": pa.null()}
 
@@ -191,24 +192,3 @@ def _is_valid(column: pa.ChunkedArray) -> bool:
     except pa.ArrowInvalid:
         return False
     return True
-
-
-def fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """`table` with exactly the columns of `schema`: missing ones null, types widened."""
-    columns = [_column(table, field) for field in schema]
-    return pa.table(columns, schema=schema)
-
-
-def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray | pa.Array:
-    if field.name not in table.column_names:
-        return pa.nulls(table.num_rows, field.type)
-    column = table[field.name]
-    return column if column.type == field.type else column.cast(field.type)
-
-
-def together(schemas: Iterable[pa.Schema]) -> pa.Schema | None:
-    """One schema for all, or None where types do not meet."""
-    try:
-        return pa.unify_schemas(list(schemas), promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return None

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_score.config.load import dump_config
-from dpo_score.config.schema import RunConfig
+from dpo_score.config.schema import LossSpec, RunConfig
 from dpo_score.engine.context import RunContext
 from dpo_score.engine.environment import now
 from dpo_score.engine.executors.choose import chosen, with_workers
@@ -32,10 +32,12 @@ from dpo_score.engine.run import run_context, run_references
 from dpo_score.errors import ConfigError
 from dpo_score.export.contract import contract
 from dpo_score.export.dataset import DatasetWriter
-from dpo_score.export.exports import consumer_of, renaming
-from dpo_score.export.layout import Export
+from dpo_score.export.layout import Export, consumer_of, renaming
+from dpo_score.losses.custom import is_custom
 from dpo_score.losses.parse import parse_loss
 from dpo_score.results.card import CONTRACT, LOADER, README, SUMMARY, card, data_set, described
+from dpo_score.results.run_folder import open_out
+from dpo_score.results.source_text import stored_config
 from dpo_score.storage.base import FileRecord, Store, json_bytes
 from dpo_score.storage.commits import CommitRecord, read_records
 from dpo_score.storage.manifest import finish_manifest, read_manifest, reopen_manifest
@@ -97,6 +99,29 @@ def precompute(
         return _write(context, plan, export)
 
 
+def export_run(out: str, to: str, folder: str | None, rename: str | None, progress: Progress) -> PrecomputeOutcome:
+    """`dpo-score export OUT --to trl|ids`: the data of a finished run, with its reference log-probs, below `folder`.
+
+    It is `precompute` with the settings that OUT recorded, and refuses what `precompute` refuses. The values come from
+    the cache. Raises UsageError when OUT is no run.
+    """
+    store, manifest = open_out(out)
+    config = stored_config(store)
+    if folder is None:
+        raise ConfigError(f"--to {to} writes a data set: say where with --out DIR")
+    if config.rewardbench == "exact":
+        raise ConfigError(
+            f"--to {to}: {out} was scored with --rewardbench exact, which adds and drops tokens that no trainer would. "
+            "Run without it"
+        )
+    date = manifest.notes.get("date")
+    text = config.text.model_copy(update={"date": date}) if config.text.date is None else config.text
+    loss = LossSpec() if is_custom(config.loss.name) else config.loss  # code that OUT names is not run; it reads none
+    given = {"out": folder, "policies": (), "rewardbench": None, "text": text, "loss": loss}
+    wanted = config.model_copy(update=given)
+    return precompute(wanted, progress, to=to, rename=rename)
+
+
 def _fill_cache(config: RunConfig, progress: Progress) -> PrecomputeOutcome:
     """In a folder that is gone afterwards, which the workers of this machine find and those of others would not."""
     _refuse_cluster(config)
@@ -118,7 +143,7 @@ def _unfinished(store: Store) -> bool:
 
 def _write(context: RunContext, plan: RunPlan, export: Export) -> PrecomputeOutcome:
     writer = DatasetWriter(context, plan, export)
-    due = writer.due()
+    due = writer.pending()
     if due:
         reopen_manifest(context.store)
     with context.progress.stage("data set", plan.rows.wanted, plan.rows.wanted - sum(s.stop - s.start for s in due)):

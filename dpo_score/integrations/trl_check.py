@@ -21,9 +21,8 @@ import numpy as np
 
 from dpo_score.data.types import Pair
 from dpo_score.errors import ConfigError, DamageError, UsageError, nearest
-from dpo_score.export.as_scored import as_scored
 from dpo_score.export.contract import NOISE_FLOOR, noise_floor
-from dpo_score.export.exports import rule_unlike_trl
+from dpo_score.export.layout import as_scored, rule_unlike_trl
 from dpo_score.integrations.trl_pass import VALUES, TrlRow, reference_pass
 from dpo_score.models.loader import ModelLoader
 from dpo_score.models.resolve import ModelSource, Resolver

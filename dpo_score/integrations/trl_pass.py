@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from dpo_score.config.schema import TextSpec
 from dpo_score.data.types import Pair
-from dpo_score.export.as_scored import built_columns, layout, survey
+from dpo_score.export.layout import built_columns, columns_to_build, survey
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 VALUES = ("ref_chosen_logps", "ref_rejected_logps")
@@ -72,7 +72,7 @@ def _pass(
 
 
 def _table(pairs: Sequence[Pair], text: TextSpec) -> pa.Table:
-    plan = layout(survey([(pairs, pa.table({}))], text), pa.schema([]))
+    plan = columns_to_build(survey([(pairs, pa.table({}))], text), pa.schema([]))
     ids = pa.array([pair.source.row_id for pair in pairs], pa.string())
     return pa.table({"row_id": ids, **built_columns(plan, pairs, text)})
 

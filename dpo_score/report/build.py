@@ -13,8 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo_score.cli.inspect import side_tokens
-from dpo_score.cli.inspect_output import stored_shares
 from dpo_score.config.checkpoint_glob import natural
 from dpo_score.data.types import MARKS, EncodedPair, Pair
 from dpo_score.errors import UsageError, nearest
@@ -29,6 +27,7 @@ from dpo_score.report.tables import FORMATS, write
 from dpo_score.results.groups import numbered_groups, read_sliced
 from dpo_score.results.run_folder import chosen_names, open_out, parts, read_scored
 from dpo_score.results.source_text import Reader, TextSource, plain_text, stored_config, stored_reader, text_source
+from dpo_score.results.token_view import side_tokens, stored_shares
 from dpo_score.storage.base import Store
 from dpo_score.storage.manifest import Manifest, read_manifest
 from dpo_score.tokenization.prompt import arranged

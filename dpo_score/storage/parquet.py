@@ -100,3 +100,24 @@ def damage_named(name: str | Path) -> Iterator[None]:
         if isinstance(error, OSError) and number_of(error):
             raise explain(error, name) from error
         raise DamageError(f"{name}: damaged Parquet file ({error})") from error
+
+
+def fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """`table` with exactly the columns of `schema`: missing ones null, types widened."""
+    columns = [_column(table, field) for field in schema]
+    return pa.table(columns, schema=schema)
+
+
+def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray | pa.Array:
+    if field.name not in table.column_names:
+        return pa.nulls(table.num_rows, field.type)
+    column = table[field.name]
+    return column if column.type == field.type else column.cast(field.type)
+
+
+def common_schema(schemas: Iterable[pa.Schema]) -> pa.Schema | None:
+    """One schema for all, or None where types do not meet."""
+    try:
+        return pa.unify_schemas(list(schemas), promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return None

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_score.cli.inspect import inspect
-from dpo_score.cli.inspect_output import row_id_at
+from dpo_score.cli.inspect import inspect, row_id_at
 from dpo_score.errors import UsageError
 from dpo_score.results.run_folder import open_out
 from dpo_score.results.source_text import pieces, text_source

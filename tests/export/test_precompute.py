@@ -13,7 +13,7 @@ import pytest
 from dpo_score.config.load import load_config
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import BadRowsError, ConfigError, DataError, IdentityError
-from dpo_score.export import splits
+from dpo_score.export import layout as splits
 from dpo_score.export.contract import tokenizer_digest
 from dpo_score.export.dataset import DatasetWriter
 from dpo_score.export.precompute import precompute

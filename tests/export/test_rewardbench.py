@@ -13,7 +13,7 @@ from dpo_score.config.load import load_config
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.run import run
 from dpo_score.errors import ConfigError, UsageError
-from dpo_score.export import export as data_set
+from dpo_score.export import precompute as data_set
 from dpo_score.export import rewardbench
 from tests.results.test_rewardbench import bench_rows, lists
 from tests.run_fixtures import write_rows
@@ -118,7 +118,7 @@ def test_a_run_becomes_a_data_set_with_the_values_it_used(tmp_path: Path, models
     import polars as pl
 
     out = score(tmp_path, bench_rows(), models)
-    outcome = data_set.export(out, "trl", str(tmp_path / "data"), None, Progress(quiet=True))
+    outcome = data_set.export_run(out, "trl", str(tmp_path / "data"), None, Progress(quiet=True))
     assert outcome.summary["scored"] == 15
     used = pl.read_parquet(f"{out}/reference/*.parquet").sort("source_row")
     written = pl.read_parquet(tmp_path / "data" / "data" / "*.parquet").sort("id")
@@ -138,6 +138,6 @@ def test_a_consumer_that_would_score_other_tokens_is_refused(
 ) -> None:
     out = score(tmp_path, bench_rows(4), models, **options)
     with pytest.raises(ConfigError, match=rule):
-        data_set.export(out, to, str(tmp_path / "data"), None, Progress(quiet=True))
+        data_set.export_run(out, to, str(tmp_path / "data"), None, Progress(quiet=True))
     with pytest.raises(ConfigError, match="say where with --out DIR"):
-        data_set.export(out, "ids", None, None, Progress(quiet=True))
+        data_set.export_run(out, "ids", None, None, Progress(quiet=True))

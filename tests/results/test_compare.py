@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dpo_score.cli.console_compare import compared, sparkline, summary_lines
+from dpo_score.cli.console import compared, sparkline, summary_lines
 from dpo_score.cli.main import main
 from dpo_score.config.checkpoint_glob import natural
 from dpo_score.errors import ConfigError, FailIfError, UsageError

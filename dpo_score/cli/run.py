@@ -1,0 +1,87 @@
+"""The commands that run models: quickstart, run, precompute, inspect."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from dpo_score.cli.options import AsJson, Quiet, with_settings
+from dpo_score.config.schema import FIRST
+
+Pipeline = Annotated[str | None, typer.Argument(metavar="PIPELINE.yaml", help="a pipeline file; options override it")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done; score nothing", rich_help_panel=FIRST)]
+Restart = Annotated[bool, typer.Option("--restart", help="throw away what OUT holds and begin again")]
+
+
+@with_settings
+def run(
+    settings: dict[str, Any],
+    pipeline: Pipeline = None,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    probe: Annotated[bool, typer.Option("--probe", help="score three packs; print rows/s and hours")] = False,
+    price_per_hour: Annotated[float | None, typer.Option(help="with --probe: print money, too")] = None,
+    by_subset: Annotated[bool, typer.Option("--by-subset", help="a table line per subset, too")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="ask nothing")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score policies against a reference, and write scores, a summary and a report.
+
+    Stage one computes the reference's log-probs where the cache lacks them; stage two scores each policy. The same
+    command again resumes."""
+    from dpo_score.cli import console
+    from dpo_score.config.load import load_config
+    from dpo_score.engine import dry_run as preview
+    from dpo_score.engine.executors import choose
+    from dpo_score.engine.progress import Progress
+
+    config, progress = load_config(pipeline, settings), Progress(quiet)
+    if dry_run or probe:
+        found = preview.probe(config, progress, price_per_hour) if probe else preview.dry_run(config, progress)
+        console.preview(found)
+        return
+    outcome = choose.run(config, progress, restart=restart)
+    if config.blocks is None:
+        console.outcome(outcome, as_json=as_json, by_subset=by_subset)
+    outcome.raise_failures()
+
+
+@with_settings
+def precompute(
+    settings: dict[str, Any],
+    pipeline: Pipeline = None,
+    to: Annotated[str, typer.Option("--to", help="columns of which consumer: trl, ids")] = "trl",
+    rename: Annotated[str | None, typer.Option(help="output columns by other names: ref_chosen_logps=a,…")] = None,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """The reference's log-probs alone: fill the cache and, with --out, write the data set with them."""
+    from dpo_score.cli import console
+    from dpo_score.config.load import load_config
+    from dpo_score.engine import dry_run as preview
+    from dpo_score.engine.progress import Progress
+    from dpo_score.export import precompute as stage
+
+    config, progress = load_config(pipeline, settings), Progress(quiet)
+    if dry_run:
+        console.preview(preview.dry_run(config, progress))
+        return
+    outcome = stage.precompute(config, progress, restart=restart, to=to, rename=rename)
+    console.precomputed(outcome, as_json=as_json)
+    outcome.raise_failures()
+
+
+@with_settings
+def inspect(
+    settings: dict[str, Any],
+    target: Annotated[str, typer.Argument(metavar="DATA|OUT", help="a data file, or a folder that a run wrote")],
+    row: Annotated[int, typer.Option("--row", help="row number, from 0")] = 0,
+) -> None:
+    """The pair as the model sees it: tokens, which are scored (coloured), the boundary."""
+    from dpo_score.cli import inspect as view
+
+    view.inspect(target, row, settings)
