@@ -19,12 +19,16 @@ Kind: TypeAlias = Literal["text", "int", "float", "bool", "list", "struct", "map
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """`item` is set for lists, `fields` for structs. `encoded`: the cell is a JSON string of this shape."""
+    """`item` is set for lists, `fields` for structs. `encoded`: the cell is a JSON string of this shape.
+
+    `binary`: text that the file stores as bytes, as Spark and Hive do.
+    """
 
     kind: Kind
     item: Shape | None = None
     fields: Mapping[str, Shape] = field(default_factory=dict)
     encoded: bool = False
+    binary: bool = False
 
     def __str__(self) -> str:
         if self.kind == "list":
@@ -45,16 +49,46 @@ def is_number(shape: Shape | None) -> bool:
     return shape is not None and shape.kind in ("int", "float")
 
 
+def is_label(shape: Shape | None) -> bool:
+    """A number, a boolean, or text that may spell one."""
+    return shape is not None and shape.kind in ("int", "float", "bool", "text")
+
+
 def is_message(shape: Shape | None) -> bool:
     """A struct with role (or ShareGPT's from) and content (or value)."""
-    if shape is None or shape.kind != "struct":
+    return shape is not None and shape.kind == "struct" and _has_message_keys(shape.fields)
+
+
+def _has_message_keys(fields: Shapes) -> bool:
+    speaker = fields.get("role", fields.get("from"))
+    if speaker is None or speaker.kind == "list":
         return False
-    names = shape.fields.keys()
-    return ("role" in names and ("content" in names or "tool_calls" in names)) or {"from", "value"} <= names
+    return ("role" in fields and ("content" in fields or "tool_calls" in fields)) or {"from", "value"} <= fields.keys()
 
 
 def is_messages(shape: Shape | None) -> bool:
-    return shape is not None and shape.kind == "list" and is_message(shape.item)
+    """A list of messages, or a struct of lists: what `datasets.Sequence` makes of one."""
+    return _has_message_keys(item_fields(shape))
+
+
+def item_fields(shape: Shape | None) -> Shapes:
+    """The fields of the structs in a list column, also where it is stored as a struct of lists; else none."""
+    if shape is None:
+        return {}
+    if shape.kind == "list" and shape.item is not None:
+        return shape.item.fields
+    lists = {name: part.item for name, part in shape.fields.items() if part.kind == "list" and part.item is not None}
+    return lists if len(lists) == len(shape.fields) else {}
+
+
+def is_turn_pairs(shape: Shape | None) -> bool:
+    """A list of [question, answer] lists, LLaMA-Factory's `history`; it may be empty in every row."""
+    return shape is not None and shape.kind == "list" and (is_texts(shape.item) or is_empty(shape.item))
+
+
+def is_empty(shape: Shape | None) -> bool:
+    """A column, or the items of a list, in which no value says what it is."""
+    return shape is None or shape.kind == "null" or (shape.kind == "list" and is_empty(shape.item))
 
 
 def is_texts(shape: Shape | None) -> bool:
@@ -74,7 +108,7 @@ def is_plain(shape: Shape) -> bool:
 
     Messages of just role and content count: the checks of a message treat null and missing alike.
     """
-    if shape.encoded or shape.kind in ("json", "map"):
+    if shape.encoded or shape.binary or shape.kind in ("json", "map"):
         return False
     if shape.kind == "list":
         return shape.item is None or is_plain(shape.item)
@@ -95,6 +129,8 @@ def from_arrow(type_: pa.DataType) -> Shape:
         return Shape("struct", fields={f.name: from_arrow(f.type) for f in type_.fields})
     if _is_list(type_):
         return Shape("list", item=from_arrow(type_.value_type))
+    if pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_):
+        return Shape("text", binary=True)
     return Shape(_scalar_kind(type_))
 
 
@@ -111,7 +147,7 @@ def _scalar_kind(type_: pa.DataType) -> Kind:
         return "bool"
     if pa.types.is_integer(type_):
         return "int"
-    if pa.types.is_floating(type_):
+    if pa.types.is_floating(type_) or pa.types.is_decimal(type_):
         return "float"
     return "null" if pa.types.is_null(type_) else "other"
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dpo_score.config.schema import DataSpec, RunConfig
 from dpo_score.data.column_types import Shape, Shapes, agree, is_plain, refined
 from dpo_score.data.files import content_sha256, select
-from dpo_score.data.formats.base import Reading
-from dpo_score.data.formats.detect import HH_SAMPLE, carried_columns, detect, refuse_undecided_preference
-from dpo_score.data.formats.registry import CONVERSATIONS, IDS, TURNS, Format
+from dpo_score.data.formats.base import Format, ReadOptions
+from dpo_score.data.formats.detect import SAMPLE_ROWS, carried_columns, detect
 from dpo_score.data.formats.row import RowReader, rejected
 from dpo_score.data.layout import Located
 from dpo_score.data.row_reader import RawRow, RowFile, open_rows
@@ -34,7 +36,8 @@ SIZED_FILES, SIZED_ROWS = 8, 256
 class DataFile:
     """`index` counts over all sets of the run; `name` is the path below the set's root; `rows` counts units.
 
-    A unit is what the format reads at once: one row, or two consecutive ones.
+    A unit is what the format reads at once: one row, or the consecutive rows of one prompt. `starts`: the row that each
+    unit begins with ([rows] int64); None where every unit is one row.
     """
 
     path: str
@@ -45,6 +48,18 @@ class DataFile:
     sha256: str
     content: RowFile
     commit: str | None = None
+    starts: NDArray[np.int64] | None = field(default=None, compare=False)
+
+    def rows_of(self, unit: int) -> range:
+        """The rows of the file that a unit is read from."""
+        if self.starts is None:
+            return range(unit, unit + 1)
+        end = self.starts[unit + 1] if unit + 1 < len(self.starts) else self.content.rows
+        return range(int(self.starts[unit]), int(end))
+
+    def unit_of(self, row: int) -> int:
+        """The unit that a row of the file belongs to."""
+        return row if self.starts is None else int(np.searchsorted(self.starts, row, side="right")) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +84,7 @@ class Dataset:
     @property
     def is_conversational(self) -> bool:
         """Whether the rows are conversations, which a chat template renders; so is a text with a system text."""
-        by_format = self.format.code in CONVERSATIONS or self.format.full_name in TURNS
-        return by_format or "system" in self.reader.columns
+        return self.format.is_conversational(self.reader.columns)
 
     def reader_of(self, file: DataFile) -> RowReader:
         """The set's reader, made for one of its files."""
@@ -78,7 +92,7 @@ class Dataset:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for two runs to read the same pairs: JSON values only."""
-        spec, how = self.spec, self.reader.how
+        spec, options = self.spec, self.reader.options
         return {
             "name": spec.name,
             "files": [{"name": f.name, "size": f.size, "sha256": f.sha256} for f in self.files],
@@ -91,11 +105,11 @@ class Dataset:
                 "columns": dict(self.reader.columns),
             },
             "map": dict(spec.map),
-            "pairing": how.pairing,
-            "preference": how.preference,
-            "keep_ties": how.keep_ties,
+            "pairing": options.pairing,
+            "preference": options.preference,
+            "keep_ties": options.keep_ties,
             "keep_nulls": self.reader.keep_nulls,
-            "seed": how.seed if how.pairing == "random" else None,
+            "seed": options.seed if options.pairing == "random" else None,
         }
 
     def summary(self) -> str:
@@ -112,7 +126,7 @@ class Dataset:
 
 def only_ids(datasets: Sequence[Dataset]) -> bool:
     """Whether no set holds text."""
-    return all(dataset.format.code == IDS for dataset in datasets)
+    return all(dataset.format.holds_ids for dataset in datasets)
 
 
 def open_data(
@@ -172,24 +186,31 @@ def _data_file(found: Located, index: int, content: RowFile, digest: str) -> Dat
 def _decided(spec: DataSpec, files: list[DataFile], seed: int, kept: tuple[str, ...], keep_nulls: bool) -> Dataset:
     first = next(file for file in files if file.rows).content
     shapes = _peeked(first)
-    format_, columns = detect(shapes, spec, partial(_head, first, HH_SAMPLE))
-    refuse_undecided_preference(spec, columns)
+    format_, columns = detect(shapes, spec, lambda names: _head(first, SAMPLE_ROWS, names))
     carried = carried_columns(shapes, spec)
     here = tuple(name for name in kept if name in shapes)
-    how = Reading(spec.pairing, spec.preference, spec.keep_ties, seed)
-    reader = RowReader(format_, how, columns, carried, here, {}, keep_nulls)
+    options = ReadOptions(spec.pairing, spec.preference, spec.keep_ties, seed)
+    reader = RowReader(format_, options, columns, carried, here, {}, keep_nulls)
     _refuse_drift(files, shapes, columns)
-    units = tuple(_in_units(file, format_.rows_per_unit) for file in files)
-    return Dataset(spec, units, shapes, format_, reader)
+    if format_.grouped_by:
+        files = [_in_groups(file, columns[format_.grouped_by]) for file in files]
+    return Dataset(spec, tuple(files), shapes, format_, reader)
 
 
-def _in_units(file: DataFile, rows_per_unit: int) -> DataFile:
-    units = -(-file.content.rows // rows_per_unit)
-    return replace(file, rows=units)
+def _in_groups(file: DataFile, column: str) -> DataFile:
+    """The file with each run of rows that are equal in `column` as one unit; rows that cannot be read stand alone."""
+    starts: list[int] = []
+    last: Any = None
+    for number, row in enumerate(file.content.stream(0, [column])):
+        value = None if isinstance(row, Problem) else row.get(column)
+        if value is None or value != last:
+            starts.append(number)
+        last = value
+    return replace(file, rows=len(starts), starts=np.asarray(starts, dtype=np.int64))
 
 
-def _head(content: RowFile, count: int) -> list[Mapping[str, Any]]:
-    rows = islice(content.stream(0, list(content.shapes)), count)
+def _head(content: RowFile, count: int, columns: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
+    rows = islice(content.stream(0, list(content.shapes) if columns is None else columns), count)
     return [row for row in rows if not isinstance(row, Problem)]
 
 
@@ -258,7 +279,7 @@ class PairReader:
     def _from(self, start: int) -> Iterator[list[Pair | Rejected]]:
         for dataset, file in self._places:
             if start < file.rows:
-                rows = file.content.stream(start * dataset.format.rows_per_unit, dataset.reader_of(file).needed)
+                rows = file.content.stream(file.rows_of(start).start, dataset.reader_of(file).needed)
                 yield from _units(dataset, file, range(start, file.rows), rows)
             start = max(start - file.rows, 0)
 
@@ -267,12 +288,13 @@ def _units(
     dataset: Dataset, file: DataFile, units: Iterable[int], rows: Iterator[RawRow]
 ) -> Iterator[list[Pair | Rejected]]:
     """What these units of a file give; `rows` are theirs, in order."""
-    reader, per_unit = dataset.reader_of(file), dataset.format.rows_per_unit
+    reader = dataset.reader_of(file)
     for unit in units:
-        raw = list(islice(rows, per_unit))
+        numbers = file.rows_of(unit)
+        raw = list(islice(rows, len(numbers)))
         if not raw:
-            raise DataError(f"{file.path} ended before row {unit}: it changed while it was read")
-        yield _read_unit(reader, raw, partial(Source, dataset.spec.name, file.name, file.index, unit * per_unit))
+            raise DataError(f"{file.path} ended before row {numbers.start}: it changed while it was read")
+        yield _read_unit(reader, raw, partial(Source, dataset.spec.name, file.name, file.index, numbers.start))
 
 
 def _read_unit(reader: RowReader, raw: list[RawRow], source: Callable[[int | None], Source]) -> list[Pair | Rejected]:
@@ -304,8 +326,7 @@ def read_rows_at(datasets: Sequence[Dataset], rows: Iterable[int]) -> list[Pair 
 
 
 def _picked(dataset: Dataset, file: DataFile, units: Sequence[int]) -> Iterator[list[Pair | Rejected]]:
-    per_unit = dataset.format.rows_per_unit
-    spans = (range(unit * per_unit, min((unit + 1) * per_unit, file.content.rows)) for unit in units)
+    spans = (file.rows_of(unit) for unit in units)
     rows = file.content.picked(list(chain.from_iterable(spans)), dataset.reader_of(file).needed)
     return _units(dataset, file, units, rows)
 
@@ -316,7 +337,8 @@ def mean_text_bytes(dataset: Dataset) -> float:
     rows = [row for file in files for row in islice(file.content.stream(0, dataset.reader.needed), SIZED_ROWS)]
     columns = set(dataset.reader.needed)
     sizes = [_size(value) for row in rows if isinstance(row, Mapping) for key, value in row.items() if key in columns]
-    return sum(sizes) / max(len(rows), 1) * dataset.format.rows_per_unit
+    rows_per_unit = sum(file.content.rows for file in files) / max(sum(file.rows for file in files), 1)
+    return sum(sizes) / max(len(rows), 1) * rows_per_unit
 
 
 def _size(value: Any) -> int:

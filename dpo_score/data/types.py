@@ -21,8 +21,9 @@ Mask: TypeAlias = NDArray[np.bool_]
 Message: TypeAlias = Mapping[str, Any]
 """A chat message as templates see it: role, content, and whatever else the row holds (tool_calls, name, …)."""
 Text: TypeAlias = str | tuple[Message, ...]
-Side: TypeAlias = Literal["chosen", "rejected"]
 SYSTEM_ROLES = ("system", "developer")
+"""Roles whose messages instruct the assistant and are no turn of the conversation."""
+Side: TypeAlias = Literal["chosen", "rejected"]
 
 REJECT_CODES = frozenset(
     {
@@ -58,7 +59,7 @@ MARKS: Mapping[str, str] = {
     "identical_pair": "both answers are the same",
     "empty_answer": "an answer is empty",
     "tools_unseen": "the row has tools, but its rendered text is the same without them",
-    "prompt_in_answer": "both answers begin with text that is like the prompt, but not equal to it",
+    "prompt_in_answer": "an answer begins with the prompt, or with something like it, which is scored as if answered",
 }
 """Findings on a scored pair, and what each means. Trainers train on such pairs, so they are marked, not rejected."""
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from dpo_score.config.schema import LossSpec, PolicySpec, RunConfig
 from dpo_score.data.dataset import Dataset
-from dpo_score.data.formats.registry import BEST_OF_N, IDS, LISTS
+from dpo_score.data.formats.base import Answers
 from dpo_score.errors import ConfigError, HalfWrittenError, ModelError
 from dpo_score.losses.parse import ResolvedLoss
 from dpo_score.models.numerics import Numerics
@@ -215,9 +215,9 @@ def _kinds(name: str, datasets: Sequence[Dataset]) -> set[str]:
         column = name if name in dataset.reader.kept else dataset.reader.carried.get(name)
         if column is not None:
             found.add(dataset.schema[column].kind)
-        elif name == "group_id" and dataset.format.code in LISTS:
+        elif name == "group_id" and dataset.format.answers is not Answers.PAIR:
             found.add("text")
-        elif name == "num_correct" and dataset.format.code == BEST_OF_N:
+        elif name == "num_correct" and dataset.format.answers is Answers.RIGHT_AND_WRONG:
             found.add("int")
     return found
 
@@ -235,7 +235,7 @@ _IDS = "token ids as they stand in the data"
 
 def text_notice(plan: RunPlan) -> str:
     """How rows become text, in one sentence; names the flag where a chat template goes unused."""
-    texts = [dataset for dataset in plan.datasets if dataset.format.code != IDS]
+    texts = [dataset for dataset in plan.datasets if not dataset.format.holds_ids]
     if plan.tokenizer is None or not texts:
         return _IDS
     parts = [_IDS] if len(texts) < len(plan.datasets) else []

@@ -60,7 +60,7 @@ class OriginalRows:
 
     def __init__(self, dataset: Dataset, schema: pa.Schema, first_row: int) -> None:
         """`first_row`: number of the set's first row among all sets; `schema` from `source_schema`."""
-        self._schema, self._units = schema, dataset.format.rows_per_unit
+        self._schema = schema
         starts = [first_row]
         for file in dataset.files:
             starts.append(starts[-1] + file.rows)
@@ -68,10 +68,10 @@ class OriginalRows:
         self._cursors: dict[int, _Cursor] = {}
 
     def take(self, rows: Sequence[int]) -> pa.Table:
-        """One row for each of `rows` (ascending, all of this set); of a unit of two rows, the first."""
+        """One row for each of `rows` (ascending, all of this set); where several are read together, the first."""
         parts = []
         for index, (file, start, stop) in enumerate(self._places):
-            wanted = [(row - start) * self._units for row in rows if start <= row < stop]
+            wanted = [file.rows_of(row - start).start for row in rows if start <= row < stop]
             if wanted:
                 found = self._cursor(index, file, wanted[0]).take(wanted)
                 parts.append(fitted(readable(found), self._schema))

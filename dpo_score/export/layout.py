@@ -56,15 +56,15 @@ class Consumer:
 CONSUMERS = {consumer.name: consumer for consumer in (Consumer("trl", texts=True), Consumer("ids", texts=False))}
 
 
-def consumer_of(name: str, config: RunConfig, codes: Sequence[str], encoder_decoder: bool) -> Consumer:
+def consumer_of(name: str, config: RunConfig, holds_ids: bool, encoder_decoder: bool) -> Consumer:
     """The consumer called `name`; ConfigError when there is none, or when it would score other tokens.
 
-    `codes`: format codes of the sets, "F0" being token ids.
+    `holds_ids`: whether a set is token ids.
     """
     if name not in CONSUMERS:
         raise ConfigError(f"--to {name}: {nearest(name, CONSUMERS)}")
     consumer = CONSUMERS[name]
-    rule = rule_unlike_trl(config, codes, encoder_decoder) if consumer.texts else None
+    rule = rule_unlike_trl(config, holds_ids, encoder_decoder) if consumer.texts else None
     if rule is not None:
         raise ConfigError(
             f"--to trl: {rule}, so its trainer would put other tokens behind these values. Use --to ids for a trainer "
@@ -73,7 +73,7 @@ def consumer_of(name: str, config: RunConfig, codes: Sequence[str], encoder_deco
     return consumer
 
 
-def rule_unlike_trl(config: RunConfig, codes: Sequence[str], encoder_decoder: bool) -> str | None:
+def rule_unlike_trl(config: RunConfig, holds_ids: bool, encoder_decoder: bool) -> str | None:
     """Which of TRL's rules a run breaks, as a clause: completion tokens alone, cut from the end, a causal model, text
     that it tokenises itself. None where TRL would score the same tokens."""
     text = config.text
@@ -81,7 +81,7 @@ def rule_unlike_trl(config: RunConfig, codes: Sequence[str], encoder_decoder: bo
         return f"TRL scores every token of the answer, this run --score {text.score}"
     if text.truncation == "keep_end":
         return "TRL keeps the first max_length tokens of a row, this run the last ones (--truncation keep_end)"
-    if "F0" in codes:
+    if holds_ids:
         return "TRL tokenises text, and this data is token ids"
     if encoder_decoder:
         return "TRL trains causal models only, and the reference is an encoder-decoder"

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_score.data.dataset import Dataset, PairReader
-from dpo_score.data.formats.kinds import messages
+from dpo_score.data.formats.transcripts import message_count
 from dpo_score.data.types import Pair
 from dpo_score.errors import ConfigError, UsageError
 from dpo_score.escape import safe
@@ -103,7 +103,7 @@ def from_data(datasets: Sequence[Dataset], rows: Sequence[int], names: Sequence[
             for pair in (item for item in unit if isinstance(item, Pair)):
                 ids.append(pair.source.row_id)
                 for name in names:
-                    values[name].append(messages(pair) if name == TURNS else pair.extra.get(name))
+                    values[name].append(message_count(pair) if name == TURNS else pair.extra.get(name))
     arrays = [_array(found) for found in values.values()]
     fields = [pa.field(name, array.type, metadata=_meaning(name)) for name, array in zip(names, arrays, strict=True)]
     return pa.table([pa.array(ids, pa.string()), *arrays], schema=pa.schema([("row_id", pa.string()), *fields]))

@@ -16,7 +16,7 @@ from typing import Any
 
 from dpo_score.config.load import load_config
 from dpo_score.config.schema import RunConfig
-from dpo_score.data.dataset import Dataset, open_data, read_rows_at
+from dpo_score.data.dataset import DataFile, Dataset, open_data, read_rows_at
 from dpo_score.data.types import EncodedPair, Pair, Rejected, Text, row_place
 from dpo_score.errors import DamageError, DpoScoreError, ModelError, UsageError
 from dpo_score.models.limits import text_limits
@@ -52,20 +52,20 @@ class TextSource:
         offsets = self._offsets()
         return sorted({self._position(row_id, offsets) for row_id in row_ids})
 
-    def _offsets(self) -> dict[int, tuple[int, int]]:
-        """File index → rows before it, and source rows that one of its units takes."""
+    def _offsets(self) -> dict[int, tuple[int, DataFile]]:
+        """File index → rows (as the run counts them) before the file, and the file."""
         offsets, before = {}, 0
         for dataset in self.datasets:
             for file in dataset.files:
-                offsets[file.index] = (before, dataset.format.rows_per_unit)
+                offsets[file.index] = (before, file)
                 before += file.rows
         return offsets
 
     @staticmethod
-    def _position(row_id: str, offsets: Mapping[int, tuple[int, int]]) -> int:
-        file, row = row_place(row_id)[:2]
-        before, per_unit = offsets[file]
-        return before + row // per_unit
+    def _position(row_id: str, offsets: Mapping[int, tuple[int, DataFile]]) -> int:
+        index, row = row_place(row_id)[:2]
+        before, file = offsets[index]
+        return before + file.unit_of(row)
 
 
 def stored_config(store: Store, allowed: Collection[str] = ()) -> RunConfig:

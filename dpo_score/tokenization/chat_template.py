@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_score.config.schema import TextSpec
-from dpo_score.data.formats.validate import MAX_CHARACTERS
+from dpo_score.data.formats.cells import MAX_CHARACTERS
 from dpo_score.data.types import SYSTEM_ROLES, Message, Problem, Source
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.escape import seen

@@ -15,7 +15,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from dpo_score.config.schema import TextSpec
-from dpo_score.data.formats.base import ASSISTANT, hh_messages, same_context, wrapped_answer, wrapped_user
+from dpo_score.data.formats.base import assistant_answer, same_context, user_prompt
+from dpo_score.data.formats.transcripts import ASSISTANT, hh_messages
 from dpo_score.data.types import SYSTEM_ROLES, Message, Pair, Problem, Text, Unusable
 from dpo_score.errors import ConfigError
 
@@ -61,8 +62,8 @@ def wrapped(pair: Pair) -> Pair:
     if isinstance(pair.chosen, str) and isinstance(pair.rejected, str) and isinstance(pair.prompt, str):
         turns = hh_messages(pair.prompt) if pair.prompt.rstrip().endswith(ASSISTANT) else None
         chosen, rejected = (side.strip() if turns else side for side in (pair.chosen, pair.rejected))
-        prompt = turns or wrapped_user(pair.prompt)
-        return replace(pair, prompt=prompt, chosen=wrapped_answer(chosen), rejected=wrapped_answer(rejected))
+        prompt = turns or user_prompt(pair.prompt)
+        return replace(pair, prompt=prompt, chosen=assistant_answer(chosen), rejected=assistant_answer(rejected))
     return pair
 
 

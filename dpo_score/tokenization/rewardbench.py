@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from dpo_score.config.schema import TextSpec
-from dpo_score.data.formats.base import wrapped_answer, wrapped_user
+from dpo_score.data.formats.base import assistant_answer, user_prompt
 from dpo_score.data.types import EncodedPair, Ids, Mask, Message, Pair, Problem, Text, TokenIds
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.tokenization.prompt import divided
@@ -158,7 +158,7 @@ def _as_turns(pair: Pair) -> Pair | Problem:
     found = divided(pair, "auto")
     if isinstance(found, Problem):
         return found
-    prompt = wrapped_user(found.prompt) if isinstance(found.prompt, str) else _by_position(found.prompt)
+    prompt = user_prompt(found.prompt) if isinstance(found.prompt, str) else _by_position(found.prompt)
     if len(prompt) % 2 == 0:
         return Problem("bad_role_order", f"the prompt has {len(prompt)} turns: the last is not the user's", "prompt")
     chosen, rejected = _one_answer(found.chosen, "chosen"), _one_answer(found.rejected, "rejected")
@@ -178,10 +178,10 @@ def _by_position(messages: tuple[Message, ...]) -> tuple[Message, ...]:
 
 def _one_answer(side: Text, column: str) -> tuple[Message, ...] | Problem:
     if isinstance(side, str):
-        return wrapped_answer(side)
+        return assistant_answer(side)
     if len(side) != 1 or not isinstance(side[0], Mapping):
         return Problem("bad_role_order", f"{column} holds {len(side)} messages: RewardBench scores one", column)
-    return wrapped_answer(str(side[0].get("content") or ""))
+    return assistant_answer(str(side[0].get("content") or ""))
 
 
 def _messages(side: Text) -> tuple[Message, ...]:

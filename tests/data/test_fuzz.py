@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dpo_score.config.schema import DataSpec, TextSpec
 from dpo_score.data.dataset import open_datasets, read_pairs
-from dpo_score.data.formats.registry import TABLE
+from dpo_score.data.formats.registry import FORMATS
 from dpo_score.data.types import REJECT_CODES, EncodedPair, Pair, Rejected
 from dpo_score.errors import UsageError
 from dpo_score.tokenization.render import Renderer
@@ -67,7 +67,7 @@ def survives(path: Path, **options: Any) -> None:
 def test_any_json_lines(rows: list[dict[str, Any]], auto: bool, data: st.DataObject, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    names = ["auto"] if auto else [row.full_name for row in TABLE]
+    names = ["auto"] if auto else [row.full_name for row in FORMATS]
     survives(path, format=data.draw(st.sampled_from(names)))
 
 

@@ -128,6 +128,54 @@ def sharegpt(pair: Row, number: int) -> Written:
     return [{"conversations": turns, **sides}]
 
 
+def repeated(pair: Row, number: int) -> Written:
+    question, (better, worse) = alone(pair), said(pair)
+    row = {"prompt": question, "chosen": f"{question}{better}", "rejected": f"{question}{worse}"}
+    return None if question is None else [row]
+
+
+def alpaca(pair: Row, number: int) -> Written:
+    """One question and its earlier turns; a system text has a column of its own."""
+    system = [m["content"] for m in pair["prompt"] if m["role"] == "system"]
+    texts = [m["content"] for m in pair["prompt"] if m["role"] != "system"]
+    better, worse = said(pair)
+    return [
+        {"instruction": texts[-1], "input": "", "chosen": better, "rejected": worse, "system": "".join(system),
+         "history": [list(two) for two in zip(texts[:-1:2], texts[1::2], strict=True)]}
+    ]  # fmt: skip
+
+
+def output_list(pair: Row, number: int) -> Written:
+    question = alone(pair)
+    return None if question is None else [{"instruction": question, "input": None, "output": list(said(pair))}]
+
+
+def steps(pair: Row, number: int) -> Written:
+    """The last line of a question as the first step: both are the prompt."""
+    first, _, last = (alone(pair) or "").rpartition("\n")
+    better, worse = said(pair)
+    row = {"prompt": first or last, "initial_reason_steps": last if first else "", "chosen": better, "rejected": worse}
+    return None if alone(pair) is None else [row]
+
+
+def other_name(pair: Row, number: int) -> Written:
+    return [{"messages": pair["prompt"], "chosen": pair["chosen"][0], "rejected": pair["rejected"][0]}]
+
+
+def answer_structs(pair: Row, number: int) -> Written:
+    better, worse = ({"answer": text, "llm_name": "m"} for text in said(pair))
+    return [{"conversation_input": pair["prompt"], "chosen": better, "reject": worse}]
+
+
+def swift_response(pair: Row, number: int) -> Written:
+    return [{"messages": pair["prompt"] + pair["chosen"], "rejected_response": said(pair)[1]}]
+
+
+def swift_messages(pair: Row, number: int) -> Written:
+    sides = {"messages": pair["chosen"], "rejected_messages": pair["rejected"]}
+    return [{name: pair["prompt"] + side for name, side in sides.items()}]
+
+
 # --- a label says which -----------------------------------------------------------------------------------------------
 
 
@@ -177,6 +225,14 @@ def winner(pair: Row, number: int) -> Written:
     ]  # fmt: skip
 
 
+def chosen_model(pair: Row, number: int) -> Written:
+    first, second, better_first = turned(number, pair["chosen"], pair["rejected"])
+    return [
+        {"model_a_name": "m", "model_b_name": "n", "chosen_model_name": "m" if better_first else "n",
+         "both_equal": False, "conversation_a": pair["prompt"] + first, "conversation_b": pair["prompt"] + second}
+    ]  # fmt: skip
+
+
 # --- lists of answers -------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +252,13 @@ def nectar(better: str, worse: str) -> Row:
 def completions(better: str, worse: str) -> Row:
     scores = {worse: 1.0, MIDDLING: 5.0, better: 9.0}
     return {"completions": [{"model": "m", "response": t, "overall_score": score} for t, score in scores.items()]}
+
+
+def ranked_completions(pair: Row, number: int) -> Written:
+    first, second, better_first = turned(number, pair["chosen"], pair["rejected"])
+    ranks = (0, 1) if better_first else (1, 0)
+    items = [{"rank": rank, "completion": side} for rank, side in zip(ranks, (first, second), strict=True)]
+    return [{"context": pair["prompt"], "completions": items}]
 
 
 def two_rows(pair: Row, number: int) -> Written:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_score.data.formats.registry import TABLE
+from dpo_score.data.formats.registry import FORMATS
 from dpo_score.errors import DataError
 from tests.parity.conversions import Row, unpaired
 from tests.parity.every_format import Models, Scored, differing, ids_of, pairs_of, scored
@@ -89,7 +89,7 @@ def test_a_wrong_label_is_seen(models: Models, twins: dict[str, Scored], tmp_pat
 
 
 def test_every_row_of_the_table_of_formats_is_a_form() -> None:
-    assert {form.format for form in (*FORMS, *token_forms([]))} == {row.full_name for row in TABLE}
+    assert {form.format for form in (*FORMS, *token_forms([]))} == {row.full_name for row in FORMATS}
 
 
 def test_what_holds_no_pairs_is_refused(models: Models, tmp_path: Path) -> None:

@@ -1,187 +1,506 @@
-"""Formats that name the better side themselves: columns (or structs) called chosen and rejected, or preferred.
+"""Formats that name the better side themselves: columns called chosen and rejected, or in other words that say so.
 
-Each format is a `bind` (which columns, or None if the schema is another one's) and a `read` (row → comparisons).
+Whatever the two columns are called in a set (SIDE_NAMES), the formats here see them as chosen and rejected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
-from dpo_score.data.column_types import Shape, Shapes, is_message, is_messages, is_text, is_texts
-from dpo_score.data.formats.base import (
-    ASSISTANT,
-    Reading,
-    from_conversations,
-    wrapped_answer,
-    wrapped_user,
+from dpo_score.data.column_types import (
+    Shape,
+    Shapes,
+    is_message,
+    is_messages,
+    is_text,
+    is_texts,
+    is_turn_pairs,
 )
-from dpo_score.data.formats.validate import Row, answer, conversation, optional_text, struct_item, text_cell
-from dpo_score.data.types import NOWHERE, Message, Pair, Unusable
+from dpo_score.data.formats.base import (
+    Column,
+    Content,
+    Found,
+    ReadOptions,
+    as_seen,
+    assistant_answer,
+    pair,
+    preference_format,
+    user_prompt,
+    whole_conversations,
+)
+from dpo_score.data.formats.cells import (
+    Row,
+    answer,
+    checked_text,
+    conversation,
+    ended_by_assistant,
+    list_cell,
+    optional_text,
+    struct_item,
+    text_cell,
+    text_inside,
+)
+from dpo_score.data.formats.transcripts import ASSISTANT
+from dpo_score.data.types import Message, Pair, Unusable
 
-Binding: TypeAlias = dict[str, str]
-"""Canonical name a reader uses → the column that holds it."""
+SIDE_NAMES = (
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("chosen_conversations", "rejected_conversations"),
+    ("chosen_conversation", "rejected_conversation"),
+    ("chosen_messages", "rejected_messages"),
+    ("chosen_step", "rejected_step"),
+    ("chosen", "reject"),
+    ("preferred", "dispreferred"),
+    ("preferred", "rejected"),
+    ("accepted", "rejected"),
+    ("response_j", "response_k"),
+)
+"""Names of the better and the worse side, the better first; a set has the sides of the first that is there."""
+PROMPT_NAMES = ("prompt", "question", "instruction", "input", "query")
+TURN_NAMES = ("messages", "trajectory", "context", "conversation", "conversation_input", "chat_history", "history")
+"""Columns of earlier messages that are the prompt where no column is called prompt."""
+PROMPT_LIKE = (*PROMPT_NAMES, *TURN_NAMES, "conversations", "dialogue", "dialog", "problem")
+"""Columns that say what was asked: two texts beside one of them are not whole conversations."""
+ALIKE, BOTH = 0.9, 0.95
+"""Shares of the sampled rows that must begin alike, and that must hold a marker or the prompt on both sides."""
 
-PROMPT_NAMES = ("prompt", "question", "instruction", "input")
-SYSTEM_NAMES = ("system", "system_prompt")
+PROMPT = Column("prompt", is_text, also=PROMPT_NAMES[1:])
+CHOSEN_IS_BETTER = "chosen is better than rejected"
+
+
+def names_its_sides(shapes: Shapes) -> bool:
+    """Whether a set has columns for the better and the worse side."""
+    return "chosen" in shapes and "rejected" in shapes
+
+
+def _sides(fits: Any) -> tuple[Column, Column]:
+    return Column("chosen", fits), Column("rejected", fits)
+
+
+def _sampled_sides(rows: Sequence[Row]) -> Iterator[tuple[Any, Any]]:
+    return ((row.get("chosen"), row.get("rejected")) for row in rows)
+
+
+# --- pair-text: three strings ---------------------------------------------------------------------------------------
+
+
+def _is_alpaca(shapes: Shapes) -> bool:
+    others = (name for name in PROMPT_NAMES if name not in ("instruction", "input"))
+    return (
+        is_text(shapes.get("instruction"))
+        and is_text(shapes.get("input"))
+        and not any(is_text(shapes.get(name)) for name in others)
+    )
+
+
+def _has_steps(shapes: Shapes) -> bool:
+    return is_text(shapes.get("initial_reason_steps"))
+
+
+def _is_history(shape: Shape | None) -> bool:
+    return is_messages(shape) or is_turn_pairs(shape)
+
+
+HISTORY = Column("history", _is_history, also=("context",), optional=True)
+_BESIDE = ("messages", "labelling_prompt", "generations", "generation_prompt")
+
+
+def _with_history(row: Row, prompt: str, chosen: str, rejected: str) -> Found:
+    """Text; a conversation where the set has a column of earlier turns (also in rows that have none)."""
+    if "history" not in row:
+        return [pair(prompt, chosen, rejected)]
+    turns: list[Message] = []
+    for turn in list_cell(row, "history") if row["history"] else ():
+        if isinstance(turn, Mapping):
+            turns += conversation({"history": turn}, "history")
+        else:
+            asked, answered = (checked_text(text, "history") for text in _two(turn, "history"))
+            turns += [*user_prompt(asked), *assistant_answer(answered)]
+    return [pair((*turns, *user_prompt(prompt)), assistant_answer(chosen), assistant_answer(rejected))]
+
+
+def _two(value: Any, column: str) -> list[Any]:
+    items = list_cell({column: value}, column)
+    if len(items) != 2:
+        raise Unusable("wrong_type", f"{column} holds {len(items)} items where there should be two", column, value)
+    return items
+
+
+@preference_format(
+    name="pair-text",
+    code="F1",
+    needs=(PROMPT, *_sides(is_text), HISTORY),
+    unless=lambda shapes: _is_alpaca(shapes) or _has_steps(shapes),
+    columns="prompt (or question, instruction, input, query), chosen, rejected (or *_response): strings; "
+    "system and history (or context: messages) optional",
+    polarity=CHOSEN_IS_BETTER,
+    beside=_BESIDE,
+)
+def pair_text(row: Row, options: ReadOptions) -> Found:
+    prompt, chosen, rejected = (text_cell(row, column) for column in ("prompt", "chosen", "rejected"))
+    return _with_history(row, prompt, chosen, rejected)
+
+
+def _repeat_the_prompt(rows: Sequence[Row]) -> bool:
+    hits = sum(_begins_with(row.get("prompt"), *sides) for row, sides in zip(rows, _sampled_sides(rows), strict=True))
+    return bool(rows) and hits >= BOTH * len(rows)
+
+
+def _begins_with(prompt: Any, chosen: Any, rejected: Any) -> bool:
+    texts = (prompt, chosen, rejected)
+    if not all(isinstance(text, str) for text in texts) or not prompt.strip():
+        return False
+    return all(side.startswith(prompt) and len(side) > len(prompt) for side in (chosen, rejected))
+
+
+@preference_format(
+    name="pair-text",
+    variant="repeated",
+    code="F1",
+    needs=(PROMPT, *_sides(is_text), HISTORY),
+    unless=lambda shapes: _is_alpaca(shapes) or _has_steps(shapes),
+    sample_fits=_repeat_the_prompt,
+    columns="prompt, chosen, rejected: strings; in (nearly) every row both answers begin with the prompt, "
+    "which is cut off",
+    polarity=CHOSEN_IS_BETTER,
+    beside=_BESIDE,
+)
+def pair_text_repeated(row: Row, options: ReadOptions) -> Found:
+    """Rows whose sides do not both begin with the prompt stay as they are."""
+    prompt, chosen, rejected = (text_cell(row, column) for column in ("prompt", "chosen", "rejected"))
+    if _begins_with(prompt, chosen, rejected):
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    return _with_history(row, prompt, chosen, rejected)
+
+
+def _joined_instruction(row: Row) -> str:
+    """Instruction and input as LLaMA-Factory joins them: by a line break, without an empty one."""
+    parts = (text_cell(row, "instruction"), optional_text(row, "input"))
+    return "\n".join(part for part in parts if part)
+
+
+@preference_format(
+    name="pair-text",
+    variant="alpaca",
+    code="F1",
+    needs=(Column("instruction", is_text), Column("input", is_text), *_sides(is_text), HISTORY),
+    unless=lambda shapes: not _is_alpaca(shapes),
+    columns="instruction and input (joined by a line break), chosen, rejected: strings; system and history optional",
+    polarity=CHOSEN_IS_BETTER,
+)
+def alpaca(row: Row, options: ReadOptions) -> Found:
+    return _with_history(row, _joined_instruction(row), text_cell(row, "chosen"), text_cell(row, "rejected"))
+
+
+@preference_format(
+    name="pair-text",
+    variant="output-list",
+    code="F1",
+    needs=(
+        Column("instruction", is_text, also=("prompt", "question")),
+        Column("input", is_text, optional=True),
+        Column("output", is_texts, also=("outputs",)),
+        HISTORY,
+    ),
+    unless=names_its_sides,
+    columns="instruction: string, input: string, optional; output: list of two strings (LLaMA-Factory's older form); "
+    "system and history optional",
+    polarity="the first of the two outputs is better than the second",
+)
+def output_list(row: Row, options: ReadOptions) -> Found:
+    chosen, rejected = (checked_text(text, "output") for text in _two(row.get("output"), "output"))
+    return _with_history(row, _joined_instruction(row), chosen, rejected)
+
+
+@preference_format(
+    name="pair-text",
+    variant="steps",
+    code="F1",
+    needs=(
+        PROMPT,
+        Column("initial_reason_steps", is_text),
+        *_sides(is_text),
+    ),
+    columns="prompt, initial_reason_steps (which follow it on a new line), chosen, rejected: strings (Step-DPO)",
+    polarity="chosen is a better next step than rejected",
+    beside=("full_chosen", "full_rejected"),
+)
+def steps(row: Row, options: ReadOptions) -> Found:
+    prompt, first = text_cell(row, "prompt"), optional_text(row, "initial_reason_steps")
+    return [pair(f"{prompt}\n{first}" if first else prompt, text_cell(row, "chosen"), text_cell(row, "rejected"))]
+
+
+# --- two whole texts, with or without the markers of hh-rlhf --------------------------------------------------------
+
+
+def _says_what_was_asked(shapes: Shapes) -> bool:
+    return any(name in shapes for name in PROMPT_LIKE)
+
+
+def _are_transcripts(rows: Sequence[Row]) -> bool:
+    hits = sum(all(ASSISTANT in str(side) for side in sides) for sides in _sampled_sides(rows))
+    return bool(rows) and hits >= BOTH * len(rows)
+
+
+def _begin_alike(rows: Sequence[Row]) -> bool:
+    texts = [sides for sides in _sampled_sides(rows) if all(isinstance(side, str) for side in sides)]
+    return bool(texts) and sum(_share_words(*sides) for sides in texts) >= ALIKE * len(texts)
+
+
+def _share_words(chosen: str, rejected: str) -> bool:
+    """Whether two texts begin with the same word at least, or the same eight characters; or one begins the other."""
+    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    if shared is None:
+        return bool(chosen and rejected)
+    begun = chosen[:shared].lstrip()
+    return len(begun) >= 8 or any(character.isspace() for character in begun)
+
+
+@preference_format(
+    name="pair-text-implicit",
+    code="F1",
+    needs=_sides(is_text),
+    unless=_says_what_was_asked,
+    sample_fits=lambda rows: _begin_alike(rows) and not _are_transcripts(rows),
+    columns="chosen, rejected: strings that both begin with the prompt; no column that could be the prompt",
+    polarity=CHOSEN_IS_BETTER,
+)
+def pair_text_implicit(row: Row, options: ReadOptions) -> Found:
+    return [pair("", text_cell(row, "chosen"), text_cell(row, "rejected"), implicit=True)]
+
+
+@preference_format(
+    name="hh-transcript",
+    code="F2",
+    needs=_sides(is_text),
+    unless=_says_what_was_asked,
+    sample_fits=_are_transcripts,
+    columns="chosen, rejected: transcripts with \\n\\nHuman: and \\n\\nAssistant: turns",
+    polarity=CHOSEN_IS_BETTER,
+)
+def hh_transcript(row: Row, options: ReadOptions) -> Found:
+    chosen, rejected = text_cell(row, "chosen"), text_cell(row, "rejected")
+    for column, text in (("chosen", chosen), ("rejected", rejected)):
+        if ASSISTANT not in text:
+            raise Unusable("not_hh_transcript", f"{column} holds no {ASSISTANT!r}", column, text)
+    return [pair("", chosen, rejected, implicit=True)]
+
+
+# --- messages -------------------------------------------------------------------------------------------------------
+
+
+def _prompt_holds_messages(shapes: Shapes) -> bool:
+    return is_messages(shapes.get("prompt")) or is_message(shapes.get("prompt"))
+
+
+def _has_conversations(shapes: Shapes) -> bool:
+    return is_messages(shapes.get("conversations"))
+
+
+@preference_format(
+    name="messages-full",
+    code="F3",
+    needs=(Column("prompt", is_text, also=PROMPT_NAMES[1:], optional=True), *_sides(is_messages)),
+    unless=lambda shapes: _prompt_holds_messages(shapes) or _has_conversations(shapes),
+    columns="chosen, rejected: message lists that both begin with the prompt (a prompt string beside them is not read)",
+    polarity=CHOSEN_IS_BETTER,
+    content=Content.CONVERSATION,
+    beside=("messages", "question", "conversation", "generation_prompt", "all_generated_responses"),
+)
+def messages_full(row: Row, options: ReadOptions) -> Found:
+    """The context is what comes before the answer; a prompt column serves only where there is nothing before it."""
+    chosen, rejected = answer(row, "chosen"), answer(row, "rejected")
+    if len(chosen) == len(rejected) == 1 and row.get("prompt"):
+        return [pair(user_prompt(text_cell(row, "prompt")), chosen, rejected)]
+    return [whole_conversations(chosen, rejected)]
+
+
+def _is_answer(shape: Shape | None) -> bool:
+    return is_messages(shape) or is_message(shape) or is_text(shape)
+
+
+def _is_prompt(shape: Shape | None) -> bool:
+    return is_messages(shape) or is_message(shape)
+
+
+@preference_format(
+    name="messages-explicit",
+    code="F4",
+    needs=(Column("prompt", _is_prompt), *_sides(_is_answer)),
+    columns="prompt: message list; chosen, rejected: the answer's messages, message or string",
+    polarity=CHOSEN_IS_BETTER,
+    content=Content.CONVERSATION,
+    beside=("messages",),
+)
+def messages_explicit(row: Row, options: ReadOptions) -> Found:
+    return [after_prompt(conversation(row, "prompt"), answer(row, "chosen"), answer(row, "rejected"))]
+
+
+def after_prompt(prompt: tuple[Message, ...], chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> Pair:
+    """The pair, with the prompt cut off from sides that repeat it, with or without its system turn.
+
+    A system turn that only the sides have, the same on both, becomes the prompt's.
+    """
+    cuts = _repeated(prompt, chosen), _repeated(prompt, rejected)
+    if None in cuts:
+        return pair(prompt, chosen, rejected)
+    heads = [side[: at or 0] for side, at in zip((chosen, rejected), cuts, strict=True)]
+    if as_seen(heads[0]) != as_seen(heads[1]):
+        raise Unusable("context_mismatch", "the two answers repeat the prompt with different system texts", "chosen")
+    begun = heads[0] if len(heads[0]) > len(prompt) else prompt
+    return pair(begun, chosen[cuts[0] :], rejected[cuts[1] :])
+
+
+def _repeated(prompt: tuple[Message, ...], side: tuple[Message, ...]) -> int | None:
+    """How many messages of a side repeat the prompt; None if it does not begin with the prompt."""
+    if len(side) == 1 or side[0]["role"] == "assistant":
+        return None
+    whole, bare = as_seen(prompt), as_seen(_without_system(prompt))
+    forms = [(whole, side), (bare, side) if len(bare) < len(whole) else (whole, _without_system(side))]
+    for expected, begun in forms:
+        count = len(expected)
+        if count and len(begun) > count and as_seen(begun[:count]) == expected:
+            return count + len(side) - len(begun)
+    return None
+
+
+def _without_system(turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    return turns[1:] if turns and turns[0]["role"] == "system" else turns
+
+
+def _has_prompt(shapes: Shapes) -> bool:
+    """Whether a column is called prompt, or is a text that can be one."""
+    return "prompt" in shapes or any(is_text(shapes.get(name)) for name in PROMPT_NAMES) or _has_conversations(shapes)
+
+
+def _hold_answers(rows: Sequence[Row]) -> bool:
+    """Whether the sides are the answers alone: strings, single messages, or lists that begin with the assistant."""
+    return bool(rows) and all(_is_bare(side) for sides in _sampled_sides(rows) for side in sides if side)
+
+
+def _is_bare(side: Any) -> bool:
+    first = side[0] if isinstance(side, list | tuple) else side
+    role = first.get("role", first.get("from")) if isinstance(first, Mapping) else "assistant"
+    return not isinstance(role, str) or role.lower() not in ("system", "user", "human", "prompter")
+
+
+@preference_format(
+    name="messages-explicit",
+    variant="other-name",
+    code="F4",
+    needs=(Column("messages", _is_prompt, also=TURN_NAMES[1:]), *_sides(_is_answer)),
+    unless=_has_prompt,
+    sample_fits=_hold_answers,
+    columns="messages (or trajectory, context, conversation, history): message list; chosen, rejected: the answer's "
+    "messages, message or string (axolotl, UltraInteract)",
+    polarity=CHOSEN_IS_BETTER,
+    content=Content.CONVERSATION,
+)
+def messages_other_name(row: Row, options: ReadOptions) -> Found:
+    return [after_prompt(conversation(row, "messages"), answer(row, "chosen"), answer(row, "rejected"))]
+
+
+def _holds_answer(shape: Shape | None) -> bool:
+    return shape is not None and is_text(shape.fields.get("answer"))
+
+
+@preference_format(
+    name="messages-explicit",
+    variant="answer-structs",
+    code="F4",
+    needs=(Column("conversation_input", is_messages, also=("prompt", "messages")), *_sides(_holds_answer)),
+    columns="conversation_input: message list; chosen, reject: structs with answer (RMB)",
+    polarity="chosen is better than reject",
+    content=Content.CONVERSATION,
+)
+def answer_structs(row: Row, options: ReadOptions) -> Found:
+    chosen, rejected = (assistant_answer(text_inside(row, side, "answer")) for side in ("chosen", "rejected"))
+    return [pair(conversation(row, "conversation_input"), chosen, rejected)]
+
+
+def _is_openai_input(shape: Shape | None) -> bool:
+    return shape is not None and is_messages(shape.fields.get("messages"))
+
+
+@preference_format(
+    name="openai",
+    code="F4b",
+    needs=(
+        Column("input", _is_openai_input),
+        Column("preferred_output", _is_prompt),
+        Column("non_preferred_output", _is_prompt),
+    ),
+    columns="input: struct with messages and tools; preferred_output, non_preferred_output: messages",
+    polarity="preferred_output is better than non_preferred_output",
+    content=Content.CONVERSATION,
+)
+def openai(row: Row, options: ReadOptions) -> Found:
+    given = struct_item(row.get("input"), "input")
+    chosen, rejected = answer(row, "preferred_output"), answer(row, "non_preferred_output")
+    return [replace(after_prompt(conversation(given, "messages"), chosen, rejected), tools=given.get("tools"))]
+
+
+@preference_format(
+    name="sharegpt",
+    code="F10",
+    needs=(Column("conversations", is_messages), *_sides(_is_answer)),
+    unless=_prompt_holds_messages,
+    columns="conversations: list of from and value (without the answer); chosen, rejected: structs of from and value, "
+    "or strings",
+    polarity=CHOSEN_IS_BETTER,
+    content=Content.CONVERSATION,
+)
+def sharegpt(row: Row, options: ReadOptions) -> Found:
+    return [after_prompt(conversation(row, "conversations"), answer(row, "chosen"), answer(row, "rejected"))]
+
+
+# --- ms-swift: the messages end with the better answer --------------------------------------------------------------
+
+
+@preference_format(
+    name="ms-swift",
+    variant="rejected-response",
+    code="F12",
+    needs=(Column("messages", is_messages), Column("rejected_response", _is_answer)),
+    unless=lambda shapes: "chosen" in shapes,
+    columns="messages: message list that ends with the better answer; rejected_response: string or messages",
+    polarity="the last message of messages is better than rejected_response",
+    content=Content.CONVERSATION,
+)
+def swift_response(row: Row, options: ReadOptions) -> Found:
+    turns = ended_by_assistant(conversation(row, "messages"), "messages")
+    return [after_prompt(turns[:-1], turns[-1:], answer(row, "rejected_response"))]
+
+
+@preference_format(
+    name="ms-swift",
+    variant="rejected-messages",
+    code="F12",
+    needs=(Column("messages", is_messages), Column("rejected_messages", is_messages)),
+    unless=lambda shapes: "chosen" in shapes,
+    columns="messages, rejected_messages: message lists that both begin with the prompt",
+    polarity="messages ends with a better answer than rejected_messages",
+    content=Content.CONVERSATION,
+)
+def swift_messages(row: Row, options: ReadOptions) -> Found:
+    return [whole_conversations(answer(row, "messages"), answer(row, "rejected_messages"))]
+
+
+# --- what is no pair ------------------------------------------------------------------------------------------------
+
+
+def is_unpaired(shapes: Shapes) -> bool:
+    """Single answers with a label of their own: the form of KTO, in TRL's, ms-swift's and LLaMA-Factory's words."""
+    if names_its_sides(shapes):
+        return False
+    label = next((shapes[name] for name in ("label", "kto_tag", "labels") if name in shapes), None)
+    one_answer = any(name in shapes for name in ("completion", "response", "messages", "conversations", "output"))
+    return one_answer and label is not None and label.kind in ("bool", "int")
 
 
 def text_prompts(shapes: Shapes) -> list[str]:
     """Columns that can be the prompt, best name first."""
     return [name for name in PROMPT_NAMES if is_text(shapes.get(name))]
-
-
-def sides(shapes: Shapes) -> Binding | None:
-    """The columns of the two sides, under either of their usual names."""
-    for chosen, rejected in (("chosen", "rejected"), ("chosen_response", "rejected_response")):
-        if chosen in shapes and rejected in shapes:
-            return {"chosen": chosen, "rejected": rejected}
-    return None
-
-
-def optional(shapes: Shapes, **names: Iterable[str]) -> Binding:
-    """Those of `names` that are there as text, first match each."""
-    found = {key: next((n for n in options if is_text(shapes.get(n))), None) for key, options in names.items()}
-    return {key: name for key, name in found.items() if name is not None}
-
-
-def _both(shapes: Shapes, binding: Binding | None, *tests: Any) -> bool:
-    """Whether both sides pass one of the tests."""
-    if binding is None:
-        return False
-    return all(any(test(shapes[binding[side]]) for test in tests) for side in ("chosen", "rejected"))
-
-
-# --- F1 pair-text -----------------------------------------------------------------------------------------------
-
-
-def bind_pair_text(shapes: Shapes) -> Binding | None:
-    found, prompts = sides(shapes), text_prompts(shapes)
-    if found is None or not prompts or not _both(shapes, found, is_text):
-        return None
-    return {"prompt": prompts[0], **found, **optional(shapes, system=SYSTEM_NAMES)}
-
-
-def read_pair_text(row: Row, how: Reading) -> Iterable[Pair]:
-    """With a system column the row is a conversation; without one it is text, as TRL reads it."""
-    prompt, chosen, rejected = (text_cell(row, column) for column in ("prompt", "chosen", "rejected"))
-    if "system" not in row:
-        return [Pair(NOWHERE, prompt, chosen, rejected)]
-    context = wrapped_user(prompt, optional_text(row, "system"))
-    return [Pair(NOWHERE, context, wrapped_answer(chosen), wrapped_answer(rejected))]
-
-
-# --- F2 hh-transcript, and two whole texts without its markers --------------------------------------------------
-
-
-def bind_pair_text_implicit(shapes: Shapes) -> Binding | None:
-    found = sides(shapes)
-    if found is None or text_prompts(shapes) or not _both(shapes, found, is_text):
-        return None
-    return found if not is_messages(shapes.get("prompt")) else None
-
-
-def read_pair_text_implicit(row: Row, how: Reading) -> Iterable[Pair]:
-    return [Pair(NOWHERE, "", text_cell(row, "chosen"), text_cell(row, "rejected"), implicit=True)]
-
-
-def read_hh_transcript(row: Row, how: Reading) -> Iterable[Pair]:
-    chosen, rejected = text_cell(row, "chosen"), text_cell(row, "rejected")
-    for column, text in (("chosen", chosen), ("rejected", rejected)):
-        if ASSISTANT not in text:
-            raise Unusable("not_hh_transcript", f"{column} holds no {ASSISTANT!r}", column, text)
-    return [Pair(NOWHERE, "", chosen, rejected, implicit=True)]
-
-
-# --- F3 messages-full: both sides are whole conversations -------------------------------------------------------
-
-
-def bind_messages_full(shapes: Shapes) -> Binding | None:
-    found = sides(shapes)
-    if not _both(shapes, found, is_messages) or is_messages(shapes.get("prompt")) or _has_turns(shapes):
-        return None
-    prompts = text_prompts(shapes)
-    return {**(found or {}), **({"prompt": prompts[0]} if prompts else {})}
-
-
-def read_messages_full(row: Row, how: Reading) -> Iterable[Pair]:
-    """The context is what stands before the answer; a prompt column serves only where there is none."""
-    chosen, rejected = answer(row, "chosen"), answer(row, "rejected")
-    if len(chosen) == len(rejected) == 1 and row.get("prompt"):
-        return [Pair(NOWHERE, wrapped_user(text_cell(row, "prompt")), chosen, rejected)]
-    return [from_conversations(chosen, rejected)]
-
-
-# --- F4 messages-explicit ---------------------------------------------------------------------------------------
-
-
-def bind_messages_explicit(shapes: Shapes) -> Binding | None:
-    found = sides(shapes)
-    if not is_messages(shapes.get("prompt")) or not _both(shapes, found, is_messages, is_message, is_text):
-        return None
-    return {"prompt": "prompt", **(found or {})}
-
-
-def read_messages_explicit(row: Row, how: Reading) -> Iterable[Pair]:
-    prompt = conversation(row, "prompt")
-    chosen, rejected = answer(row, "chosen"), answer(row, "rejected")
-    return [Pair(NOWHERE, prompt, _after(prompt, chosen), _after(prompt, rejected))]
-
-
-def _after(prompt: tuple[Message, ...], side: tuple[Message, ...]) -> tuple[Message, ...]:
-    """A side that repeats the whole prompt before its answer is cut to the answer."""
-    repeats = len(side) > len(prompt) and side[: len(prompt)] == prompt
-    return side[len(prompt) :] if repeats else side
-
-
-# --- F4b openai -------------------------------------------------------------------------------------------------
-
-
-def bind_openai(shapes: Shapes) -> Binding | None:
-    names = ("input", "preferred_output", "non_preferred_output")
-    inner = shapes["input"].fields if "input" in shapes else {}
-    good = all(is_messages(shapes.get(n)) or is_message(shapes.get(n)) for n in names[1:])
-    return {name: name for name in names} if good and is_messages(inner.get("messages")) else None
-
-
-def read_openai(row: Row, how: Reading) -> Iterable[Pair]:
-    given = struct_item(row.get("input"), "input")
-    prompt = conversation(given, "messages")
-    chosen, rejected = answer(row, "preferred_output"), answer(row, "non_preferred_output")
-    return [Pair(NOWHERE, prompt, chosen, rejected, tools=given.get("tools"))]
-
-
-# --- F9 best-of-n -----------------------------------------------------------------------------------------------
-
-
-def bind_best_of_n(shapes: Shapes) -> Binding | None:
-    found, prompts = sides(shapes), text_prompts(shapes)
-    return {"prompt": prompts[0], **(found or {})} if prompts and _both(shapes, found, is_texts) else None
-
-
-# --- F10 sharegpt -----------------------------------------------------------------------------------------------
-
-
-def _has_turns(shapes: Shapes) -> bool:
-    return is_messages(shapes.get("conversations"))
-
-
-def bind_sharegpt(shapes: Shapes) -> Binding | None:
-    found = sides(shapes)
-    if not _has_turns(shapes) or is_messages(shapes.get("prompt")) or not _both(shapes, found, is_message, is_messages):
-        return None
-    return {"conversations": "conversations", **(found or {}), **optional(shapes, system=SYSTEM_NAMES)}
-
-
-def read_sharegpt(row: Row, how: Reading) -> Iterable[Pair]:
-    prompt = conversation(row, "conversations")
-    system = optional_text(row, "system")
-    if system and prompt[0]["role"] != "system":
-        prompt = ({"role": "system", "content": system}, *prompt)
-    return [Pair(NOWHERE, prompt, answer(row, "chosen"), answer(row, "rejected"))]
-
-
-def unpaired(shapes: Shapes) -> bool:
-    """The KTO form: one completion and a boolean."""
-    label: Shape | None = shapes.get("label")
-    return "completion" in shapes and label is not None and label.kind in ("bool", "int") and "chosen" not in shapes

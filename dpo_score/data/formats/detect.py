@@ -1,62 +1,78 @@
-"""Which format a set has: exactly one row of the table must match its schema, or the set is refused.
+"""Which format a set has: exactly one must match its schema, or the set is refused.
 
-Nothing is guessed: no match, or more than one, is a `DataError` that shows the schema, the candidates, and the
-option that settles it.
+In come the shapes of the columns, the person's --format and --map, and a way to look at the first rows; out come the
+format and the column of the file behind each name that its reader uses. Nothing is guessed: no match, or more than
+one, is a `DataError` that shows the schema, the candidates, and the option that settles it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dpo_score.config.schema import DataSpec
-from dpo_score.data.column_types import Shapes
-from dpo_score.data.formats.base import ASSISTANT
-from dpo_score.data.formats.chosen_rejected import PROMPT_NAMES, SYSTEM_NAMES, Binding, text_prompts, unpaired
-from dpo_score.data.formats.registry import TABLE, Format, named
+from dpo_score.data.column_types import Shape, Shapes, is_messages, is_text
+from dpo_score.data.formats.base import Column, ColumnMap, Format
+from dpo_score.data.formats.cells import Row, plain
+from dpo_score.data.formats.chosen_rejected import (
+    PROMPT_LIKE,
+    PROMPT_NAMES,
+    SIDE_NAMES,
+    is_unpaired,
+    names_its_sides,
+    text_prompts,
+)
+from dpo_score.data.formats.registry import FORMATS, named
+from dpo_score.data.types import Unusable
 from dpo_score.errors import DataError, nearest
 
-HH_SHARE = 0.95
-HH_SAMPLE = 1000
+SAMPLE_ROWS = 1000
+
+
+def _is_system(shape: Shape | None) -> bool:
+    return is_text(shape) or is_messages(shape)
+
+
+SYSTEM = Column("system", _is_system, also=("system_prompt", "system_message"))
+"""Read with every format but token ids, and put before the conversation in one place: row.py."""
 CARRIED = ("id", "subset", "group_id", "tools", "chat_template_kwargs")
-_ALIASES = {
-    "prompt": PROMPT_NAMES,
-    "system": SYSTEM_NAMES,
-    "chosen": ("chosen", "chosen_response"),
-    "rejected": ("rejected", "rejected_response"),
-    "id": ("id", "prompt_id"),
-}
+_CARRIED_ALSO: Mapping[str, tuple[str, ...]] = {"id": ("id", "prompt_id")}
 
-Sample = Callable[[], Sequence[Mapping[str, Any]]]
-"""The first rows of the set, at most HH_SAMPLE: called only where the schema cannot decide."""
+Sample = Callable[[Sequence[str]], Sequence[Mapping[str, Any]]]
+"""The given columns of the first rows of the set, at most SAMPLE_ROWS: called where the schema cannot decide."""
 
 
-def detect(shapes: Shapes, spec: DataSpec, sample: Sample) -> tuple[Format, Binding]:
+def detect(shapes: Shapes, spec: DataSpec, sample: Sample) -> tuple[Format, dict[str, str]]:
     """The format of a set, and the column of the file behind each name its reader uses.
 
     shapes: column of the file → shape. Raises DataError.
     """
-    names = _names(shapes, spec)
+    names = reader_names(shapes, spec)
     view = {name: shapes[column] for name, column in names.items()}
-    format_, found = _decide(view, spec, lambda: _is_transcript(sample(), names))
+    format_, found = _decided(view, names, spec, sample)
     _refuse_two_prompts(format_, found, view, spec)
-    unread = [key for key in spec.map if spec.map[key] and key not in found and key not in CARRIED]
-    if unread:
-        known = nearest(unread[0], [*found, *CARRIED, "system"])
-        raise DataError(f"data set {spec.name!r}: --map {unread[0]}=… is not read by {format_.full_name}; {known}")
-    return format_, {name: names[column] for name, column in found.items()}
+    if not format_.holds_ids and (system := _system(view, spec)) is not None:
+        found["system"] = system
+    columns = {name: names[column] for name, column in found.items()}
+    _refuse_unread_keys(format_, columns, spec)
+    _refuse_undecided_preference(spec, columns)
+    return format_, columns
 
 
-def carried_columns(shapes: Shapes, spec: DataSpec) -> Binding:
+def carried_columns(shapes: Shapes, spec: DataSpec) -> dict[str, str]:
     """The columns that go along with a pair: id, subset, group_id, tools, chat_template_kwargs."""
-    names = _names(shapes, spec)
-    found = {key: next((n for n in _ALIASES.get(key, (key,)) if n in names), None) for key in CARRIED}
+    names = reader_names(shapes, spec)
+    found = {key: next((n for n in _CARRIED_ALSO.get(key, (key,)) if n in names), None) for key in CARRIED}
     return {key: names[name] for key, name in found.items() if name is not None}
 
 
-def _names(shapes: Shapes, spec: DataSpec) -> Binding:
-    """Name a reader may ask for → column. Hyphens read as underscores; `--map` hides what it replaces."""
-    names: Binding = {}
+def reader_names(shapes: Shapes, spec: DataSpec) -> dict[str, str]:
+    """Name that a reader may ask for → column of the file.
+
+    Hyphens read as underscores, the two sides are called chosen and rejected whatever SIDE_NAMES calls them, and a
+    key of --map hides the other names of what it replaces.
+    """
+    names: dict[str, str] = {}
     for column in shapes:
         names.setdefault(column.replace("-", "_"), column)
     for key, column in spec.map.items():
@@ -65,43 +81,120 @@ def _names(shapes: Shapes, spec: DataSpec) -> Binding:
                 f"data set {spec.name!r}: --map {key}={column} names a column that is not there; "
                 f"{nearest(column, shapes)}"
             )
-        for alias in _ALIASES.get(key, (key,)):
-            names.pop(alias, None)
-    return {**names, **{key: column for key, column in spec.map.items() if column}}
+        hidden = {"prompt": PROMPT_NAMES, "system": (SYSTEM.name, *SYSTEM.also), **_CARRIED_ALSO}.get(key, (key,))
+        for name in hidden:
+            names.pop(name, None)
+    names |= {key: column for key, column in spec.map.items() if column}
+    sides = next((two for two in SIDE_NAMES if all(name in names for name in two)), None)
+    if sides is not None and not {"chosen", "rejected"} & spec.map.keys():
+        for name, side in zip(("chosen", "rejected"), sides, strict=True):
+            names[name] = names.pop(side)
+    return names
 
 
-def _decide(view: Shapes, spec: DataSpec, is_transcript: Callable[[], bool]) -> tuple[Format, Binding]:
-    rows = TABLE if spec.format == "auto" else named(spec.format)
-    if not rows:
-        known = sorted({name for row in TABLE for name in (row.name, row.full_name)})
+def _decided(view: Shapes, names: ColumnMap, spec: DataSpec, sample: Sample) -> tuple[Format, dict[str, str]]:
+    candidates = FORMATS if spec.format == "auto" else named(spec.format)
+    if not candidates:
+        known = sorted({name for format_ in FORMATS for name in (format_.name, format_.full_name)})
         raise DataError(f"data set {spec.name!r}: unknown format {spec.format!r}; {nearest(spec.format, known)}")
-    matches = [(row, found) for row in rows if (found := row.bind(view)) is not None]
-    if {row.name for row, _ in matches} == {"hh-transcript", "pair-text-implicit"}:
-        wanted = "hh-transcript" if is_transcript() else "pair-text-implicit"
-        matches = [match for match in matches if match[0].name == wanted]
+    fixed = [key for key, column in spec.map.items() if column]
+    matches = [(format_, found) for format_ in candidates if (found := format_.match(view, fixed)) is not None]
+    exact = [match for match in matches if match[0].full_name == spec.format]
+    if exact or (spec.format != "auto" and len(matches) == 1):
+        return (exact or matches)[0]
+    by_rows = [(format_, found) for format_, found in matches if format_.sample_fits is not None]
+    others = [(format_, found) for format_, found in matches if format_.sample_fits is None]
+    fitting = [match for match in by_rows if _rows_fit(*match, view, names, sample)]
+    matches = fitting or others
     if len(matches) == 1:
         return matches[0]
-    raise DataError(_refusal(view, spec, rows, [row for row, _ in matches]))
+    raise DataError(_refusal(view, spec, candidates, [format_ for format_, _ in matches or by_rows], bool(matches)))
 
 
-def _refusal(view: Shapes, spec: DataSpec, rows: Sequence[Format], matches: Sequence[Format]) -> str:
+def _rows_fit(format_: Format, found: ColumnMap, view: Shapes, names: ColumnMap, sample: Sample) -> bool:
+    """Whether the sampled rows have the form that the schema cannot tell."""
+    assert format_.sample_fits is not None
+    rows = sample([names[name] for name in found.values()])
+    return format_.sample_fits([_readable(row, found, view, names) for row in rows])
+
+
+def _readable(raw: Mapping[str, Any], found: ColumnMap, view: Shapes, names: ColumnMap) -> Row:
+    """A row by the names of the reader; what cannot be decoded is left out, as the row checks will find it."""
+    row = {}
+    for key, name in found.items():
+        try:
+            row[key] = plain(raw.get(names[name]), view[name], name)
+        except Unusable:
+            row[key] = None
+    return row
+
+
+def _system(view: Shapes, spec: DataSpec) -> str | None:
+    names = (SYSTEM.name,) if spec.map.get("system") else (SYSTEM.name, *SYSTEM.also)
+    return next((name for name in names if SYSTEM.fits(view.get(name))), None)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def _refusal(view: Shapes, spec: DataSpec, candidates: Sequence[Format], matches: Sequence[Format], fits: bool) -> str:
     schema = ", ".join(f"{name}: {str(shape)[:120]}" for name, shape in list(view.items())[:60]) or "no column"
     head = f"data set {spec.name!r} ({spec.path}) has the columns {schema}. "
-    if matches:
-        names = " or ".join(f"--format {row.full_name}" for row in matches)
+    if fits:
+        names = " or ".join(f"--format {format_.full_name}" for format_ in matches)
         return f"{head}More than one format fits: say {names}."
-    if unpaired(view):
+    if matches:
+        names = " or ".join(f"--format {format_.full_name}" for format_ in matches)
+        needed = "; or ".join(format_.columns for format_ in matches)
+        return (
+            f"{head}The columns would fit {needed}; but the rows do not have that form, so that there would be no "
+            f"prompt. Say {names} to read them so, or name the prompt with --map prompt=COLUMN."
+        )
+    if is_unpaired(view):
         return f"{head}These are single completions with a label (the KTO form); DPO needs pairs."
     if spec.format != "auto":
-        needed = "; or ".join(row.columns for row in rows)
+        needed = "; or ".join(format_.columns for format_ in candidates)
         return f"{head}That is not {spec.format}, which needs {needed}. Rename columns with --map NAME=COLUMN,…"
+    return f"{head}No known format fits (`dpo-score formats` lists them). {_way_out(view)}"
+
+
+def _way_out(view: Shapes) -> str:
+    """The --map that would read these columns, as far as their names tell."""
+    prompts = [name for name in PROMPT_LIKE if name in view]
+    if names_its_sides(view) and prompts:
+        return _unusable_prompt(view, prompts[0])
+    sides = _first_present(view, (("response_a", "response_b"), ("response_A", "response_B"), ("response_0",
+                           "response_1"), ("response_1", "response_2"), ("answer_a", "answer_b"),
+                           ("output_1", "output_2"), ("response1", "response2")))  # fmt: skip
+    if sides is not None:
+        first, second = sides
+        return (
+            f"Say which column tells the better answer: --map response_a={first},response_b={second},winner=COLUMN "
+            "where it says model_a, model_b or tie (or A>B); or, where it numbers the better answer, 0 being "
+            f"{first}, --map response_0={first},response_1={second},better_response_id=COLUMN. "
+            "--map help names the keys of every format."
+        )
     return (
-        f"{head}No known format fits (`dpo-score formats` lists them). "
-        "Say which columns to read, for instance --map prompt=COLUMN,chosen=COLUMN,rejected=COLUMN."
+        "Say which columns to read, for instance --map prompt=COLUMN,chosen=COLUMN,rejected=COLUMN; "
+        "--map help names the keys of every format."
     )
 
 
-def _refuse_two_prompts(format_: Format, found: Binding, view: Shapes, spec: DataSpec) -> None:
+def _first_present(view: Shapes, pairs: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
+    return next((two for two in pairs if all(name in view for name in two)), None)
+
+
+def _unusable_prompt(view: Shapes, name: str) -> str:
+    shape = view[name]
+    if is_text(shape) or is_messages(shape):
+        return f"Column {name!r} looks like the prompt: say --map prompt={name}, or --map prompt=COLUMN for another."
+    return (
+        f"Column {name!r} looks like the prompt, but it is {str(shape)[:120]}: a prompt is a string or a list of "
+        "messages (role and content). Change the column, or name another with --map prompt=COLUMN."
+    )
+
+
+def _refuse_two_prompts(format_: Format, found: ColumnMap, view: Shapes, spec: DataSpec) -> None:
     """Two columns that could each be the prompt: picking one silently would score other tokens."""
     prompts = text_prompts(view)
     if (
@@ -114,15 +207,22 @@ def _refuse_two_prompts(format_: Format, found: Binding, view: Shapes, spec: Dat
         raise DataError(f"data set {spec.name!r} ({spec.path}) has {len(prompts)} prompt columns: say {options}.")
 
 
-def _is_transcript(rows: Sequence[Mapping[str, Any]], names: Binding) -> bool:
-    """Whether at least HH_SHARE of the rows hold the assistant's marker on both sides."""
-    columns = [names[n] for n in ("chosen", "rejected", "chosen_response", "rejected_response") if n in names]
-    hits = sum(all(ASSISTANT in str(row.get(column)) for column in columns[:2]) for row in rows)
-    return bool(rows) and hits >= HH_SHARE * len(rows)
+def _refuse_unread_keys(format_: Format, columns: ColumnMap, spec: DataSpec) -> None:
+    """A key of --map that nothing reads would be ignored without a word."""
+    unread = next((key for key in spec.map if spec.map[key] and key not in columns and key not in CARRIED), None)
+    if unread is None:
+        return
+    keys = dict.fromkeys([*(column.name for column in format_.needs), SYSTEM.name, *CARRIED])
+    close = nearest(unread, keys) if unread not in keys else f"it reads {', '.join(keys)}"
+    wrong = f"; its column {spec.map[unread]!r} is of another type" if unread in keys else ""
+    raise DataError(
+        f"data set {spec.name!r}: --map {unread}=… is not read by {format_.full_name}{wrong}; {close} "
+        "(--map help names the keys of every format)"
+    )
 
 
-def refuse_undecided_preference(spec: DataSpec, columns: Mapping[str, str]) -> None:
-    """DataError where two labels stand side by side and none was chosen."""
+def _refuse_undecided_preference(spec: DataSpec, columns: ColumnMap) -> None:
+    """DataError where two labels are side by side and none was chosen."""
     labels = [name for name in ("better", "safer") if f"{name}_response_id" in columns]
     if len(labels) == 2 and spec.preference is None:
         raise DataError(

@@ -1,124 +1,203 @@
-"""Formats whose two answers stand in neutral columns and whose label says which is better.
+"""Formats whose two answers are in neutral columns and whose label says which is better.
 
-Polarity is where such readers go wrong, so each states it once, in `formats.TABLE`, and reads it through
-`comparison.ordered`: positive = the first answer is better.
+Wrong polarity is the usual fault of such readers, so each states it in one sentence, and all but one read it through
+`base.ordered`: positive = the first answer is better.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from dpo_score.data.column_types import Shapes, is_messages, is_number, is_text
-from dpo_score.data.formats.base import Reading, nemo_messages, ordered, same_context, wrapped_answer
-from dpo_score.data.formats.chosen_rejected import Binding, sides
-from dpo_score.data.formats.validate import (
+from dpo_score.data.column_types import (
+    Shape,
+    is_label,
+    is_messages,
+    is_number,
+    is_text,
+    item_fields,
+)
+from dpo_score.data.formats.base import (
+    Column,
+    Content,
+    Found,
+    ReadOptions,
+    assistant_answer,
+    ordered,
+    preference_format,
+    same_context,
+)
+from dpo_score.data.formats.cells import (
     Row,
-    answer,
     checked_text,
     conversation,
     decoded_json,
+    ended_by_assistant,
     label_cell,
     list_cell,
     number_cell,
     struct_item,
     text_cell,
+    text_inside,
 )
-from dpo_score.data.types import Pair, Problem, Unusable
+from dpo_score.data.formats.chosen_rejected import names_its_sides
+from dpo_score.data.formats.transcripts import nemo_messages
+from dpo_score.data.types import Message, Unusable
 from dpo_score.escape import seen
 
-Found = Iterable[Pair | Problem]
+
+def _present(shape: Shape | None) -> bool:
+    return shape is not None
 
 
-def _columns(shapes: Shapes, *names: str, text: Iterable[str] = (), numbers: Iterable[str] = ()) -> Binding | None:
-    """All of these columns, each of its kind, in a set that does not name its sides itself."""
-    fits = all(is_text(shapes.get(n)) for n in text) and all(is_number(shapes.get(n)) for n in numbers)
-    wanted = (*names, *text, *numbers)
-    return {n: n for n in wanted} if fits and not sides(shapes) and all(n in shapes for n in wanted) else None
+# --- signed-preference ----------------------------------------------------------------------------------------------
 
 
-# --- F5 signed-preference ---------------------------------------------------------------------------------------
-
-
-def bind_helpsteer2_preference(shapes: Shapes) -> Binding | None:
-    return _columns(shapes, text=("prompt", "response_1", "response_2"), numbers=("preference_strength",))
-
-
-def read_helpsteer2_preference(row: Row, how: Reading) -> Found:
+@preference_format(
+    name="signed-preference",
+    variant="helpsteer2",
+    code="F5",
+    needs=(
+        Column("prompt", is_text),
+        Column("response_1", is_text),
+        Column("response_2", is_text),
+        Column("preference_strength", is_number),
+    ),
+    unless=names_its_sides,
+    columns="prompt, response_1, response_2: strings; preference_strength: -3 … 3",
+    polarity="a negative preference_strength means response_1 is better, a positive one response_2; 0 is a tie",
+    content=Content.CONVERSATION,
+)
+def helpsteer2_preference(row: Row, options: ReadOptions) -> Found:
     strength = label_cell(row, "preference_strength", (-3, -2, -1, 0, 1, 2, 3))
     prompt = nemo_messages(text_cell(row, "prompt"))
-    first, second = (wrapped_answer(text_cell(row, c)) for c in ("response_1", "response_2"))
-    return ordered(prompt, first, second, -strength, how, "preference_strength")
+    first, second = (assistant_answer(text_cell(row, column)) for column in ("response_1", "response_2"))
+    return ordered(prompt, first, second, -strength, options, "preference_strength")
 
 
-def bind_helpsteer3(shapes: Shapes) -> Binding | None:
-    if not is_messages(shapes.get("context")):
-        return None
-    return _columns(shapes, "context", text=("response1", "response2"), numbers=("overall_preference",))
-
-
-def read_helpsteer3(row: Row, how: Reading) -> Found:
+@preference_format(
+    name="signed-preference",
+    variant="helpsteer3",
+    code="F5",
+    needs=(
+        Column("context", is_messages),
+        Column("response1", is_text),
+        Column("response2", is_text),
+        Column("overall_preference", is_number),
+    ),
+    unless=names_its_sides,
+    columns="context: message list; response1, response2: strings; overall_preference: -3 … 3",
+    polarity="a negative overall_preference means response1 is better, a positive one response2; 0 is a tie",
+    content=Content.CONVERSATION,
+)
+def helpsteer3(row: Row, options: ReadOptions) -> Found:
     strength = label_cell(row, "overall_preference", (-3, -2, -1, 0, 1, 2, 3))
-    first, second = (wrapped_answer(text_cell(row, c)) for c in ("response1", "response2"))
-    return ordered(conversation(row, "context"), first, second, -strength, how, "overall_preference")
+    first, second = (assistant_answer(text_cell(row, column)) for column in ("response1", "response2"))
+    return ordered(conversation(row, "context"), first, second, -strength, options, "overall_preference")
 
 
-# --- F6 better-id -----------------------------------------------------------------------------------------------
+# --- better-id ------------------------------------------------------------------------------------------------------
 
 
-def bind_better_id(shapes: Shapes) -> Binding | None:
-    labels = [n for n in ("better_response_id", "safer_response_id") if is_number(shapes.get(n))]
-    return _columns(shapes, text=("prompt", "response_0", "response_1"), numbers=labels) if labels else None
-
-
-def read_better_id(row: Row, how: Reading) -> Found:
-    column = f"{how.preference or ('better' if 'better_response_id' in row else 'safer')}_response_id"
+@preference_format(
+    name="better-id",
+    code="F6",
+    needs=(
+        Column("prompt", is_text),
+        Column("response_0", is_text),
+        Column("response_1", is_text),
+        Column("better_response_id", is_number, optional=True),
+        Column("safer_response_id", is_number, optional=True),
+    ),
+    unless=lambda shapes: (
+        names_its_sides(shapes) or not {"better_response_id", "safer_response_id"}.intersection(shapes)
+    ),
+    columns="prompt, response_0, response_1: strings; better_response_id and/or safer_response_id: 0 or 1",
+    polarity="the response that better_response_id (or, as --preference says, safer_response_id) numbers is better",
+)
+def better_id(row: Row, options: ReadOptions) -> Found:
+    column = f"{options.preference or ('better' if 'better_response_id' in row else 'safer')}_response_id"
     better = label_cell(row, column, (0, 1))
     first, second = text_cell(row, "response_0"), text_cell(row, "response_1")
-    return ordered(text_cell(row, "prompt"), first, second, 1 if better == 0 else -1, how, column)
+    return ordered(text_cell(row, "prompt"), first, second, 1 if better == 0 else -1, options, column)
 
 
-# --- F7 ab-label ------------------------------------------------------------------------------------------------
+# --- ab-label -------------------------------------------------------------------------------------------------------
 
 
-def bind_shp(shapes: Shapes) -> Binding | None:
-    return _columns(shapes, text=("history", "human_ref_A", "human_ref_B"), numbers=("labels",))
-
-
-def read_shp(row: Row, how: Reading) -> Found:
+@preference_format(
+    name="ab-label",
+    variant="shp",
+    code="F7",
+    needs=(
+        Column("history", is_text),
+        Column("human_ref_A", is_text),
+        Column("human_ref_B", is_text),
+        Column("labels", is_label),
+    ),
+    unless=names_its_sides,
+    columns="history, human_ref_A, human_ref_B: strings; labels: 0 or 1 (number, boolean or text)",
+    polarity="labels 1 means human_ref_A is better, 0 means human_ref_B is",
+)
+def shp(row: Row, options: ReadOptions) -> Found:
     first_is_better = label_cell(row, "labels", (0, 1)) == 1
     first, second = text_cell(row, "human_ref_A"), text_cell(row, "human_ref_B")
-    return ordered(text_cell(row, "history"), first, second, 1 if first_is_better else -1, how, "labels")
+    return ordered(text_cell(row, "history"), first, second, 1 if first_is_better else -1, options, "labels")
 
 
-def bind_webgpt(shapes: Shapes) -> Binding | None:
-    question = shapes.get("question")
-    if question is None or not (is_text(question) or is_text(question.fields.get("full_text"))):
-        return None
-    return _columns(shapes, "question", text=("answer_0", "answer_1"), numbers=("score_0", "score_1"))
+def _is_question(shape: Shape | None) -> bool:
+    return is_text(shape) or (shape is not None and is_text(shape.fields.get("full_text")))
 
 
-def read_webgpt(row: Row, how: Reading) -> Found:
-    question = row.get("question")
-    text = question.get("full_text") if isinstance(question, Mapping) else question
+@preference_format(
+    name="ab-label",
+    variant="webgpt",
+    code="F7",
+    needs=(
+        Column("question", _is_question),
+        Column("answer_0", is_text),
+        Column("answer_1", is_text),
+        Column("score_0", is_number),
+        Column("score_1", is_number),
+    ),
+    unless=names_its_sides,
+    columns="question: string or struct with full_text; answer_0, answer_1: strings; score_0, score_1: numbers",
+    polarity="the answer with the higher score is better, equal scores are a tie; quotes are not part of the prompt",
+    beside=("quotes_0", "quotes_1"),
+)
+def webgpt(row: Row, options: ReadOptions) -> Found:
     preference = number_cell(row, "score_0") - number_cell(row, "score_1")
-    prompt = checked_text(text, "question")
-    return ordered(prompt, text_cell(row, "answer_0"), text_cell(row, "answer_1"), preference, how, "score_0, score_1")
+    prompt = text_inside(row, "question", "full_text")
+    first, second = text_cell(row, "answer_0"), text_cell(row, "answer_1")
+    return ordered(prompt, first, second, preference, options, "score_0, score_1")
 
 
-def bind_arena_one_hot(shapes: Shapes) -> Binding | None:
-    winners = ("winner_model_a", "winner_model_b", "winner_tie")
-    return _columns(shapes, *winners, text=("prompt", "response_a", "response_b"))
-
-
-def read_arena_one_hot(row: Row, how: Reading) -> Found:
+@preference_format(
+    name="ab-label",
+    variant="one-hot",
+    code="F7",
+    needs=(
+        Column("winner_model_a", _present),
+        Column("winner_model_b", _present),
+        Column("winner_tie", _present),
+        Column("prompt", is_text),
+        Column("response_a", is_text),
+        Column("response_b", is_text),
+    ),
+    unless=names_its_sides,
+    columns="prompt, response_a, response_b: strings or JSON lists of them; winner_model_a, winner_model_b, winner_tie",
+    polarity="the winner column that is 1 names the better response",
+    content=Content.CONVERSATION,
+)
+def arena_one_hot(row: Row, options: ReadOptions) -> Found:
     a, b, neither = (number_cell(row, f"winner_{who}") for who in ("model_a", "model_b", "tie"))
     if sorted((a, b, neither)) != [0, 0, 1]:
         raise Unusable("invalid_label", "exactly one of the three winner columns must be 1", "winner_model_a", a)
     first, second = (_arena_turns(row, column) for column in ("response_a", "response_b"))
     context = same_context(first, second, "response_a, response_b")
-    return ordered(context, first[-1:], second[-1:], a - b, how, "winner_tie")
+    return ordered(context, first[-1:], second[-1:], a - b, options, "winner_tie")
 
 
 def _arena_turns(row: Row, column: str) -> tuple[dict[str, str], ...]:
@@ -141,58 +220,173 @@ def _texts(row: Row, column: str) -> list[str]:
     return [checked_text(item, column) for item in values]
 
 
-def bind_arena_winner(shapes: Shapes) -> Binding | None:
-    if not (is_messages(shapes.get("conversation_a")) and is_messages(shapes.get("conversation_b"))):
-        return None
-    return _columns(shapes, "conversation_a", "conversation_b", text=("winner",))
+# --- ab-label with the winner in words ------------------------------------------------------------------------------
+
+_FIRST = frozenset(("model_a", "a", "response_a", "answer_a", "assistant_a", "conversation_a", "a>b", "a>>b"))
+_SECOND = frozenset(("model_b", "b", "response_b", "answer_b", "assistant_b", "conversation_b", "b>a", "b>>a"))
+_NEITHER = frozenset(
+    ("both", "both_good", "bothgood", "both_bad", "bothbad", "both_equal", "neither", "none", "no_winner")
+)  # fmt: skip
+_NEITHER |= {"draw", "equal", "same", "a=b", "a==b", "b=a"}
 
 
-def read_arena_winner(row: Row, how: Reading) -> Found:
-    preference = _winner(row, "winner")
-    first, second = answer(row, "conversation_a"), answer(row, "conversation_b")
-    context = same_context(first, second, "conversation_a, conversation_b")
-    return ordered(context, first[-1:], second[-1:], preference, how, "winner")
-
-
-def bind_ab_text(shapes: Shapes) -> Binding | None:
-    return _columns(shapes, text=("prompt", "response_a", "response_b", "winner"))
-
-
-def read_ab_text(row: Row, how: Reading) -> Found:
-    prompt, first, second = (text_cell(row, c) for c in ("prompt", "response_a", "response_b"))
-    return ordered(prompt, first, second, _winner(row, "winner"), how, "winner")
-
-
-def _winner(row: Row, column: str) -> int:
-    value = text_cell(row, column).strip().lower()
-    if value in ("model_a", "a", "response_a"):
+def winner(row: Row, column: str = "winner") -> int:
+    """1 where the first answer is better, -1 where the second is, 0 for a tie, in the words that public sets use."""
+    said = text_cell(row, column)
+    word = re.sub(r"[\s-]+", "_", said.strip().strip("[]").lower())
+    if word in _FIRST:
         return 1
-    if value in ("model_b", "b", "response_b"):
+    if word in _SECOND:
         return -1
-    if value.startswith("tie") or value in ("both_bad", "bothbad"):
+    if word in _NEITHER or word.startswith("tie"):
         return 0
-    raise Unusable("invalid_label", f"{column} must be model_a, model_b or tie", column, value)
+    raise Unusable("invalid_label", f"{column} must be model_a, model_b or tie (or A>B, B>A, A=B)", column, said)
 
 
-# --- F11 summary ------------------------------------------------------------------------------------------------
+def _to_turn(row: Row, turns: tuple[Message, ...], column: str) -> tuple[Message, ...]:
+    """A conversation up to the answer that `turn` numbers, counted from 1; the whole one where there is no `turn`."""
+    if row.get("turn") is None:
+        return turns
+    wanted = label_cell(row, "turn", tuple(range(1, len(turns) + 1)))
+    answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if wanted > len(answers):
+        reason = f"turn {wanted} is judged, but {column} holds {len(answers)} answers"
+        raise Unusable("invalid_label", reason, "turn", wanted)
+    return turns[: answers[wanted - 1] + 1]
 
 
-def bind_summary(shapes: Shapes) -> Binding | None:
-    summaries, info = shapes.get("summaries"), shapes.get("info")
-    item = summaries.item if summaries is not None else None
-    if item is None or not is_text(item.fields.get("text")) or info is None or info.kind != "struct":
-        return None
-    return _columns(shapes, "info", "summaries", numbers=("choice",))
+def _refuse_earlier_turns(row: Row, turns: tuple[Message, ...]) -> None:
+    """Arena votes after a session's first come with the whole session: each side saw its own earlier answers."""
+    session = row.get("full_conversation")
+    asked = sum(turn["role"] == "user" for turn in turns)
+    if isinstance(session, list | tuple) and len(session) > asked:
+        reason = f"full_conversation holds {len(session)} questions, the judged conversation {asked}: what came before "
+        raise Unusable("context_mismatch", reason + "differs between the two answers", "full_conversation")
 
 
-def read_summary(row: Row, how: Reading) -> Found:
+def _is_session(shape: Shape | None) -> bool:
+    return "user" in item_fields(shape)
+
+
+@preference_format(
+    name="ab-label",
+    variant="winner",
+    code="F7",
+    needs=(
+        Column("conversation_a", is_messages, also=("messages_a",)),
+        Column("conversation_b", is_messages, also=("messages_b",)),
+        Column("winner", is_text),
+        Column("turn", is_number, optional=True),
+        Column("full_conversation", _is_session, optional=True),
+    ),
+    unless=names_its_sides,
+    columns="conversation_a, conversation_b (or messages_*): message lists; winner: model_a, model_b or tie; "
+    "turn: optional, the answer that is judged",
+    polarity="winner names the better conversation",
+    content=Content.CONVERSATION,
+)
+def arena_winner(row: Row, options: ReadOptions) -> Found:
+    preference = winner(row)
+    first, second = _judged(row)
+    context = same_context(first, second, "conversation_a, conversation_b")
+    return ordered(context, first[-1:], second[-1:], preference, options, "winner")
+
+
+def _judged(row: Row) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """Both conversations up to the judged answer."""
+    found = []
+    for column in ("conversation_a", "conversation_b"):
+        turns = conversation(row, column)
+        _refuse_earlier_turns(row, turns)
+        found.append(ended_by_assistant(_to_turn(row, turns, column), column))
+    return found[0], found[1]
+
+
+@preference_format(
+    name="ab-label",
+    variant="text",
+    code="F7",
+    needs=(
+        Column("prompt", is_text, also=("question", "instruction", "input", "query")),
+        Column("response_a", is_text, also=("response_A", "response_1", "answer_a", "completion_a", "output_1")),
+        Column("response_b", is_text, also=("response_B", "response_2", "answer_b", "completion_b", "output_2")),
+        Column("winner", is_text, also=("label", "preference", "preferred")),
+        Column("turn", is_number, optional=True),
+    ),
+    unless=names_its_sides,
+    columns="prompt (or question), response_a, response_b (or response_A, response_1 …): strings; "
+    "winner (or label): model_a, model_b or tie, or A>B, B>A, A=B",
+    polarity="winner names the better response",
+)
+def ab_text(row: Row, options: ReadOptions) -> Found:
+    prompt, first, second = (text_cell(row, column) for column in ("prompt", "response_a", "response_b"))
+    if row.get("turn") not in (None, 1):
+        raise Unusable("context_mismatch", "turn says a later answer is judged, and the row holds one", "turn")
+    return ordered(prompt, first, second, winner(row), options, "winner")
+
+
+@preference_format(
+    name="ab-label",
+    variant="chosen-model",
+    code="F7",
+    needs=(
+        Column("conversation_a", is_messages),
+        Column("conversation_b", is_messages),
+        Column("model_a_name", is_text, also=("model_a",)),
+        Column("model_b_name", is_text, also=("model_b",)),
+        Column("chosen_model_name", is_text),
+        Column("both_equal", is_label, optional=True),
+        Column("turn", is_number, optional=True),
+    ),
+    unless=lambda shapes: names_its_sides(shapes) or "winner" in shapes,
+    columns="conversation_a, conversation_b: message lists; model_a_name, model_b_name, chosen_model_name: strings; "
+    "both_equal: optional boolean (compar:IA)",
+    polarity="the conversation with the model that chosen_model_name names is better; both_equal is a tie",
+    content=Content.CONVERSATION,
+)
+def chosen_model(row: Row, options: ReadOptions) -> Found:
+    first, second = _judged(row)
+    context = same_context(first, second, "conversation_a, conversation_b")
+    return ordered(context, first[-1:], second[-1:], _chosen_model(row), options, "both_equal")
+
+
+def _chosen_model(row: Row) -> int:
+    if row.get("both_equal") is not None and label_cell(row, "both_equal", (0, 1)):
+        return 0
+    chosen, names = text_cell(row, "chosen_model_name"), [text_cell(row, f"model_{who}_name") for who in "ab"]
+    if names.count(chosen) != 1:
+        reason = "chosen_model_name names both models" if chosen in names else "chosen_model_name names neither model"
+        raise Unusable("invalid_label", reason, "chosen_model_name", chosen)
+    return 1 if chosen == names[0] else -1
+
+
+# --- summary --------------------------------------------------------------------------------------------------------
+
+
+def _are_summaries(shape: Shape | None) -> bool:
+    return is_text(item_fields(shape).get("text"))
+
+
+def _is_struct(shape: Shape | None) -> bool:
+    return shape is not None and shape.kind == "struct"
+
+
+@preference_format(
+    name="summary",
+    code="F11",
+    needs=(Column("info", _is_struct), Column("summaries", _are_summaries), Column("choice", is_number)),
+    unless=names_its_sides,
+    columns="info: struct with post or article; summaries: list of two structs with text; choice: 0 or 1",
+    polarity="choice numbers the better of the two summaries",
+)
+def summary(row: Row, options: ReadOptions) -> Found:
     better = label_cell(row, "choice", (0, 1))
     items = list_cell(row, "summaries")
     if len(items) != 2:
         raise Unusable("wrong_type", f"summaries holds {len(items)} items, not 2", "summaries")
     first, second = (checked_text(struct_item(item, "summaries").get("text"), "summaries") for item in items)
     prompt = _to_summarise(struct_item(row.get("info"), "info"))
-    return ordered(prompt, first, second, 1 if better == 0 else -1, how, "choice")
+    return ordered(prompt, first, second, 1 if better == 0 else -1, options, "choice")
 
 
 def _to_summarise(info: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 best-worst   the best against the worst: one pair (best-of-n: every right answer against every wrong one)
 all          every two answers that differ in score; equal ones are ties
 adjacent     each answer against the next worse one
-random       one pair drawn from `all`'s, by seed and prompt: the same wherever the row stands
+random       one pair drawn from `all`'s, by seed and prompt: the same wherever the row is
 """
 
 from __future__ import annotations
@@ -11,25 +11,45 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpo_score.data.column_types import Shape, Shapes, is_number, is_numbers, is_text, is_texts
-from dpo_score.data.formats.base import Reading, nemo_messages, tie, wrapped_answer
-from dpo_score.data.formats.chosen_rejected import Binding, sides, text_prompts
-from dpo_score.data.formats.validate import (
+from dpo_score.data.column_types import (
+    Shape,
+    is_message,
+    is_messages,
+    is_number,
+    is_numbers,
+    is_text,
+    is_texts,
+    item_fields,
+)
+from dpo_score.data.formats.base import (
+    Answers,
+    Column,
+    Content,
+    Found,
+    ReadOptions,
+    assistant_answer,
+    pair,
+    preference_format,
+    tie,
+)
+from dpo_score.data.formats.cells import (
     Row,
+    answer,
     checked_number,
     checked_text,
+    conversation,
     list_cell,
     number_cell,
     struct_item,
     text_cell,
 )
-from dpo_score.data.types import NOWHERE, Pair, Problem, Text, Unusable
-
-Found = Iterable[Pair | Problem]
+from dpo_score.data.formats.chosen_rejected import PROMPT, names_its_sides
+from dpo_score.data.formats.transcripts import nemo_messages
+from dpo_score.data.types import Pair, Text, Unusable
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +60,17 @@ class Scored:
     score: float
 
 
-def expand(prompt: Text, answers: Sequence[Scored], how: Reading, column: str) -> Found:
-    """The pairs that `how.pairing` asks for, best first."""
+def expand(prompt: Text, answers: Sequence[Scored], options: ReadOptions, column: str) -> Found:
+    """The pairs that `options.pairing` asks for, best first."""
     if len(answers) < 2:
         raise Unusable("null_field", f"{column} holds {len(answers)} answers: two are needed", column)
     group = group_id(prompt, answers)
     ranked = sorted(answers, key=lambda item: -item.score)
-    for better, worse in _PAIRINGS[how.pairing](ranked, how.seed, group):
+    for better, worse in _paired(ranked, options, group):
         if better.score == worse.score:
-            found = tie(prompt, better.answer, worse.answer, how, column)
+            found = tie(prompt, better.answer, worse.answer, options, column)
         else:
-            found = Pair(NOWHERE, prompt, better.answer, worse.answer)
+            found = pair(prompt, better.answer, worse.answer)
         yield replace(found, extra={"group_id": group}) if isinstance(found, Pair) else found
 
 
@@ -62,70 +82,68 @@ def group_id(prompt: Text, answers: Sequence[Scored]) -> str:
     return digest.hexdigest()
 
 
-Pairs = Iterable[tuple[Scored, Scored]]
-
-
-def _best_worst(ranked: Sequence[Scored], seed: int, group: str) -> Pairs:
+def _paired(ranked: Sequence[Scored], options: ReadOptions, group: str) -> Iterable[tuple[Scored, Scored]]:
+    """`ranked`: best first."""
+    if options.pairing == "all":
+        return itertools.combinations(ranked, 2)
+    if options.pairing == "adjacent":
+        return itertools.pairwise(ranked)
+    if options.pairing == "random":
+        different = [two for two in itertools.combinations(ranked, 2) if two[0].score != two[1].score]
+        return [random.Random(f"{options.seed}:{group}").choice(different or [(ranked[0], ranked[-1])])]
     return [(ranked[0], ranked[-1])]
 
 
-def _all(ranked: Sequence[Scored], seed: int, group: str) -> Pairs:
-    return itertools.combinations(ranked, 2)
+# --- ranked: lists of structs ---------------------------------------------------------------------------------------
 
 
-def _adjacent(ranked: Sequence[Scored], seed: int, group: str) -> Pairs:
-    return itertools.pairwise(ranked)
+def _are_ranked_answers(shape: Shape | None) -> bool:
+    fields = item_fields(shape)
+    return is_text(fields.get("answer")) and is_number(fields.get("rank"))
 
 
-def _random(ranked: Sequence[Scored], seed: int, group: str) -> Pairs:
-    different = [pair for pair in itertools.combinations(ranked, 2) if pair[0].score != pair[1].score]
-    return [random.Random(f"{seed}:{group}").choice(different or [(ranked[0], ranked[-1])])]
-
-
-_PAIRINGS: dict[str, Callable[[Sequence[Scored], int, str], Pairs]] = {
-    "best-worst": _best_worst,
-    "all": _all,
-    "adjacent": _adjacent,
-    "random": _random,
-}
-
-
-def _item_fields(shapes: Shapes, column: str) -> dict[str, Shape]:
-    shape = shapes.get(column)
-    return dict(shape.item.fields) if shape is not None and shape.item is not None and not sides(shapes) else {}
-
-
-# --- F8 ranked: Nectar's answers --------------------------------------------------------------------------------
-
-
-def bind_nectar(shapes: Shapes) -> Binding | None:
-    fields, prompts = _item_fields(shapes, "answers"), text_prompts(shapes)
-    fits = is_text(fields.get("answer")) and is_number(fields.get("rank"))
-    return {"prompt": prompts[0], "answers": "answers"} if fits and prompts else None
-
-
-def read_nectar(row: Row, how: Reading) -> Found:
+@preference_format(
+    name="ranked",
+    variant="answers",
+    code="F8",
+    needs=(PROMPT, Column("answers", _are_ranked_answers)),
+    unless=names_its_sides,
+    columns="prompt: string; answers: list of structs with answer and rank",
+    polarity="the answer with the lower rank is better: rank 1 is the best",
+    answers=Answers.RANKED,
+)
+def nectar(row: Row, options: ReadOptions) -> Found:
     """Rank 1 is the best, so the score is the rank's negative."""
     items = [struct_item(item, "answers") for item in list_cell(row, "answers")]
     answers = [
         Scored(checked_text(item.get("answer"), "answers"), -checked_number(item.get("rank"), "answers.rank", "rank"))
         for item in items
     ]
-    return expand(text_cell(row, "prompt"), answers, how, "answers")
+    return expand(text_cell(row, "prompt"), answers, options, "answers")
 
 
-# --- F8 ranked: UltraFeedback's completions ---------------------------------------------------------------------
-
-COMPLETION_SCORES = ("overall_score", "fine-grained_score", "score", "rating")
-
-
-def bind_completions(shapes: Shapes) -> Binding | None:
-    fields, prompts = _item_fields(shapes, "completions"), text_prompts(shapes)
-    fits = is_text(fields.get("response")) and any(n in fields for n in COMPLETION_SCORES)
-    return {"prompt": prompts[0], "completions": "completions"} if fits and prompts else None
+COMPLETION_SCORES = ("fine-grained_score", "overall_score", "score", "rating")
+"""UltraFeedback's fine-grained_score comes first: its overall_score is 10 in some rows whose critique says 1."""
 
 
-def read_completions(row: Row, how: Reading) -> Found:
+def _are_scored_completions(shape: Shape | None) -> bool:
+    fields = item_fields(shape)
+    return is_text(fields.get("response")) and any(name in fields for name in COMPLETION_SCORES)
+
+
+@preference_format(
+    name="ranked",
+    variant="completions",
+    code="F8",
+    needs=(PROMPT, Column("completions", _are_scored_completions)),
+    unless=names_its_sides,
+    columns="instruction or prompt: string; completions: list of structs with response and fine-grained_score or "
+    "overall_score",
+    polarity="the completion with the higher fine-grained_score (else overall_score, score, rating) is better",
+    answers=Answers.RANKED,
+    version=2,
+)
+def completions(row: Row, options: ReadOptions) -> Found:
     """The first of COMPLETION_SCORES that every completion has."""
     items = [struct_item(item, "completions") for item in list_cell(row, "completions")]
     name = next((n for n in COMPLETION_SCORES if items and all(item.get(n) is not None for item in items)), None)
@@ -135,57 +153,109 @@ def read_completions(row: Row, how: Reading) -> Found:
         Scored(checked_text(item.get("response"), "completions"), checked_number(item[name], f"completions.{name}"))
         for item in items
     ]
-    return expand(text_cell(row, "prompt"), answers, how, f"completions.{name}")
+    return expand(text_cell(row, "prompt"), answers, options, f"completions.{name}")
 
 
-# --- F8 ranked: parallel lists ----------------------------------------------------------------------------------
-
-LIST_ANSWERS = ("responses", "completions", "generations", "answers")
-LIST_SCORES = ("scores", "ratings", "rewards", "rating")
-
-
-def bind_lists(shapes: Shapes) -> Binding | None:
-    answers = [n for n in LIST_ANSWERS if is_texts(shapes.get(n))]
-    scores = [n for n in LIST_SCORES if is_numbers(shapes.get(n))]
-    prompts = text_prompts(shapes)
-    if sides(shapes) or not (answers and scores and prompts):
-        return None
-    return {"prompt": prompts[0], "answers": answers[0], "scores": scores[0]}
+def _are_ranked_completions(shape: Shape | None) -> bool:
+    fields = item_fields(shape)
+    completion = fields.get("completion")
+    return is_number(fields.get("rank")) and (is_messages(completion) or is_message(completion) or is_text(completion))
 
 
-def read_lists(row: Row, how: Reading) -> Found:
+@preference_format(
+    name="ranked",
+    variant="ranked-completions",
+    code="F8",
+    needs=(
+        Column("context", lambda shape: is_messages(shape) or is_text(shape), also=("prompt",)),
+        Column("completions", _are_ranked_completions),
+    ),
+    unless=names_its_sides,
+    columns="context: message list or string; completions: list of structs with rank and completion (NeMo-RL)",
+    polarity="the completion with the lower rank is better: rank 0 is better than rank 1",
+    content=Content.CONVERSATION,
+    answers=Answers.RANKED,
+)
+def ranked_completions(row: Row, options: ReadOptions) -> Found:
+    items = [struct_item(item, "completions") for item in list_cell(row, "completions")]
+    answers = [
+        Scored(answer(item, "completion"), -checked_number(item.get("rank"), "completions.rank", "rank"))
+        for item in items
+    ]
+    given = row.get("context")
+    prompt = ({"role": "user", "content": checked_text(given, "context")},) if isinstance(given, str) else None
+    return expand(prompt or conversation(row, "context"), answers, options, "completions.rank")
+
+
+# --- ranked: parallel lists -----------------------------------------------------------------------------------------
+
+
+@preference_format(
+    name="ranked",
+    variant="lists",
+    code="F8",
+    needs=(
+        PROMPT,
+        Column("answers", is_texts, also=("responses", "completions", "generations")),
+        Column("scores", is_numbers, also=("ratings", "rewards", "rating")),
+    ),
+    unless=names_its_sides,
+    columns="prompt: string; responses (completions, generations, answers): strings; scores (ratings, rewards): "
+    "numbers",
+    polarity="the answer with the higher score is better",
+    answers=Answers.RANKED,
+    beside=("generation_prompt", "raw_generation_responses", "messages", "labelling_prompt"),
+)
+def lists(row: Row, options: ReadOptions) -> Found:
     answers, scores = list_cell(row, "answers"), list_cell(row, "scores")
     if len(answers) != len(scores):
         reason = f"{len(answers)} answers, but {len(scores)} scores"
         raise Unusable("invalid_label", reason, "scores", scores)
     items = [
-        Scored(checked_text(a, "answers"), checked_number(s, "scores")) for a, s in zip(answers, scores, strict=True)
+        Scored(checked_text(text, "answers"), checked_number(score, "scores"))
+        for text, score in zip(answers, scores, strict=True)
     ]
-    return expand(text_cell(row, "prompt"), items, how, "scores")
+    return expand(text_cell(row, "prompt"), items, options, "scores")
 
 
-# --- F8 ranked: HelpSteer2, two consecutive rows a prompt -------------------------------------------------------
+# --- ranked: consecutive rows of one prompt -------------------------------------------------------------------------
 
 
-def bind_two_rows(shapes: Shapes) -> Binding | None:
-    good = is_text(shapes.get("prompt")) and is_text(shapes.get("response")) and is_number(shapes.get("helpfulness"))
-    return {n: n for n in ("prompt", "response", "helpfulness")} if good and not sides(shapes) else None
-
-
-def read_two_rows(row: Row, how: Reading) -> Found:
-    """`row["rows"]` holds two consecutive rows of the file."""
+@preference_format(
+    name="ranked",
+    variant="two-rows",
+    code="F8",
+    needs=(Column("prompt", is_text), Column("response", is_text), Column("helpfulness", is_number)),
+    unless=names_its_sides,
+    columns="prompt, response: strings; helpfulness: number; two or more consecutive rows for each prompt",
+    polarity="of the consecutive rows of one prompt those with the higher helpfulness are better; equal ones are a tie",
+    content=Content.CONVERSATION,
+    answers=Answers.RANKED,
+    grouped_by="prompt",
+    version=2,
+)
+def rows_of_prompt(row: Row, options: ReadOptions) -> Found:
+    """`row["rows"]` holds the consecutive rows of the file that have one prompt."""
     rows: list[Any] = list_cell(row, "rows")
-    prompts = [text_cell(item, "prompt") for item in rows]
-    if len(rows) != 2 or prompts[0] != prompts[1]:
-        raise Unusable("context_mismatch", "two consecutive rows must hold one prompt", "prompt", prompts[-1])
-    answers = [Scored(wrapped_answer(text_cell(i, "response")), number_cell(i, "helpfulness")) for i in rows]
-    return expand(nemo_messages(prompts[0]), answers, how, "helpfulness")
+    prompt = text_cell(rows[0], "prompt")
+    if len(rows) < 2:
+        raise Unusable("context_mismatch", "no row before or after this one has its prompt", "prompt", prompt)
+    answers = [Scored(assistant_answer(text_cell(i, "response")), number_cell(i, "helpfulness")) for i in rows]
+    return expand(nemo_messages(prompt), answers, options, "helpfulness")
 
 
-# --- F9 best-of-n -----------------------------------------------------------------------------------------------
+# --- best-of-n ------------------------------------------------------------------------------------------------------
 
 
-def read_best_of_n(row: Row, how: Reading) -> Found:
+@preference_format(
+    name="best-of-n",
+    code="F9",
+    needs=(PROMPT, Column("chosen", is_texts), Column("rejected", is_texts)),
+    columns="prompt: string; chosen, rejected: lists of strings",
+    polarity="every answer in chosen is better than every answer in rejected",
+    answers=Answers.RIGHT_AND_WRONG,
+)
+def best_of_n(row: Row, options: ReadOptions) -> Found:
     """Right answers score 1, wrong ones 0; two right answers, or two wrong ones, are never compared."""
     prompt = text_cell(row, "prompt")
     right = [Scored(checked_text(text, "chosen"), 1.0) for text in list_cell(row, "chosen")]
@@ -194,9 +264,9 @@ def read_best_of_n(row: Row, how: Reading) -> Found:
         raise Unusable("null_field", "chosen and rejected must hold an answer each", "chosen" if wrong else "rejected")
     group = group_id(prompt, [*right, *wrong])
     pairs = list(itertools.product(right, wrong))
-    if how.pairing == "random":
-        pairs = [random.Random(f"{how.seed}:{group}").choice(pairs)]
-    elif how.pairing == "adjacent":
+    if options.pairing == "random":
+        pairs = [random.Random(f"{options.seed}:{group}").choice(pairs)]
+    elif options.pairing == "adjacent":
         pairs = [(right[-1], wrong[0])]
     extra = {"group_id": group, "num_correct": len(right)}
-    return [Pair(NOWHERE, prompt, a.answer, b.answer, extra=extra) for a, b in pairs]
+    return [pair(prompt, better.answer, worse.answer, extra=extra) for better, worse in pairs]

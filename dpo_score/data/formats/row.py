@@ -1,4 +1,8 @@
-"""One row of a file → its pairs, or a `Rejected`. The only place where a `Problem` becomes a `Rejected`."""
+"""One row of a file → its pairs, or a `Rejected`: what belongs to every format is done here, once.
+
+In come raw cells by the file's column names; out come pairs with their source, system text, tools, template
+arguments, carried columns and id. This is the only place where a `Problem` becomes a `Rejected`.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +13,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_score.data.column_types import Shapes
-from dpo_score.data.formats.base import Reading
-from dpo_score.data.formats.registry import Format
-from dpo_score.data.formats.validate import Row, decoded_json, plain
-from dpo_score.data.types import Pair, Problem, Rejected, Source, Text, TokenIds, Unusable
+from dpo_score.data.formats.base import ColumnMap, Format, ReadOptions, assistant_answer, user_prompt
+from dpo_score.data.formats.cells import Row, checked_text, conversation, decoded_json, plain
+from dpo_score.data.formats.transcripts import hh_messages
+from dpo_score.data.types import SYSTEM_ROLES, Message, Pair, Problem, Rejected, Source, Text, TokenIds, Unusable
 from dpo_score.escape import seen
 
 
 @dataclass(frozen=True, slots=True)
 class RowReader:
-    """How the rows of one file are read. `columns` and `carried` map canonical names to columns of the file.
+    """How the rows of one file are read. `columns` and `carried` map names that readers use to columns of the file.
 
     `unpacked` holds the file's columns whose cells are not plain values yet, with the file's own shapes: a later shard
     may have more keys in its structs than the first.
     """
 
     format: Format
-    how: Reading
-    columns: Mapping[str, str]
-    carried: Mapping[str, str]
+    options: ReadOptions
+    columns: ColumnMap
+    carried: ColumnMap
     kept: tuple[str, ...]
     unpacked: Shapes
     keep_nulls: bool = False
@@ -38,53 +42,103 @@ class RowReader:
         return list(dict.fromkeys([*self.columns.values(), *self.carried.values(), *self.kept]))
 
     def read(self, raw: Sequence[Mapping[str, Any]], source: Callable[[int | None], Source]) -> list[Pair | Rejected]:
-        """`raw`: the rows of one unit (one, or two consecutive ones). `source(part)` names each result."""
-        found = self._found(raw)
+        """`raw`: the rows of one unit (one, or the consecutive ones of a prompt). `source(part)` names each result."""
+        try:
+            rows = [self._cells(row, self.columns) for row in raw]
+            row: Row = {"rows": rows} if self.format.grouped_by else rows[0]
+            found = list(self.format.read(row, self.options))
+            system = _system_text(rows[0])
+        except Unusable as unusable:
+            return [rejected(source(None), unusable.problem)]
         parts: list[int | None] = [None] if len(found) == 1 else list(range(len(found)))
-        return [self._placed(item, raw[0], source(part)) for item, part in zip(found, parts, strict=True)]
+        return [self._finished(item, system, raw[0], source(part)) for item, part in zip(found, parts, strict=True)]
 
-    def _found(self, raw: Sequence[Mapping[str, Any]]) -> list[Pair | Problem]:
-        try:
-            rows = [self._canonical(row, self.columns) for row in raw]
-            row: Row = rows[0] if self.format.rows_per_unit == 1 else {"rows": rows}
-            return list(self.format.read(row, self.how))
-        except Unusable as unusable:
-            return [unusable.problem]
-
-    def _placed(self, item: Pair | Problem, raw: Mapping[str, Any], source: Source) -> Pair | Rejected:
-        if isinstance(item, Problem):
-            return rejected(source, item)
-        try:
-            return self._pair(item, raw, source)
-        except Unusable as unusable:
-            return rejected(source, unusable.problem)
-
-    def _canonical(self, raw: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    def _cells(self, raw: Mapping[str, Any], names: ColumnMap) -> dict[str, Any]:
+        """A row by the names of the reader, each cell as plain Python."""
         return {name: self._plain(raw.get(column), column) for name, column in names.items()}
 
     def _plain(self, value: Any, column: str) -> Any:
         shape = self.unpacked.get(column)
         return value if shape is None else plain(value, shape, column, self.keep_nulls)
 
-    def _pair(self, found: Pair, raw: Mapping[str, Any], source: Source) -> Pair:
-        """`found` with its tools, template arguments, carried columns, source and id."""
-        carried = self._canonical(raw, self.carried)
-        tools = _tools(carried.get("tools") if found.tools is None else found.tools)
-        kept = {name: raw.get(name) for name in self.kept}
-        extra = {key: carried[key] for key in ("id", "subset", "group_id") if carried.get(key) is not None}
-        return replace(
-            found,
-            source=source,
-            tools=tools,
-            chat_template_kwargs=_template_arguments(carried.get("chat_template_kwargs")),
-            extra={**found.extra, **extra, **kept},
-            pair_id=pair_id(found, tools),
-        )
+    def _finished(
+        self, found: Pair | Problem, system: str | None, raw: Mapping[str, Any], source: Source
+    ) -> Pair | Rejected:
+        """The pair that the format read, with all that does not depend on the format."""
+        if isinstance(found, Problem):
+            return rejected(source, found)
+        try:
+            whole = found if system is None else with_system(found, system)
+            carried = self._cells(raw, self.carried)
+            tools = _tools(carried.get("tools") if whole.tools is None else whole.tools)
+            kept = {name: raw.get(name) for name in self.kept}
+            extra = {key: carried[key] for key in ("id", "subset", "group_id") if carried.get(key) is not None}
+            return replace(
+                whole,
+                source=source,
+                tools=tools,
+                chat_template_kwargs=_template_arguments(carried.get("chat_template_kwargs")),
+                extra={**whole.extra, **extra, **kept},
+                pair_id=pair_id(whole, tools),
+            )
+        except Unusable as unusable:
+            return rejected(source, unusable.problem)
 
 
 def rejected(source: Source, problem: Problem) -> Rejected:
     value = None if problem.value is None else seen(problem.value)
     return Rejected(source, problem.code, problem.reason, problem.column, value)
+
+
+def _system_text(row: Row) -> str | None:
+    """The text of the row's system column, "" where it is empty; None where the set has no such column.
+
+    Some sets hold it as a list of messages, whatever role they give it: its content counts.
+    """
+    if "system" not in row:
+        return None
+    value = row["system"]
+    if value is None or value == []:
+        return ""
+    if isinstance(value, list | tuple | Mapping):
+        return "\n\n".join(str(turn.get("content") or "") for turn in conversation(row, "system"))
+    return checked_text(value, "system")
+
+
+def with_system(found: Pair, system: str) -> Pair:
+    """The pair with a system text before its conversation; a pair of strings becomes a conversation.
+
+    So every row of a set with a system column is a conversation, also where the text is empty. A system message that
+    the conversation has already must say the same.
+    """
+    whole = _as_conversation(found)
+    sides = (whole.chosen, whole.rejected) if whole.implicit else (whole.prompt,)
+    if not system:
+        return whole
+    first = [_with_system_turn(turns, system) for turns in sides if not isinstance(turns, str)]
+    return replace(whole, chosen=first[0], rejected=first[1]) if whole.implicit else replace(whole, prompt=first[0])
+
+
+def _with_system_turn(turns: tuple[Message, ...], system: str) -> tuple[Message, ...]:
+    if not turns or turns[0]["role"] not in SYSTEM_ROLES:
+        return ({"role": "system", "content": system}, *turns)
+    if str(turns[0].get("content", "")).strip() != system.strip():
+        reason = "the system column and the conversation's system message differ; --map system= leaves the column out"
+        raise Unusable("context_mismatch", reason, "system", system)
+    return turns
+
+
+def _as_conversation(found: Pair) -> Pair:
+    if not isinstance(found.prompt, str) or not isinstance(found.chosen, str) or not isinstance(found.rejected, str):
+        return found
+    if not found.implicit:
+        chosen, rejected_ = assistant_answer(found.chosen), assistant_answer(found.rejected)
+        return replace(found, prompt=user_prompt(found.prompt), chosen=chosen, rejected=rejected_)
+    sides = [hh_messages(side) for side in (found.chosen, found.rejected)]
+    if sides[0] is None or sides[1] is None:
+        reason = "a system text needs a conversation, and the two texts show no turns; --map system= leaves it out"
+        raise Unusable("wrong_type", reason, "system")
+    return replace(found, prompt=(), chosen=sides[0], rejected=sides[1])
 
 
 def _tools(value: Any) -> tuple[Mapping[str, Any], ...] | None:

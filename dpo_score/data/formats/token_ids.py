@@ -1,4 +1,4 @@
-"""Pre-tokenised rows: three id lists, or whole sequences with labels of which −100 means not scored.
+"""Formats of token ids: three id lists, or whole sequences with labels of which −100 means not scored.
 
 No tokenizer and no template is needed. Any mask is kept: a labelled row's prompt is what both sides share
 before the first scored token of either.
@@ -6,54 +6,60 @@ before the first scored token of either.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_score.data.column_types import Shapes, is_ids
-from dpo_score.data.formats.base import Reading
-from dpo_score.data.formats.chosen_rejected import Binding
-from dpo_score.data.formats.validate import Row, list_cell
-from dpo_score.data.types import NOWHERE, Ids, Mask, Pair, TokenIds, Unusable
+from dpo_score.data.column_types import Shape, is_ids
+from dpo_score.data.formats.base import Column, Content, Found, ReadOptions, pair, preference_format
+from dpo_score.data.formats.cells import Row, list_cell
+from dpo_score.data.types import Ids, Mask, Pair, TokenIds, Unusable
 
 IGNORED = -100
 _LARGEST_ID = 2**31 - 1
 
 
-def _present(shapes: Shapes, *names: str) -> Binding:
-    return {name: name for name in names if name in shapes and shapes[name].kind == "list"}
+SIDES = ("prompt", "chosen", "rejected")
 
 
-def bind_ids(shapes: Shapes) -> Binding | None:
-    """`prompt_ids, chosen_ids, rejected_ids`, or the same with `_input_ids` (then without labels)."""
-    if "chosen_labels" in shapes:
-        return None
-    for ending in ("ids", "input_ids"):
-        names = {side: f"{side}_{ending}" for side in ("prompt", "chosen", "rejected")}
-        if all(is_ids(shapes.get(name)) for name in names.values()):
-            return {**names, **_present(shapes, "prompt_mask", "chosen_mask", "rejected_mask")}
-    return None
+def _is_mask(shape: Shape | None) -> bool:
+    return shape is not None and shape.kind == "list"
 
 
-def read_ids(row: Row, how: Reading) -> Iterable[Pair]:
-    prompt, chosen, rejected = (ids_cell(row, side) for side in ("prompt", "chosen", "rejected"))
+@preference_format(
+    name="ids",
+    code="F0",
+    needs=(
+        *(Column(side, is_ids, also=(f"{side}_ids", f"{side}_input_ids")) for side in SIDES),
+        *(Column(f"{side}_mask", _is_mask, optional=True) for side in SIDES),
+    ),
+    unless=lambda shapes: "chosen_labels" in shapes,
+    columns="prompt_ids, chosen_ids, rejected_ids: lists of integers (also *_input_ids)",
+    polarity="chosen_ids are better than rejected_ids",
+    content=Content.TOKEN_IDS,
+)
+def ids(row: Row, options: ReadOptions) -> Found:
+    prompt, chosen, rejected = (ids_cell(row, side) for side in SIDES)
     sizes = {"prompt": len(prompt), "chosen": len(chosen), "rejected": len(rejected)}
-    masks = [_mask_cell(row, f"{side}_mask", size) for side, size in sizes.items()]
-    tokens = TokenIds(prompt, chosen, rejected, masks[0], masks[1], masks[2])
-    return [_pair(tokens)]
+    masks = {side: _mask_cell(row, f"{side}_mask", size) for side, size in sizes.items()}
+    return [_pair(TokenIds(prompt, chosen, rejected, masks["prompt"], masks["chosen"], masks["rejected"]))]
 
 
-def bind_labelled_ids(shapes: Shapes) -> Binding | None:
-    names = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("input_ids", "labels")]
-    if not all(is_ids(shapes.get(name)) for name in names):
-        return None
-    return {**_present(shapes, "chosen_attention_mask", "rejected_attention_mask"), **{n: n for n in names}}
-
-
-def read_labelled_ids(row: Row, how: Reading) -> Iterable[Pair]:
+@preference_format(
+    name="ids",
+    variant="labels",
+    code="F0",
+    needs=(
+        *(Column(f"{side}_attention_mask", _is_mask, optional=True) for side in SIDES[1:]),
+        *(Column(f"{side}_{part}", is_ids) for side in SIDES[1:] for part in ("input_ids", "labels")),
+    ),
+    columns="chosen_input_ids, chosen_labels, rejected_input_ids, rejected_labels (-100 = not scored)",
+    polarity="chosen_input_ids are better than rejected_input_ids",
+    content=Content.TOKEN_IDS,
+)
+def labelled_ids(row: Row, options: ReadOptions) -> Found:
     chosen, rejected = (_labelled(row, side) for side in ("chosen", "rejected"))
     k = min(_shared(chosen.ids, rejected.ids), chosen.first, rejected.first)
     tokens = TokenIds(
@@ -74,7 +80,7 @@ def _pair(tokens: TokenIds) -> Pair:
     ):
         if len(ids) == 0 or (mask is not None and not mask.any() and tokens.prompt_mask is None):
             raise Unusable("no_completion_tokens", f"{side} has no token to score", f"{side}_ids")
-    return Pair(NOWHERE, "", "", "", tokens=tokens)
+    return pair("", "", "", tokens=tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -182,7 +182,7 @@ FULL = [
         "full_conversation": L(struct(**ASKED, model_side_b=struct(role=S, content=S))), "language": S, "is_code": B,
     }, ARENA_140K, [*TIE3, "context_mismatch"]),
     Full("openbmb/UltraFeedback", "ranked/completions",
-         "the completion with the higher overall_score (else fine-grained_score, score, rating) is better", {
+         "the completion with the higher fine-grained_score (else overall_score, score, rating) is better", {
         "source": S, "instruction": S, "models": TEXTS, "completions": COMPLETION,
         **each(TEXTS, "correct_answers", "incorrect_answers"),
     }, ULTRAFEEDBACK, TIE3),

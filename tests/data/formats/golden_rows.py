@@ -242,3 +242,115 @@ def winners_turned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 WINNERS = {"model_a": "model_b", "model_b": "model_a", "B": "A", "tie": "tie", "tie (bothbad)": "tie (bothbad)"}
 TIE3: list[tuple[str, str] | str] = [(GOOD, BAD), ("4", "5"), "tie"]
+
+ASKED_TURN = pa.struct([("role", S), ("content", S)])
+REPEATED = [
+    {"prompt": q, "chosen": f"{q} {a}", "rejected": f"{q} {b}"} for q, (a, b) in zip(QUESTIONS, THREE, strict=True)
+]
+REPEATED_PAIRS: list[tuple[str, str] | str] = [(f" {a}", f" {b}") for a, b in THREE]
+ALPACA = texts(prompt="instruction", input="In one word.", system="Be brief.", history=[["Hi", "Hello."]])
+OUTPUTS = [
+    {"instruction": q, "input": "", "output": [a, b]} for q, (a, b) in zip(QUESTIONS, THREE, strict=True)
+]  # fmt: skip
+OUTPUTS_TURNED = [{**row, "output": row["output"][::-1]} for row in OUTPUTS]
+STEPS = texts(dataset="MATH", initial_reason_steps="Step 1: think.\nStep 2:", full_chosen="…", full_rejected="…")
+TRAJECTORY = [
+    {"id": "1", "task": "Coding", "chosen": a, "rejected": b,
+     "trajectory": [{"from": "user", "value": q}, {"from": "assistant", "value": "Let me see."},
+                    {"from": "user", "value": "Go on."}]}
+    for q, (a, b) in zip(QUESTIONS, THREE, strict=True)
+]  # fmt: skip
+AXOLOTL = [
+    {"messages": [user(q)], "chosen": bot(a), "rejected": bot(b)} for q, (a, b) in zip(QUESTIONS, THREE, strict=True)
+]
+RMB = [
+    {"conversation_input": [user(q)], "chosen": {"answer": a, "llm_name": "x"},
+     "reject": {"answer": b, "llm_name": "y"}, "category_path": "Closed QA"}
+    for q, (a, b) in zip(QUESTIONS, THREE, strict=True)
+]  # fmt: skip
+RMB_ANSWER = pa.struct([("answer", S), ("llm_name", S)])
+SWIFT = [{"messages": chat(a, q), "rejected_response": b} for q, (a, b) in zip(QUESTIONS, THREE, strict=True)]
+SWIFT_TURNED = [{"messages": chat(b, q), "rejected_response": a} for q, (a, b) in zip(QUESTIONS, THREE, strict=True)]
+SWIFT_LISTS = [
+    {"messages": chat(a, q), "rejected_messages": chat(b, q)} for q, (a, b) in zip(QUESTIONS, THREE, strict=True)
+]
+TORCHTUNE = [
+    {"chosen_conversations": chat(a, q), "rejected_conversations": chat(b, q)}
+    for q, (a, b) in zip(QUESTIONS, THREE, strict=True)
+]
+# "A>B": response_A is better
+JUDGEBENCH = [
+    {"pair_id": "p", "question": "Capital?", "response_A": GOOD, "response_B": BAD, "label": "A>B"},
+    {"pair_id": "p", "question": "2 + 2?", "response_A": "5", "response_B": "4", "label": "B>A"},
+    {"pair_id": "p", "question": "Sky?", "response_A": "Blue.", "response_B": "Azure.", "label": "A=B"},
+]
+SIGNS = {"A>B": "B>A", "B>A": "A>B", "A=B": "A=B"}
+PPE = [
+    {"question_id": "q", "prompt": "Capital?", "response_1": GOOD, "response_2": BAD, "winner": "model_a"},
+    {"question_id": "q", "prompt": "2 + 2?", "response_1": "5", "response_2": "4", "winner": "model_b"},
+    {"question_id": "q", "prompt": "Sky?", "response_1": "Blue.", "response_2": "Azure.", "winner": "tie"},
+]
+SEARCH_ARENA = [
+    {"winner": row["winner"], "messages_a": row["conversation_a"], "messages_b": row["conversation_b"]} for row in ARENA
+]
+COMPARIA = [
+    {"model_a_name": "m", "model_b_name": "n", "conversation_a": chat(GOOD), "conversation_b": chat(BAD),
+     "chosen_model_name": "m", "both_equal": False},
+    {"model_a_name": "n", "model_b_name": "m", "conversation_a": chat("5"), "conversation_b": chat("4"),
+     "chosen_model_name": "m", "both_equal": False},
+    {"model_a_name": "m", "model_b_name": "n", "conversation_a": chat("Blue."), "conversation_b": chat("Azure."),
+     "chosen_model_name": None, "both_equal": True},
+]  # fmt: skip
+MODELS: dict[str | None, str | None] = {"m": "n", "n": "m", None: None}
+
+
+def judged(winner: str, turn: int, first: tuple[str, str], second: tuple[str, str]) -> dict[str, Any]:
+    """A conversation of two turns for each model, of which `turn` is judged."""
+    a, b = (chat(one, "Capital?") + chat(two, "Sure?") for one, two in (first, second))
+    return {"winner": winner, "turn": turn, "conversation_a": a, "conversation_b": b}
+
+
+MT_BENCH = [
+    judged("model_a", 1, (GOOD, "Yes."), (BAD, "No.")),
+    judged("model_b", 2, (GOOD, "No."), (GOOD, "Yes.")),
+    judged("tie", 1, (GOOD, "Yes."), ("Lyon.", "No.")),
+    judged("model_a", 2, (GOOD, "Yes."), (BAD, "No.")),
+]
+# rank 0 is better than rank 1
+NEMO = [
+    {"context": [user("Capital?")], "completions": [{"rank": 1, "completion": [bot(BAD)]},
+                                                    {"rank": 0, "completion": [bot(GOOD)]}]},
+    {"context": [user("2 + 2?")], "completions": [{"rank": 0, "completion": [bot("4")]},
+                                                  {"rank": 1, "completion": [bot("5")]}]},
+    {"context": [user("Sky?")], "completions": [{"rank": 0, "completion": [bot("Blue.")]},
+                                                {"rank": 0, "completion": [bot("Azure.")]}]},
+]  # fmt: skip
+NEMO_TURNED = [
+    {**row, "completions": [{**item, "rank": 1 - item["rank"]} for item in row["completions"]]} for row in NEMO
+]
+FINE_GRAINED = [
+    {"instruction": row["instruction"],
+     "completions": [{**item, "fine-grained_score": item["overall_score"] / 2, "overall_score": 10.0}
+                     for item in row["completions"]]}
+    for row in ULTRAFEEDBACK
+]  # fmt: skip
+FINE_GRAINED_TURNED = [
+    {**row, "completions": [{**c, "fine-grained_score": 5 - c["fine-grained_score"]} for c in row["completions"]]}
+    for row in FINE_GRAINED
+]
+FINE_COMPLETION = pa.list_(pa.struct([("response", S), ("overall_score", F), ("fine-grained_score", F)]))
+HELPSTEER1 = [
+    {"prompt": prompt, "response": response, "helpfulness": score, **ATTRIBUTES}
+    for prompt, answers in (("Capital?", ((GOOD, 4), ("Lyon.", 1), (BAD, 0))), ("2 + 2?", (("5", 1), ("4", 3))),
+                            ("Sky?", (("Blue.", 3), ("Azure.", 3))), ("Alone?", (("Yes.", 3),)))
+    for response, score in answers
+]  # fmt: skip
+
+
+def columnar(turns: list[dict[str, str]]) -> dict[str, list[str]]:
+    """What `datasets.Sequence` makes of a list of messages."""
+    return {"role": [turn["role"] for turn in turns], "content": [turn["content"] for turn in turns]}
+
+
+COLUMNAR = [{side: columnar(row[side]) for side in ("chosen", "rejected")} for row in full()]
+"""Whole conversations, each a struct of lists."""

@@ -14,7 +14,7 @@ import pytest
 
 from dpo_score.config.schema import DataSpec, TextSpec
 from dpo_score.data.dataset import open_datasets, read_pairs
-from dpo_score.data.formats.registry import TABLE
+from dpo_score.data.formats.registry import FORMATS
 from dpo_score.data.types import EncodedPair, Pair, Rejected
 from dpo_score.tokenization.render import Renderer
 from tests.data.formats import golden_rows as rows
@@ -35,6 +35,11 @@ GOOD: Mapping[str, Row] = {
     "ab-label/one-hot": rows.ONE_HOT[0], "ab-label/winner": rows.ARENA[0], "ab-label/text": rows.AB_TEXT[0],
     "ranked/answers": rows.NECTAR[0], "ranked/completions": rows.ULTRAFEEDBACK[0], "ranked/lists": rows.LISTS[0],
     "best-of-n": rows.BEST_OF_N[0], "sharegpt": rows.SHAREGPT[0], "summary": rows.SUMMARY[0],
+    "pair-text/repeated": rows.REPEATED[0], "pair-text/alpaca": rows.ALPACA[0], "pair-text/output-list":
+    rows.OUTPUTS[0], "pair-text/steps": rows.STEPS[0], "messages-explicit/other-name": rows.TRAJECTORY[0],
+    "messages-explicit/answer-structs": rows.RMB[0], "ms-swift/rejected-response": rows.SWIFT[0],
+    "ms-swift/rejected-messages": rows.SWIFT_LISTS[0], "ab-label/chosen-model": rows.COMPARIA[0],
+    "ranked/ranked-completions": rows.NEMO[0],
 }  # fmt: skip
 
 BAD: Mapping[str, list[Change]] = {
@@ -97,12 +102,38 @@ BAD: Mapping[str, list[Change]] = {
                  ({"conversations": "text"}, "wrong_type")],
     "summary": [({"choice": None}, "null_field"), ({"choice": 2}, "invalid_label"),
                 ({"info": {"id": "i"}}, "null_field"), ({"summaries": [{"text": "one"}]}, "wrong_type")],
+    "pair-text/repeated": [({"prompt": None}, "null_field"), ({"chosen": ["a"]}, "wrong_type")],
+    "pair-text/alpaca": [({"instruction": None}, "null_field"), ({"input": 5}, "wrong_type"),
+                         ({"history": [["one"]]}, "wrong_type"), ({"history": [["q", None]]}, "null_field")],
+    "pair-text/output-list": [({"output": None}, "null_field"), ({"output": ["one"]}, "wrong_type"),
+                              ({"output": ["a", "b", "c"]}, "wrong_type"), ({"output": ["a", 2]}, "wrong_type")],
+    "pair-text/steps": [({"chosen": None}, "null_field"), ({"initial_reason_steps": 1}, "wrong_type")],
+    "messages-explicit/other-name": [({"trajectory": []}, "null_field"), ({"chosen": None}, "null_field"),
+                                     ({"trajectory": "text"}, "wrong_type")],
+    "messages-explicit/answer-structs": [({"chosen": {"answer": None}}, "null_field"),
+                                         ({"reject": {"answer": 3}}, "wrong_type")],
+    "ms-swift/rejected-response": [({"rejected_response": None}, "null_field"),
+                                   ({"messages": [user("q")]}, "not_assistant_last"), ({"messages": 1}, "wrong_type")],
+    "ms-swift/rejected-messages": [({"rejected_messages": None}, "null_field"),
+                                   ({"rejected_messages": chat("b", "other")}, "context_mismatch"),
+                                   ({"messages": 7}, "wrong_type")],
+    "ab-label/chosen-model": [({"chosen_model_name": None}, "null_field"),
+                              ({"chosen_model_name": "z"}, "invalid_label"),
+                              ({"model_b_name": "m"}, "invalid_label"), ({"both_equal": True}, "tie"),
+                              ({"conversation_b": [user("q")]}, "not_assistant_last"),
+                              ({"conversation_a": 1}, "wrong_type")],
+    "ranked/ranked-completions": [({"completions": None}, "null_field"), ({"completions": rows.NEMO[2]["completions"]},
+                                   "tie"), ({"context": []}, "null_field"), ({"completions": [
+                                      {"rank": "x", "completion": [bot("a")]}, {"rank": 1, "completion": [bot("b")]},
+                                  ]}, "invalid_label"),
+                                  ({"completions": "x"}, "wrong_type")],
 }  # fmt: skip
 VARIANTS = [(name, change, code) for name, changes in BAD.items() for change, code in changes]
 MARKS = ("empty_answer", "identical_pair")
 """Found on rows that are scored all the same."""
 UNLABELLED = {"pair-text", "pair-text-implicit", "hh-transcript", "messages-full", "messages-explicit", "openai", "ids"}
-UNLABELLED |= {"ids/labels", "best-of-n", "sharegpt"}
+UNLABELLED |= {"ids/labels", "best-of-n", "sharegpt", "ms-swift/rejected-response", "ms-swift/rejected-messages"}
+UNLABELLED |= {name for name in BAD if name.startswith(("pair-text/", "messages-explicit/"))}
 
 
 def found(folder: Path, good: Row, bad: Row, name: str) -> str:
@@ -143,14 +174,15 @@ TWO: list[tuple[Row, Row, str]] = [
 @pytest.mark.parametrize(("first", "second", "code"), TWO)
 def test_two_rows_for_one_prompt(first: Row, second: Row, code: str, tmp_path: Path) -> None:
     good = rows.TWO_ROWS[:2]
-    lines = [*good * SETTLED, {**good[0], **first}, {**good[1], **second}]
+    settled = [{**row, "prompt": f"q{number}"} for number in range(SETTLED) for row in good]
+    lines = [*settled, {**good[0], **first}, {**good[1], **second}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     datasets = open_datasets([DataSpec(name="set", path=str(tmp_path / "rows.jsonl"), format="ranked/two-rows")])
     assert outcome(list(read_pairs(datasets, 0, datasets[0].rows))[-1]) == code
 
 
 def test_every_format_has_its_bad_variants_and_every_label_one_that_is_gone() -> None:
-    assert GOOD.keys() == BAD.keys() == {row.full_name for row in TABLE} - {"ranked/two-rows"}
+    assert GOOD.keys() == BAD.keys() == {row.full_name for row in FORMATS} - {"ranked/two-rows"}
     for name in BAD.keys() - UNLABELLED:
         codes = [code for _, code in BAD[name]]
         assert "null_field" in codes

@@ -50,8 +50,8 @@ def test_a_mapped_name_that_nothing_reads_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_prompt_columns_are_not_guessed_between(tmp_path: Path) -> None:
-    rows = table([{"instruction": "q", "input": "more", "chosen": "a", "rejected": "b"}])
-    with pytest.raises(DataError, match="--map prompt=instruction or --map prompt=input"):
+    rows = table([{"instruction": "q", "question": "more", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(DataError, match="--map prompt=question or --map prompt=instruction"):
         opened(tmp_path, rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 
 from dpo_score.config.schema import DataSpec
 from dpo_score.data.dataset import Dataset, open_datasets, read_pairs
-from dpo_score.data.formats.registry import TABLE, describe_formats
+from dpo_score.data.formats import base
+from dpo_score.data.formats.registry import FAMILIES, FORMATS, describe_formats, map_keys
 from dpo_score.data.row_reader import ParquetRows
 from dpo_score.data.types import Pair, Rejected
 from tests.data.formats.golden import GOLDEN, Golden
@@ -84,12 +86,30 @@ def test_kept_ties_are_scored_in_the_given_order(golden: Golden, tmp_path: Path)
 
 
 def test_every_row_of_the_table_has_a_fixture() -> None:
-    assert {row.full_name for row in TABLE} == {golden.format for golden in GOLDEN}
+    assert {row.full_name for row in FORMATS} == {golden.format for golden in GOLDEN}
+
+
+def test_the_example_of_a_format_runs() -> None:
+    """A new format is a function like this one, in a family's file, and a fixture in golden.py: nothing else."""
+    found = doctest.testmod(base)
+    assert found.attempted >= 6
+    assert not found.failed
+
+
+def test_every_function_with_the_decorator_is_in_the_table() -> None:
+    made = [value for family in FAMILIES for value in vars(family).values() if isinstance(value, base.Format)]
+    assert len(made) == len(FORMATS) == len({format_.full_name for format_ in FORMATS})
+
+
+def test_the_keys_of_map_are_told_for_every_format() -> None:
+    told = map_keys()
+    assert all(format_.full_name in told for format_ in FORMATS)
+    assert "response_a, response_b, winner" in told
 
 
 def test_the_table_can_be_shown() -> None:
     shown = describe_formats()
-    assert len(shown) == len(TABLE)
+    assert len(shown) == len(FORMATS)
     assert all(row["polarity"] and row["columns"] and row["code"].startswith("F") for row in shown)
 
 

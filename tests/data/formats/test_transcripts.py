@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_score.data.formats.kinds import messages
+from dpo_score.data.formats.transcripts import message_count
 from dpo_score.data.types import Pair, Source, TokenIds
 
 SYSTEM, USER, ANSWER = ({"role": role, "content": "x"} for role in ("system", "user", "assistant"))
@@ -31,9 +31,9 @@ def pair(prompt: Any, chosen: Any, **how: Any) -> Pair:
     ],
 )
 def test_messages_of_prompt_and_answer_without_the_system_text(found: Pair, count: int) -> None:
-    assert messages(found) == count
+    assert message_count(found) == count
 
 
 def test_token_ids_do_not_say() -> None:
     ids = np.arange(3, dtype=np.int32)
-    assert messages(pair("", "", tokens=TokenIds(ids, ids, ids))) is None
+    assert message_count(pair("", "", tokens=TokenIds(ids, ids, ids))) is None

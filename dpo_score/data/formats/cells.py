@@ -1,14 +1,16 @@
-"""From cells to checked values: texts, messages, numbers, labels. The row checks shared by every format.
+"""From cells to checked values: texts, messages, numbers, labels. Every format reads its row through these checks.
 
-A cell that cannot be used raises `Unusable`, which carries a `Problem`; `formats.read_row` is the one place that
-turns it into a `Rejected`. No other exception leaves this file, whatever the cell holds.
+In comes a row as plain Python values by the names that the reader uses; out come values of the type that was asked
+for. A cell that cannot be used raises `Unusable` with a code and a reason; row.py makes a `Rejected` of it. No other
+exception leaves this file, whatever the cell holds.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any, TypeAlias
 
 from dpo_score.data.column_types import Shape
@@ -20,14 +22,26 @@ Row: TypeAlias = Mapping[str, Any]
 
 MAX_CHARACTERS = 10_000_000
 MAX_MESSAGES = 10_000
-_SHAREGPT_ROLES = {
+_LARGEST = sys.float_info.max
+ROLES = {
     "human": "user",
+    "prompter": "user",
+    "user": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
+    "chatbot": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "assistant": "assistant",
     "function_call": "assistant",
     "observation": "tool",
+    "system": "system",
 }
+"""Speakers as sets spell them, in any case, and the role that chat templates know. Other roles stay as they are."""
+_PLAIN_ROLES = ("user", "assistant", "system", "tool")
+_CALLS = ("tool_calls", "function_calls", "function_call")
+"""Keys with which an assistant's message calls a tool: its content may then be null."""
 
 
 def text_cell(row: Row, column: str) -> str:
@@ -60,26 +74,33 @@ def optional_text(row: Row, column: str) -> str:
     return "" if row.get(column) is None else text_cell(row, column)
 
 
+def text_inside(row: Row, column: str, key: str) -> str:
+    """The string in `column`, or under `key` where the column holds structs."""
+    value = row.get(column)
+    if isinstance(value, Mapping):
+        return checked_text(value.get(key), f"{column}.{key}")
+    return checked_text(value, column)
+
+
 def number_cell(row: Row, column: str, what: str = "label") -> float:
     return checked_number(row.get(column), column, what)
 
 
 def checked_number(value: Any, column: str, what: str = "label") -> float:
+    """A finite number. Sets write them as text, booleans and decimals, too ("N/A" among the texts)."""
     if value is None:
         raise Unusable("null_field", f"{what} {column} is null", column)
+    number: Any = value
     if isinstance(value, str):
-        value = _number_in(value)
-    if not isinstance(value, int | float) or not math.isfinite(value):
+        try:
+            number = float({"true": "1", "false": "0"}.get(value.strip().lower(), value))
+        except ValueError:
+            number = None
+    elif isinstance(value, Decimal):
+        number = float(value)
+    if not isinstance(number, int | float) or not -_LARGEST <= number <= _LARGEST:
         raise Unusable("invalid_label", f"{what} {column} is not a finite number", column, value)
-    return float(value)
-
-
-def _number_in(value: str) -> float | str:
-    """Datasets write ratings as strings too ("N/A" among them)."""
-    try:
-        return float(value)
-    except ValueError:
-        return value
+    return float(number)
 
 
 def label_cell(row: Row, column: str, allowed: tuple[int, ...]) -> int:
@@ -92,9 +113,14 @@ def label_cell(row: Row, column: str, allowed: tuple[int, ...]) -> int:
 
 
 def list_cell(row: Row, column: str) -> list[Any]:
+    """A list; a struct of lists (what `datasets.Sequence` makes of a list of structs) is turned into that list."""
     value = row.get(column)
     if value is None:
         raise Unusable("null_field", f"{column} is null", column)
+    if isinstance(value, Mapping) and value and all(isinstance(part, list | tuple) for part in value.values()):
+        if len({len(part) for part in value.values()}) != 1:
+            raise Unusable("wrong_type", f"the lists in {column} have different lengths", column, value)
+        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     if not isinstance(value, list | tuple):
         raise Unusable("wrong_type", f"{column} is a {type(value).__name__}, not a list", column, value)
     if len(value) > MAX_CHARACTERS:
@@ -111,7 +137,10 @@ def struct_item(value: Any, column: str) -> Mapping[str, Any]:
 
 
 def conversation(row: Row, column: str) -> tuple[Message, ...]:
-    """A list of messages, at least one."""
+    """A list of messages, at least one; a single message is a list of one."""
+    value = row.get(column)
+    if isinstance(value, Mapping) and not isinstance(value.get("role", value.get("from")), list | tuple):
+        return (message(value, column),)
     items = list_cell(row, column)
     if not items:
         raise Unusable("null_field", f"{column} holds no message", column, items)
@@ -125,7 +154,11 @@ def answer(row: Row, column: str) -> tuple[Message, ...]:
     value = row.get(column)
     if isinstance(value, str):
         return ({"role": "assistant", "content": checked_text(value, column)},)
-    turns = (message(value, column),) if isinstance(value, Mapping) else conversation(row, column)
+    return ended_by_assistant(conversation(row, column), column)
+
+
+def ended_by_assistant(turns: tuple[Message, ...], column: str) -> tuple[Message, ...]:
+    """`turns`. Raises Unusable where someone else speaks last."""
     if turns[-1]["role"] != "assistant":
         reason = f"the last message of {column} is from {seen(turns[-1]['role'], 40)!r}, not the assistant"
         raise Unusable("not_assistant_last", reason, column, turns[-1]["role"])
@@ -137,27 +170,21 @@ def message(value: Any, column: str) -> Message:
     if isinstance(value, dict) and len(value) == 2 and _is_simple(value.get("role"), value.get("content")):
         return value
     item = struct_item(value, f"a message of {column}")
-    role = _role(item, column)
+    speaker = item.get("role") if item.get("role") is not None else item.get("from")
+    role = checked_text(speaker, f"the role of a message of {column}")
+    role = ROLES.get(role.lower(), role)
     rest = {key: part for key, part in item.items() if key not in ("role", "from", "content", "value")}
     content = item.get("content", item.get("value"))
     if "tool_calls" in rest:
         rest["tool_calls"] = _tool_calls(rest["tool_calls"], column)
-    if content is None and rest.get("tool_calls"):
+    if content is None and any(rest.get(key) for key in _CALLS):
         return {"role": role, **rest}
     return {"role": role, "content": _content(content, column), **rest}
 
 
 def _is_simple(role: Any, content: Any) -> bool:
     """The common message, which no check below would change or refuse."""
-    both = type(role) is str and type(content) is str
-    return both and role.isascii() and content.isascii() and len(content) <= MAX_CHARACTERS
-
-
-def _role(item: Mapping[str, Any], column: str) -> str:
-    role = item.get("role")
-    if role is None and isinstance(item.get("from"), str):
-        role = _SHAREGPT_ROLES.get(item["from"], item["from"])
-    return checked_text(role, f"the role of a message of {column}")
+    return role in _PLAIN_ROLES and type(content) is str and content.isascii() and len(content) <= MAX_CHARACTERS
 
 
 def _content(value: Any, column: str) -> str:
@@ -222,6 +249,8 @@ def plain(value: Any, shape: Shape, column: str, keep_nulls: bool = False) -> An
     Arrow gives every struct of a column the same keys, so a null there is padding; a null inside decoded
     JSON was written on purpose and stays.
     """
+    if isinstance(value, bytes) and shape.binary:
+        value = _decoded_utf8(value, column)
     if value is None or shape.kind in ("text", "int", "float", "bool"):
         return decoded_json(value, column) if shape.encoded else value
     if shape.encoded or shape.kind == "json":
@@ -237,3 +266,11 @@ def plain(value: Any, shape: Shape, column: str, keep_nulls: bool = False) -> An
             if keep_nulls or value.get(name) is not None
         }
     return value
+
+
+def _decoded_utf8(value: bytes, column: str) -> str:
+    """Spark and Hive write text as binary columns."""
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Unusable("invalid_utf8", f"{column} is not UTF-8: {error.reason}", column, repr(value[:200])) from None
