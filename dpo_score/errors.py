@@ -6,6 +6,7 @@
     │   ├── DataError                 2   a data file: names file, row, column and the value seen
     │   ├── ModelError                2   a model folder, a tokenizer, an adapter
     │   │   └── HalfWrittenError      2   weights that a writer has not finished: found by a glob, they wait
+    │   │       └── WeightsChangedError   weights that changed while they were scored: nothing of them is kept
     │   └── IdentityError             2   OUT belongs to another request: prints the fields that differ
     ├── StorageError                  1   disk full, read-only, permission: resumable once mended
     ├── GroupLostError                1   a process that holds part of a model died or fell silent: resumable
@@ -55,6 +56,10 @@ class HalfWrittenError(ModelError):
     def __init__(self, message: str, place: Path = Path()) -> None:
         super().__init__(message)
         self.place = place
+
+
+class WeightsChangedError(HalfWrittenError):
+    pass
 
 
 class IdentityError(UsageError):

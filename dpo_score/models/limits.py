@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_score.errors import ModelError
+from dpo_score.models import adapter_files
 from dpo_score.models import weights as files
 from dpo_score.models.resolve import ModelSource
 from dpo_score.tokenization.truncation import SideLimits
@@ -49,7 +50,7 @@ def text_limits(config: Mapping[str, Any]) -> int | SideLimits | None:
 
 def embedding_rows(source: ModelSource) -> int:
     """How many token ids the model has rows for: by the weights' own shape, else the configuration's vocab_size."""
-    rows = files.embedding_rows(source.adapter_files) or files.embedding_rows(source.weights)
+    rows = adapter_files.embedding_rows(source.adapter_files) or files.embedding_rows(source.weights)
     if rows is not None:
         return rows
     config = source.config.get("text_config") or source.config

@@ -1,10 +1,11 @@
 """From a checked `ModelSource` to a model ready to score, with at most one base in memory.
 
-Promises: safetensors only (unless the source was allowed pickles), every weight from the checkpoint and none left
-at random, evaluation mode, no gradients, embeddings tied as configured. Equal base digests load once; adapters are
-swapped over the loaded base (adapters.py). The source is never written to.
+Promises: safetensors only (unless the source was allowed pickles), every weight from the checkpoint, none left at
+random and none a live map of a file; the files of the source unchanged from before their digest until after they were
+read; evaluation mode, no gradients, embeddings tied as configured. Equal base digests load once; adapters are swapped
+over the loaded base (lora.py). The source is never written to.
 Does not: choose dtype or device (the caller's numerics do), or keep two bases: a `LoadedModel` is valid until the
-next `load` or `clear` of its shelf.
+next `load` or `clear` of its loader.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from dpo_score.models.lora import AdapterSlot
 from dpo_score.models.parallel.sharded_lora import ShardedSlot
 from dpo_score.models.quantized import keep_four_bits_unpacked, quantization_config
 from dpo_score.models.resolve import ModelSource
-from dpo_score.models.weights import brief
+from dpo_score.models.state_dict import is_wrapped, read_state
+from dpo_score.models.weights import EMBEDDINGS, brief
 
 if TYPE_CHECKING:
     from dpo_score.models.parallel.rank_zero import RankZero
@@ -116,11 +118,13 @@ class ModelLoader:
         if self._base is None or self._base.key != key:
             self.clear()
             model = self._read(source, numerics, attn_implementation)
+            source.refuse_changed()
             merge = self._may_merge(numerics.dtype, model)
             self._base = _Base(key, AdapterSlot(model, merge) if self.tensor_parallel == 1 else ShardedSlot(model))
             self.bases_read += 1
         slot = self._base.slot
         slot.put(source)
+        source.refuse_changed()
         if attn_implementation is not None and slot.model.config._attn_implementation != attn_implementation:
             slot.model.set_attn_implementation(attn_implementation)
         return LoadedModel(slot.model, source)
@@ -175,6 +179,7 @@ class ModelLoader:
         if "device_map" not in options and getattr(model, "hf_quantizer", None) is None:
             model = model.to(numerics.device)
         keep_four_bits_unpacked(model)
+        detach_from_files(model)
         return model.eval().requires_grad_(False)
 
     def _read_part(self, source: ModelSource, options: dict[str, Any]) -> Any:
@@ -186,7 +191,22 @@ class ModelLoader:
         with own_group().reading(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about random numbers: no weight is left at random
             model = read_model(source, options | load_options(self.tensor_parallel), self.trust_remote_code)
-        return localized(model.eval().requires_grad_(False))
+        model = localized(model.eval().requires_grad_(False))
+        detach_from_files(model)
+        return model
+
+
+def detach_from_files(model: Any) -> None:
+    """Give tensors on the CPU memory of their own. What safetensors hands out there is a map of the file: a later write
+    to the file, by `cp` say, would change the weights of a model that is being scored."""
+    import torch
+
+    seen: set[int] = set()
+    for tensor in (*model.parameters(), *model.buffers()):
+        plain = type(tensor) in (torch.nn.Parameter, torch.Tensor)  # what a quantiser made is no map of a file
+        if plain and id(tensor) not in seen and tensor.device.type == "cpu":
+            seen.add(id(tensor))
+            tensor.data = tensor.data.clone()
 
 
 def read_model(source: ModelSource, options: dict[str, Any], trust_remote_code: bool = False) -> Any:
@@ -196,15 +216,17 @@ def read_model(source: ModelSource, options: dict[str, Any], trust_remote_code: 
     code = {"trust_remote_code": trust_remote_code}
     with _quiet(notices):
         config = _configuration(source, code)
+        options = {**options, "config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            options = {**options, "config": config, "output_loading_info": True}
             auto = _auto_class(config, source)
             if source.state:
                 model, info = _from_state(auto, source, options, code)
             else:
                 safe = not _base_is_pickle(source)
-                options |= {"use_safetensors": safe, "local_files_only": True, **code}
-                model, info = auto.from_pretrained(source.folder, **options)
+                asked = {**options, "use_safetensors": safe, "local_files_only": True, **code}
+                model, info = auto.from_pretrained(source.folder, **asked)
+                if any(is_wrapped(key) for key in info["unexpected_keys"]):
+                    model, info = _from_state(auto, source, options, code)
         except UNLOADABLE as error:
             if memory.is_out_of_memory(error):
                 raise
@@ -228,8 +250,6 @@ def _configuration(source: ModelSource, code: dict[str, bool]) -> Any:
 def _from_state(auto: Any, source: ModelSource, options: dict[str, Any], code: dict[str, bool]) -> tuple[Any, Any]:
     """A model of the base's configuration with the tensors of a checkpoint; loaded and reported on by transformers."""
     import torch
-
-    from dpo_score.models.state_dict import read_state
 
     with torch.device("meta"):
         shape = auto.from_config(options["config"], **code)
@@ -261,27 +281,53 @@ def _auto_class(config: Any, source: ModelSource) -> Any:
 
 
 def _refuse_misfit(source: ModelSource, kind: str, info: dict[str, Any]) -> None:
-    """A weight that the checkpoint lacks would be random, one that the model lacks would be ignored: neither passes.
+    """A weight that the checkpoint lacks would be random, one that the model lacks would be ignored, one of another
+    shape would be both: none of these passes.
 
     Keys that the model itself declares ignorable, and a head equal to tied embeddings, are not reported to begin with.
     """
+    if info["mismatched_keys"]:
+        raise ModelError(_misshapen(source, kind, sorted(info["mismatched_keys"])))
     missing = sorted(info["missing_keys"])
     unexpected = sorted(key for key in info["unexpected_keys"] if not BESIDE_THE_LOGITS.search(key))
-    if not (missing or unexpected or info["mismatched_keys"]):
-        return
     parts = [
         f"{len(keys)} {what} ({', '.join(keys[:FIRST_KEYS])}{', …' if len(keys) > FIRST_KEYS else ''})"
-        for what, keys in (
-            ("missing from the checkpoint", missing),
-            ("unknown to the model", unexpected),
-            ("of another shape", sorted(str(entry[0]) for entry in info["mismatched_keys"])),
-        )
+        for what, keys in (("missing from the checkpoint", missing), ("unknown to the model", unexpected))
         if keys
     ]
-    raise ModelError(
-        f"{source.name}: the weights in {source.weights[0].parent} do not fit {kind}: {'; '.join(parts)}. Its "
-        "config.json and its weights belong to different models, or it was saved without its language-model head"
+    if parts:
+        raise ModelError(
+            f"{source.name}: the weights in {source.weights[0].parent} do not fit {kind}: {'; '.join(parts)}. Its "
+            "config.json and its weights belong to different models, or it was saved without its language-model head"
+        )
+
+
+def _misshapen(source: ModelSource, kind: str, mismatched: list[tuple[str, Any, Any]]) -> str:
+    """What to say of tensors whose shapes are not those of the configuration: the first one, and the likely cause."""
+    name, stored, expected = mismatched[0][0], tuple(mismatched[0][1]), tuple(mismatched[0][2])
+    others = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
+    if 0 in stored:
+        cause = (
+            "the tensor is empty, as DeepSpeed ZeRO-3 writes it when nothing gathers its parts; zero_to_fp32.py does"
+        )
+    elif len(stored) == 1 and len(expected) > 1:
+        cause = "the tensor is flattened, as FSDP keeps it; save with state_dict_type FULL_STATE_DICT"
+    elif len(stored) == len(expected) == 2 and stored[1] == expected[1] and _is_vocabulary(name):
+        cause = (
+            f"the vocabulary was resized and config.json still says {expected[0]}; set its vocab_size to {stored[0]} "
+            "if these weights are the right ones"
+        )
+    else:
+        cause = "config.json belongs to a model of another size or with other heads"
+    return (
+        f"{source.name}: the weights in {source.weights[0].parent} do not fit {kind}: {name}{others} has the shape "
+        f"{list(stored)} in the file and {list(expected)} by config.json. Most likely {cause}"
     )
+
+
+def _is_vocabulary(name: str) -> bool:
+    """Whether a tensor is an embedding of tokens or the head over them, by its name."""
+    return name.removesuffix(".weight").rsplit(".", 1)[-1] in (*EMBEDDINGS, "lm_head", "embed_out", "output")
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_score.errors import ModelError
+from dpo_score.models.adapter_files import module_of
 from dpo_score.models.limits import text_config
-from dpo_score.models.weights import safetensors_header
+from dpo_score.models.weights import tensor_shapes
 
 if TYPE_CHECKING:
     from dpo_score.models.numerics import Numerics
@@ -49,26 +50,18 @@ def peak_bytes(config: Mapping[str, Any], numerics: Numerics, parameters: int, l
 
 
 def clone_bytes(base: Sequence[Path], adapters: Sequence[Path], parameters: int) -> int:
-    """Host memory of the float32 clones that adapters merged into one base are undone with (adapters.py): of the
+    """Host memory of the float32 clones that adapters merged into one base are undone with (lora.py): of the
     base's modules that their tensors name, or of all `parameters` where file and names do not say."""
     files = (*base, *adapters)
     if any(path.suffix != ".safetensors" for path in files):
         return parameters * ITEM_BYTES["float32"]
     modules: dict[str, int] = {}
     for path in base:
-        for name, entry in safetensors_header(path).items():
+        for name, shape in tensor_shapes(path).items():
             module = name.rpartition(".")[0]
-            modules[module] = modules.get(module, 0) + prod(entry["shape"])
-    keys = (key.removeprefix("base_model.model.") for path in adapters for key in safetensors_header(path))
-    touched = {_module_of(key, modules) for key in keys}
+            modules[module] = modules.get(module, 0) + prod(shape)
+    touched = {module_of(key, modules) for path in adapters for key in tensor_shapes(path)}
     return ITEM_BYTES["float32"] * (parameters if "" in touched else sum(modules[name] for name in touched))
-
-
-def _module_of(key: str, modules: Mapping[str, int]) -> str:
-    """The deepest module of the base in the name of an adapter's tensor, "" if there is none."""
-    while key and key not in modules:
-        key = key.rpartition(".")[0]
-    return key
 
 
 def token_bytes(config: Mapping[str, Any], dtype: str) -> int:

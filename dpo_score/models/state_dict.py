@@ -97,6 +97,11 @@ def _prefixes(name: str, expected: Collection[str]) -> Iterator[str]:
             yield "".join(f"{outer}." for outer in parts[:start])
 
 
+def is_wrapped(name: str) -> bool:
+    """Whether a stored name has a segment that a wrapper added: DDP, torch.compile, FSDP."""
+    return not WRAPPERS.isdisjoint(name.split("."))
+
+
 def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 

@@ -20,10 +20,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dpo_score.errors import ModelError
+from dpo_score.errors import ModelError, WeightsChangedError
 from dpo_score.models.loader import ModelLoader, Prefetch
 from tests.models.model_folders import IDS, Bf16, Fp32, logits, save_adapter, source, write_canary
 from tests.tiny import save_tiny, tiny_config, tiny_model
+
+TIED: dict[str, Any] = {"tie_word_embeddings": True}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,7 +35,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("saved") / "model", tie_word_embeddings=True, attention_dropout=0.5)
+    return save_tiny(tmp_path_factory.mktemp("saved") / "model", **TIED, attention_dropout=0.5)
 
 
 @pytest.fixture
@@ -119,10 +121,82 @@ def test_weights_that_the_model_does_not_know_are_named_not_ignored(folder: Path
         ModelLoader().load(source(folder), Fp32())
 
 
-def test_weights_of_another_shape_are_refused(folder: Path) -> None:
-    rewrite(folder, model__norm__weight=torch.ones(31))
-    with pytest.raises(ModelError, match=r"could not be loaded|of another shape"):
+@pytest.mark.parametrize(
+    ("tensor", "shape", "cause"),
+    [
+        ("model__norm__weight", (31,), "config.json belongs to a model of another size"),
+        ("model__embed_tokens__weight", (310, 32), "set its vocab_size to 310"),
+        ("model__layers__0__mlp__up_proj__weight", (2048,), "FSDP keeps it"),
+    ],
+)
+def test_a_tensor_of_another_shape_is_named_with_both_shapes_and_the_cause(
+    tensor: str, shape: tuple[int, ...], cause: str, folder: Path
+) -> None:
+    rewrite(folder, **{tensor: torch.ones(shape)})
+    with pytest.raises(ModelError, match=re.escape(tensor.replace("__", "."))) as caught:
         ModelLoader().load(source(folder), Fp32())
+    assert f"has the shape {list(shape)} in the file and [" in str(caught.value)
+    assert cause in str(caught.value)
+    assert "above" not in str(caught.value)
+
+
+def test_empty_tensors_of_zero_3_are_called_that(folder: Path) -> None:
+    rewrite(folder, model__norm__weight=torch.ones(0))
+    with pytest.raises(ModelError, match=r"1 empty tensors .*DeepSpeed ZeRO-3.*zero_to_fp32\.py"):
+        source(folder)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_that_a_wrapper_prefixed_are_read(prefix: str, folder: Path) -> None:
+    path = folder / "model.safetensors"
+    save_file({f"{prefix}{name}": value for name, value in load_file(path).items()}, path, {"format": "pt"})
+    assert torch.equal(logits(ModelLoader().load(source(folder), Fp32()).model), logits(tiny_model(**TIED)))
+
+
+# What was digested is what is computed with
+
+
+def overwritten(path: Path) -> None:
+    """Other content of the same size in the same file, as `cp` writes it, with the old time of change put back."""
+    import os
+
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-64:] = bytes(64)
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_that_changes_before_or_while_it_is_loaded_ends_the_load(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = source(folder)
+    path, loader = folder / name, ModelLoader()
+    read = ModelLoader._read
+
+    def read_then_overwritten(self: ModelLoader, *arguments: Any) -> Any:
+        model = read(self, *arguments)
+        overwritten(path)
+        return model
+
+    monkeypatch.setattr(ModelLoader, "_read", read_then_overwritten)
+    with pytest.raises(WeightsChangedError, match=rf"{name} changed"):
+        loader.load(found, Fp32())
+    with pytest.raises(WeightsChangedError, match=rf"{name} changed"):
+        loader.load(found, Fp32())
+    assert loader.bases_read == 0
+
+
+def test_a_loaded_model_does_not_see_later_writes_to_its_file(folder: Path) -> None:
+    found = source(folder)
+    model = ModelLoader().load(found, Fp32()).model
+    before = logits(model)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000] + bytes(path.stat().st_size - 1000))
+    assert torch.equal(logits(model), before)
+    with pytest.raises(WeightsChangedError, match=r"model\.safetensors changed or vanished"):
+        found.refuse_changed()
 
 
 BESIDE = {

@@ -96,16 +96,15 @@ def test_a_cached_repository_is_found_offline_with_its_commit_and_stored_digest(
     assert stored_sha256(snapshot / "config.json") is None
     assert stored_sha256(model / "model.safetensors") is None
 
-    hashed: list[Path] = []
-
-    def count(path: Path) -> str:
-        hashed.append(path)
-        return "0" * 64
-
-    resolved = resolve("org/tiny", cache_dir=tmp_path, sha256=count)
+    resolved = resolve("org/tiny", cache_dir=tmp_path, sha256=sha256)
     assert resolved.commit == COMMIT
     assert resolved.digest == source(model).digest
-    assert hashed == []
+
+    blob = (snapshot / "model.safetensors").resolve()
+    content = blob.read_bytes()
+    blob.write_bytes(content[:-4] + bytes(4))
+    with pytest.raises(ModelError, match=rf"model\.safetensors is damaged: the hub cache keeps it as {blob.name[:16]}"):
+        resolve("org/tiny", cache_dir=tmp_path, sha256=sha256)
 
 
 def test_a_repository_that_is_not_cached_says_how_to_fetch_it(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,7 @@ def test_a_checkpoint_without_config(loader: ModelLoader, folders: Mapping[str, 
 
     torch.save({"state": tiny_model(seed=3).state_dict()}, tmp_path / "policy.pt")
     resolver = Resolver(tmp_path / "cache", sha256, allow_pickle=True)
-    found: ModelSource = resolver.state_over(source(folders["llama"]), tmp_path / "policy.pt", "policy")
+    found: ModelSource = resolver.with_state(source(folders["llama"]), tmp_path / "policy.pt", "policy")
     ours = scored(loader.load(found, numerics()), numerics())
     refuse_differences(ours, scored(ModelLoader().load(found, numerics(ways=1)), numerics(ways=1)))
 
