@@ -24,7 +24,7 @@ from typing import Any
 from dpo_score.errors import ModelError, StorageError
 from dpo_score.models.locate import ProgressLine, no_progress
 from dpo_score.models.weights import brief
-from dpo_score.storage.io import open_store
+from dpo_score.storage.open import open_store
 
 VERSION = 1
 RECORD = "gguf.json"
