@@ -1,1 +1,6 @@
-"""From per-example scores to means, intervals, tests and sentences. Imports no torch."""
+"""What scores say: means and shares with intervals, paired comparisons, release gates, diagnostics, and sentences.
+
+In: score tables, or arrays of one number a pair. Out: strict JSON and plain sentences; nothing here reads or writes a
+file. May import losses, config, errors and escape; torch never, scipy and polars only inside the functions that use
+them.
+"""

@@ -91,7 +91,7 @@ class ScoreArrays:
 def collect(tables: Iterable[pa.Table], *, rejects: Iterable[pa.Table] = (), slices: Sequence[str] = ()) -> ScoreArrays:
     """Read score tables (and reject tables, for their counts) once, in order.
 
-    `slices`: columns to group by besides LABELS, cut as slices.py says; "length" needs no column.
+    `slices`: columns to group by besides LABELS, grouped as groups.py says; "length" needs no column.
     """
     coders = {name: _Coder() for name in LABELS}
     columns: dict[str, list[pa.Table]] = {name: [] for name in slices if name not in LABELS}

@@ -1,7 +1,10 @@
-"""Policies on the same pairs: joined by pair, k-th occurrence with k-th, as aligned arrays. Pure.
+"""Policies on the same pairs: joined by pair, and compared. Pure: in come scored rows, out comes strict JSON.
 
-Promises: the joined rows keep the first policy's order; what stands on one side only is counted; which values may be
-subtracted follows from the policies' settings alone. Reads no file.
+Rows are joined by pair_id, the k-th occurrence with the k-th, in the first policy's order; which values may be
+subtracted follows from the policies' settings. A policy is ranked by its own accuracy, ties left out, and compared with
+each other policy on the pairs that both rank; one that ties on more than half of the pairs takes no part. "Best" is
+picked from the same pairs, so its p values are adjusted as if every two policies had been tested; differences to a
+baseline that was named beforehand are adjusted over the other policies (Holm 1979).
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ from numpy.typing import NDArray
 
 from dpo_score.losses.ops import Floats
 from dpo_score.metrics.arrays import ScoreArrays
+from dpo_score.metrics.intervals import cluster_sizes, effective_clusters
 from dpo_score.metrics.paired_tests import (
     PolicyDifference,
-    against,
     best_policy,
+    differences_to,
     differences_to_best,
     flips,
+    holm,
     paired_difference,
     share_difference,
 )
@@ -127,35 +132,28 @@ def per_pair(rows: ScoreArrays, metric: str) -> Floats:
 
 def align_policies(policies: Sequence[ScoredPolicy]) -> AlignedPolicies:
     """Join on pair_id. ValueError when no pair is common to all."""
-    keys = [_numbered(policy.pair_ids) for policy in policies]
-    common = set(keys[0]).intersection(*(set(found) for found in keys[1:]))
-    if not common:
+    import polars as pl
+
+    tables = [
+        pl.DataFrame({"pair": policy.pair_ids, f"row {place}": np.arange(len(policy.pair_ids))}).with_columns(
+            pl.int_range(pl.len()).over("pair").alias("occurrence")
+        )
+        for place, policy in enumerate(policies)
+    ]
+    joined = tables[0]
+    for table in tables[1:]:
+        joined = joined.join(table, on=("pair", "occurrence"), how="inner", maintain_order="left")
+    if not len(joined):
         raise ValueError("no pair is common to all policies")
-    ranked = {key: place for place, key in enumerate(key for key in keys[0] if key in common)}
-    joined = [_taken(policy, found, ranked) for policy, found in zip(policies, keys, strict=True)]
-    sides = [_one_sided(policy, found, ranked) for policy, found in zip(policies, keys, strict=True)]
-    return AlignedPolicies(tuple(joined), tuple(side for side in sides if side.pairs))
+    rows = [joined[f"row {place}"].to_numpy() for place in range(len(policies))]
+    aligned = [selected(policy, found) for policy, found in zip(policies, rows, strict=True)]
+    sides = [_one_sided(policy, found) for policy, found in zip(policies, rows, strict=True)]
+    return AlignedPolicies(tuple(aligned), tuple(side for side in sides if side.pairs))
 
 
-def _numbered(pair_ids: Sequence[str]) -> list[tuple[str, int]]:
-    """(pair, how many of it came before)."""
-    seen: dict[str, int] = {}
-    keys = []
-    for pair_id in pair_ids:
-        keys.append((pair_id, seen.get(pair_id, 0)))
-        seen[pair_id] = seen.get(pair_id, 0) + 1
-    return keys
-
-
-def _taken(
-    policy: ScoredPolicy, keys: Sequence[tuple[str, int]], ranked: Mapping[tuple[str, int], int]
-) -> ScoredPolicy:
-    """The policy's rows of the common pairs, in their order."""
-    order_ = np.empty(len(ranked), np.int64)
-    for row, key in enumerate(keys):
-        if key in ranked:
-            order_[ranked[key]] = row
-    return selected(policy, order_)
+def _one_sided(policy: ScoredPolicy, joined: NDArray[np.int64]) -> OneSided:
+    alone = np.setdiff1d(np.arange(len(policy.row_ids)), joined)
+    return OneSided(policy.name, len(alone), tuple(policy.row_ids[row] for row in alone[:3]))
 
 
 def selected(policy: ScoredPolicy, rows: NDArray[np.int64]) -> ScoredPolicy:
@@ -170,13 +168,6 @@ def selected(policy: ScoredPolicy, rows: NDArray[np.int64]) -> ScoredPolicy:
         [policy.marks[row] for row in taken],
         policy.settings,
     )
-
-
-def _one_sided(
-    policy: ScoredPolicy, keys: Sequence[tuple[str, int]], ranked: Mapping[tuple[str, int], int]
-) -> OneSided:
-    alone = [policy.row_ids[row] for row, key in enumerate(keys) if key not in ranked]
-    return OneSided(policy.name, len(alone), tuple(alone[:3]))
 
 
 NATS_REST_ON = ("reference", "template", "truncation", "dtype", "has_reference")
@@ -197,39 +188,60 @@ def refusal(a: ScoringSettings, b: ScoringSettings, metric: str) -> str | None:
 DIFFERENCED = ("accuracy", "margins", "margins_nats", "loss")
 MEANS = tuple(metric for metric in METRICS if metric != "accuracy")
 HISTOGRAM_BINS = 24
+LEAST_RANKED = 0.5
+"""The share of the pairs that a policy must rank, ties apart, to take part in the ranking."""
 
 
 def compare_policies(aligned: AlignedPolicies, baseline: str | None = None) -> dict[str, Any]:
     """Everything that `compare` says. `baseline`: a policy among them, or None."""
-    best = best_policy(_rankable(aligned)) if _rankable(aligned) else None
-    edges = margin_edges(aligned.policies)
+    ranked = _ranked(aligned)
+    best = best_policy(ranked) if ranked else None
+    edges, clusters = margin_edges(aligned.policies), aligned.clusters
+    sizes = cluster_sizes(clusters)
+    anchor = baseline or best
     found: dict[str, Any] = {
         "pairs": len(aligned),
-        "groups": len(np.unique(aligned.clusters)),
+        "groups": len(sizes),
+        "effective_groups": effective_clusters(clusters),
+        "largest_group": float(sizes.max()) / len(aligned),
         "one_sided": [
             {"policy": side.policy, "pairs": side.pairs, "first": list(side.first)} for side in aligned.one_sided
         ],
-        "policies": [_levels(policy, edges) for policy in aligned.policies],
+        "policies": [_levels(policy, edges) | {"ranked": policy.name in ranked} for policy in aligned.policies],
         "margin_edges": edges.tolist(),
         "best": best,
+        "highest_margin": _highest_margin(aligned),
         "baseline": baseline,
-        "versus_best": {} if best is None else _versus_best(aligned, best),
+        "versus_best": {} if best is None else _versus_best(aligned, ranked, best),
         "versus_baseline": {} if baseline is None else _versus_all(aligned, baseline),
-        "subsets": {
-            "dataset": _by_group(aligned, "dataset", baseline),
-            "subset": _by_group(aligned, "subset", baseline),
-        },
+        "subsets": {label: _by_group(aligned, label, anchor, baseline) for label in ("dataset", "subset")},
         "slices": {
-            name: {"cut": how, "groups": _by_group(aligned, name, baseline)}
+            name: {"cut": how, "groups": _by_group(aligned, name, anchor, baseline)}
             for name, how in aligned.first.rows.cuts.items()
         },
     }
+    found["collapses"] = _collapses(found)
     return found | {"sentence": summary_sentence(found)}
 
 
-def _rankable(aligned: AlignedPolicies) -> dict[str, Floats]:
-    """Accuracy of the policies that have any pair without a tie."""
-    return {name: values for name, values in aligned.values("accuracy").items() if np.isfinite(values).any()}
+def _ranked(aligned: AlignedPolicies) -> dict[str, Floats]:
+    """Outcomes (1, 0, NaN on a tie) of the policies that take part in the ranking."""
+    least = LEAST_RANKED * len(aligned)
+    return {
+        name: values
+        for name, values in aligned.values("accuracy").items()
+        if np.isfinite(values).any() and np.isfinite(values).sum() >= least
+    }
+
+
+def _highest_margin(aligned: AlignedPolicies) -> str | None:
+    """The policy with the highest mean margin; None where margins rest on unlike things or are missing."""
+    first, *others = aligned.policies
+    if any(refusal(first.settings, other.settings, "margins") for other in others):
+        return None
+    means = {policy.name: measure(policy.margins, None)["mean"] for policy in aligned.policies}
+    known = {name: value for name, value in means.items() if value is not None}
+    return max(known, key=lambda name: known[name]) if known else None
 
 
 def margin_edges(policies: Sequence[ScoredPolicy]) -> Floats:
@@ -266,32 +278,33 @@ def _levels(policy: ScoredPolicy, edges: Floats) -> dict[str, Any]:
     }
 
 
-def _versus_best(aligned: AlignedPolicies, best: str) -> dict[str, Any]:
-    """Accuracy against the best, with what cannot be told from it."""
-    found = differences_to_best(_rankable(aligned), aligned.first.rows.repeated, differ=share_difference)
-    return {"accuracy": [_versus(aligned, item) for item in found if item.against == best]}
+def _versus_best(aligned: AlignedPolicies, ranked: Mapping[str, Floats], best: str) -> dict[str, Any]:
+    """Accuracy of the ranked policies minus the best one's."""
+    found = differences_to_best(ranked, aligned.first.rows.repeated, differ=share_difference)
+    return {"accuracy": [_difference(aligned, item) for item in found if item.against == best]}
 
 
 def _versus_all(aligned: AlignedPolicies, baseline: str) -> dict[str, Any]:
-    return {metric: _versus_baseline(aligned, baseline, metric) for metric in DIFFERENCED}
+    """metric → every other policy minus the baseline; what must not be subtracted is null with the reason."""
+    found: dict[str, Any] = {}
+    for metric in DIFFERENCED:
+        anchor, values = aligned[baseline], aligned.values(metric)
+        refused = {policy.name: refusal(anchor.settings, policy.settings, metric) for policy in aligned.policies}
+        usable = {name: value for name, value in values.items() if refused[name] is None}
+        differ = share_difference if metric == "accuracy" else paired_difference
+        items = differences_to(baseline, usable, aligned.first.rows.repeated, differ=differ)
+        known = {item.policy: _difference(aligned, item) for item in items}
+        found[metric] = [
+            known.get(name, {"policy": name, "mean": None, "reason": refused[name]})
+            for name in aligned.names
+            if name != baseline
+        ]
+    return found
 
 
-def _versus_baseline(aligned: AlignedPolicies, baseline: str, metric: str) -> list[dict[str, Any]]:
-    """Every other policy minus the baseline; what must not be subtracted is null with the reason."""
-    anchor, values = aligned[baseline], aligned.values(metric)
-    refused = {policy.name: refusal(anchor.settings, policy.settings, metric) for policy in aligned.policies}
-    usable = {name: value for name, value in values.items() if refused[name] is None}
-    differ = share_difference if metric == "accuracy" else paired_difference
-    found = {item.policy: item for item in against(baseline, usable, aligned.first.rows.repeated, differ=differ)}
-    return [
-        _versus(aligned, found[name]) if name in found else {"policy": name, "mean": None, "reason": refused[name]}
-        for name in aligned.names
-        if name != baseline
-    ]
-
-
-def _versus(aligned: AlignedPolicies, item: PolicyDifference) -> dict[str, Any]:
+def _difference(aligned: AlignedPolicies, item: PolicyDifference) -> dict[str, Any]:
     d = item.difference
+    changed = flips(*(per_pair(aligned[name].rows, "accuracy") for name in (item.policy, item.against)))
     found: dict[str, Any] = {
         "policy": item.policy,
         "against": item.against,
@@ -303,30 +316,36 @@ def _versus(aligned: AlignedPolicies, item: PolicyDifference) -> dict[str, Any]:
         "tied": item.tied,
         "detectable": d.detectable,
         "method": d.method,
-        **_flips(aligned, item.policy, item.against),
+        "won": changed.won,
+        "lost": changed.lost,
+        "both_right": changed.both_right,
+        "both_wrong": changed.both_wrong,
     }
     return found if d.reason is None else found | {"reason": d.reason}
 
 
-def _flips(aligned: AlignedPolicies, policy: str, other: str) -> dict[str, Any]:
-    right = {name: per_pair(aligned[name].rows, "accuracy") for name in (policy, other)}
-    found = flips(right[policy], right[other], aligned.first.rows.repeated)
-    return {
-        "won": found.won,
-        "lost": found.lost,
-        "both_right": found.both_right,
-        "both_wrong": found.both_wrong,
-        "mcnemar_p": found.p,
-    }
+# --- groups of pairs -------------------------------------------------------------------------------------------------
 
 
-def _by_group(aligned: AlignedPolicies, label: str, baseline: str | None) -> dict[str, Any]:
-    """group → policy → its levels, with the accuracy difference to the baseline."""
-    groups = aligned.groups(label)
-    return {name: _group(aligned, mask, baseline) for name, mask in groups.items()}
+def _by_group(aligned: AlignedPolicies, label: str, anchor: str | None, baseline: str | None) -> dict[str, Any]:
+    """group → policy → its levels, with the accuracy difference to the anchor, adjusted over groups and policies.
+
+    The difference is called `versus_baseline`, or `versus_best` where no baseline was named.
+    """
+    key = "versus_baseline" if baseline else "versus_best"
+    found = {name: _group(aligned, mask, anchor, key) for name, mask in aligned.groups(label).items()}
+    tested = [
+        cell[key]
+        for group in found.values()
+        for cell in group["policies"].values()
+        if cell.get(key, {}).get("p") is not None
+    ]
+    for cell, adjusted in zip(tested, holm([cell["p"] for cell in tested]), strict=True):
+        cell["p_adjusted"] = adjusted
+    return found
 
 
-def _group(aligned: AlignedPolicies, mask: NDArray[np.bool_], baseline: str | None) -> dict[str, Any]:
+def _group(aligned: AlignedPolicies, mask: NDArray[np.bool_], anchor: str | None, key: str) -> dict[str, Any]:
     clusters = aligned.clusters[mask]
     right = {name: values[mask] for name, values in aligned.values("accuracy").items()}
     found: dict[str, Any] = {
@@ -336,9 +355,46 @@ def _group(aligned: AlignedPolicies, mask: NDArray[np.bool_], baseline: str | No
         }
         for policy in aligned.policies
     }
-    for item in against(baseline, right, clusters, differ=share_difference) if baseline else []:
+    for item in differences_to(anchor, right, clusters, differ=share_difference) if anchor else []:
         d = item.difference
         ci95 = None if d.low is None or d.high is None else [d.low, d.high]
-        versus = {"n": d.n, "mean": d.mean, "ci95": ci95, "p": d.p}
-        found[item.policy]["versus_baseline"] = versus if ci95 is not None else versus | {"reason": d.reason}
+        versus = {"n": d.n, "mean": d.mean, "ci95": ci95, "p": d.p, "p_adjusted": None}
+        found[item.policy][key] = versus if ci95 is not None else versus | {"reason": d.reason}
     return {"pairs": int(mask.sum()), "policies": found}
+
+
+def _collapses(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Groups in which a policy ranks fewer pairs right than another beyond noise, though not so over all pairs.
+
+    With a baseline: policies below it. Without: the best below another policy. The surest first.
+    """
+    best, baseline = found["best"], found["baseline"]
+    key = "versus_baseline" if baseline else "versus_best"
+    overall = {item["policy"]: item for item in found[key].get("accuracy", [])}
+    kinds = {**found["subsets"], **{name: one["groups"] for name, one in found["slices"].items()}}
+    listed = []
+    for label, groups in kinds.items():
+        for name, group in groups.items() if len(groups) > 1 else ():
+            for policy, cell in group["policies"].items():
+                item, whole = cell.get(key), overall.get(policy)
+                if item is None or whole is None or item["p_adjusted"] is None or item["p_adjusted"] >= 0.05:
+                    continue
+                lower, other = (policy, baseline) if baseline else (best, policy)
+                sign = 1.0 if baseline else -1.0
+                if sign * item["mean"] >= 0.0 or (sign * whole["mean"] < 0.0 and not whole["tied"]):
+                    continue
+                shares = [group["policies"][one]["accuracy"]["value"] for one in (lower, other)]
+                listed.append(
+                    {
+                        "label": label,
+                        "group": name,
+                        "policy": lower,
+                        "against": other,
+                        "mean": sign * item["mean"],
+                        "p_adjusted": item["p_adjusted"],
+                        "accuracy": shares[0],
+                        "accuracy_against": shares[1],
+                        "overall": "tied" if whole["tied"] else "higher",
+                    }
+                )
+    return sorted(listed, key=lambda one: (one["p_adjusted"], one["mean"]))

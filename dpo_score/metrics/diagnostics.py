@@ -1,4 +1,9 @@
-"""What every number of a summary means: one sentence and a source each. Shown by reports; holds no arithmetic."""
+"""Why a policy scores as it does: length, calibration and training health of its scored rows, and what each number
+of a summary means.
+
+In: the rows of one policy as arrays. Out: strict JSON, null with a reason where a number cannot be computed.
+`DEFINITIONS` has a sentence and a source for every number of summary.json; reports show it.
+"""
 
 from __future__ import annotations
 
@@ -17,341 +22,16 @@ from dpo_score.metrics.intervals import (
     ONE_GROUP,
     Clusters,
     Interval,
-    edge,
     mean,
     mean_interval,
+    mean_test,
+    repeats,
     share_interval,
     t_quantile,
     total,
 )
 
-BETA_RANGE = (1e-4, 1e2)
-
-
-@dataclass(frozen=True, slots=True)
-class Bin:
-    """Pairs whose confidence lies in [low, high): how many, their mean confidence, the share ranked as labelled."""
-
-    low: float
-    high: float
-    n: int
-    confidence: float | None
-    accuracy: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """`ece`: expected calibration error; `brier`: mean squared error of σ(margin) against 1; `nll`: mean −log σ."""
-
-    n: int
-    ece: float | None
-    brier: float | None
-    nll: float | None
-    bins: tuple[Bin, ...]
-    reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class BetaFit:
-    """The β with the least mean −log σ(β·nats). `at_edge`: the likelihood still falls at the end of the range."""
-
-    beta: float | None
-    nll: float | None
-    at_edge: bool
-    reason: str | None = None
-
-
-def calibration(margins: Floats, bins: int = 10) -> Calibration:
-    """Reliability over equal bins of confidence in [½, 1]; ECE = Σ n_b/n·|accuracy − confidence|.
-
-    Guo et al., arXiv 1706.04599 eq. 3. `margins`: β-scaled, shape (pairs,).
-    """
-    kept = margins[np.isfinite(margins)]
-    if not len(kept):
-        return Calibration(0, None, None, None, (), "no margin")
-    confidence = sigmoid(np.abs(kept))
-    right = np.where(kept > 0.0, 1.0, np.where(kept < 0.0, 0.0, 0.5))
-    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    found = tuple(_bin(confidence, right, index, b, bins) for b in range(bins))
-    gaps = [b.n * abs(b.accuracy - b.confidence) for b in found if b.accuracy is not None and b.confidence is not None]
-    miss = 1.0 - sigmoid(kept)
-    return Calibration(len(kept), math.fsum(gaps) / len(kept), mean(miss * miss), mean(-log_sigmoid(kept)), found)
-
-
-def _bin(confidence: Floats, right: Floats, index: np.ndarray[tuple[int], np.dtype[np.int_]], b: int, bins: int) -> Bin:
-    inside = index == b
-    low, high = 0.5 + b / (2 * bins), 0.5 + (b + 1) / (2 * bins)
-    if not inside.any():
-        return Bin(low, high, 0, None, None)
-    return Bin(low, high, int(inside.sum()), mean(confidence[inside]), mean(right[inside]))
-
-
-def best_beta(margins_nats: Floats) -> BetaFit:
-    """argmin_β mean −log σ(β·(Δc − Δr)): the maximum-likelihood temperature of the Bradley–Terry model.
-
-    Temperature scaling, arXiv 1706.04599 §4.2, with β = 1/T. The objective is convex in β: Newton's method inside a
-    shrinking bracket. Null when every margin is 0, or when the mean margin is not positive (then β → 0 fits best:
-    the policy knows no better than chance).
-    """
-    kept = margins_nats[np.isfinite(margins_nats)]
-    if not len(kept) or not kept.any():
-        return BetaFit(None, None, False, "no margin other than 0")
-    if total(kept) <= 0.0:
-        return BetaFit(None, math.log(2.0), True, "the mean margin is not positive: no beta beats chance")
-    edge = BETA_RANGE[0] if _slope(kept, BETA_RANGE[0])[0] >= 0.0 else BETA_RANGE[1]
-    at_edge = edge == BETA_RANGE[0] or _slope(kept, edge)[0] <= 0.0
-    beta = edge if at_edge else _minimum(kept)
-    return BetaFit(beta, mean(-log_sigmoid(beta * kept)), at_edge)
-
-
-def _minimum(nats: Floats) -> float:
-    """The root of the slope in BETA_RANGE, where it changes sign."""
-    low, high = BETA_RANGE
-    beta = 1.0
-    for _ in range(200):
-        slope, curvature = _slope(nats, beta)
-        low, high = (low, beta) if slope > 0.0 else (beta, high)
-        step = beta - slope / curvature if curvature > 0.0 else low
-        following = step if low < step < high else math.sqrt(low * high)
-        if abs(following - beta) <= 1e-13 * beta:
-            break
-        beta = following
-    return beta
-
-
-def _slope(nats: Floats, beta: float) -> tuple[float, float]:
-    """First and second derivative of the objective in β: mean of −x·σ(−βx) and of x²·σ(βx)·σ(−βx)."""
-    wrong = sigmoid(-beta * nats)
-    return mean(-nats * wrong), mean(nats * nats * wrong * (1.0 - wrong))
-
-
-ITERATIONS = 50
-RIDGE = 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class LengthControlled:
-    """`accuracy` at equal length; `slope`: log-odds of ranking right per standard deviation of length difference."""
-
-    accuracy: float | None
-    low: float | None
-    high: float | None
-    slope: float | None
-    n: int
-    reason: str | None = None
-
-
-def length_baselines(
-    chosen_tokens: Floats, rejected_tokens: Floats, clusters: Clusters | None = None
-) -> dict[str, Interval]:
-    """Accuracy of preferring the longer, and the shorter answer; pairs of equal length left out (Wilson / robust)."""
-    there = np.isfinite(chosen_tokens) & np.isfinite(rejected_tokens) & (chosen_tokens != rejected_tokens)
-    longer = (chosen_tokens[there] > rejected_tokens[there]) * 1.0
-    kept = None if clusters is None else clusters[there]
-    return {"longer_wins": share_interval(longer, kept), "shorter_wins": share_interval(1.0 - longer, kept)}
-
-
-def pearson(x: Floats, y: Floats) -> float | None:
-    """Correlation Σ(x−x̄)(y−ȳ)/√(Σ(x−x̄)²Σ(y−ȳ)²). Pearson 1895. None when either does not vary."""
-    there = np.isfinite(x) & np.isfinite(y)
-    x, y = x[there] - mean(x[there]), y[there] - mean(y[there])
-    scale = math.sqrt(total(x * x) * total(y * y))
-    return None if scale == 0.0 or len(x) < 2 else max(-1.0, min(1.0, total(x * y) / scale))
-
-
-def ranks(values: Floats) -> Floats:
-    """1-based ranks; equal values share the mean of theirs."""
-    _, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    mid: Floats = (last - (count - 1) / 2.0)[inverse]
-    return mid
-
-
-def spearman(x: Floats, y: Floats) -> float | None:
-    """Pearson's correlation of the ranks. Spearman 1904."""
-    there = np.isfinite(x) & np.isfinite(y)
-    return pearson(ranks(x[there]), ranks(y[there]))
-
-
-def length_controlled_accuracy(
-    margin: Floats, chosen_tokens: Floats, rejected_tokens: Floats, clusters: Clusters | None = None
-) -> LengthControlled:
-    """P(chosen ranked first) if both answers had one length, after AlpacaEval 2 (arXiv 2404.04475).
-
-    A logistic regression of the outcome on tanh((nc − nr)/sd), read at 0. Its score interval holds where few
-    pairs are ranked wrong, or none; clusters widen it by their design effect. Ties are left out. A weak ridge of 1e-3
-    keeps separable data finite.
-    """
-    there = np.isfinite(margin) & (margin != 0.0) & np.isfinite(chosen_tokens) & np.isfinite(rejected_tokens)
-    gap, right = (chosen_tokens - rejected_tokens)[there], (margin[there] > 0.0) * 1.0
-    if len(right) < 10:
-        return LengthControlled(None, None, None, None, len(right), "fewer than ten pairs without a tie")
-    spread = math.sqrt(total(gap * gap) / len(gap))
-    feature = np.tanh(gap / spread) if spread > 0.0 else gap
-    design = np.stack([np.ones_like(feature), feature], axis=1)
-    weights, bread = _fit(design, right, RIDGE)
-    errors = _errors(design, right, weights)
-    effect, groups = _design_effect(errors, bread, None if clusters is None else clusters[there])
-    value, slope = _expit(float(weights[0])), float(weights[1])
-    if groups < 2:
-        return LengthControlled(value, None, None, slope, len(right), ONE_GROUP)
-    limit = math.sqrt(effect) * t_quantile(0.5 + LEVEL / 2, groups - 1)
-    tally = tallied(feature, right)
-    low, high = (_expit(score_bound(tally, float(weights[0]), side * limit)) for side in (-1.0, 1.0))
-    return LengthControlled(value, low, high, slope, len(right))
-
-
-def _design_effect(errors: Floats, bread: Floats, clusters: Clusters | None) -> tuple[float, int]:
-    """How much clusters widen the variance of the intercept, at least 1, and how many clusters there are."""
-    among, independent = _sandwich(errors, bread, clusters), _sandwich(errors, bread, None)
-    groups = len(errors) if clusters is None else len(np.unique(clusters))
-    return max(1.0, float(among[0, 0] / independent[0, 0])), groups
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tally:
-    """Pairs of one length difference counted together: shapes (different values,). `right`: those ranked right."""
-
-    feature: Floats
-    pairs: Floats
-    right: Floats
-
-    def score(self, intercept: float) -> float:
-        """The likelihood's slope in the intercept in standard errors, at the best slope of length: 0 at the fit."""
-        slope = _best_slope(self, intercept)
-        fitted = sigmoid(intercept + slope * self.feature)
-        rise = float(np.sum(self.right - self.pairs * fitted)) - RIDGE * intercept
-        weight = self.pairs * fitted * (1.0 - fitted)
-        level, cross = float(np.sum(weight)) + RIDGE, float(np.sum(weight * self.feature))
-        return rise / math.sqrt(level - cross * cross / (float(np.sum(weight * self.feature**2)) + RIDGE))
-
-
-def tallied(feature: Floats, right: Floats) -> Tally:
-    different, place = np.unique(feature, return_inverse=True)
-    counts = np.bincount(place).astype(np.float64), np.bincount(place, weights=right).astype(np.float64)
-    return Tally(different, *counts)
-
-
-def score_bound(tally: Tally, fit: float, limit: float) -> float:
-    """The intercept above the fit (limit > 0) or below it whose score is −limit. Rao 1948.
-
-    With equal lengths throughout this is Wilson's interval on the log-odds.
-    """
-
-    def holds(intercept: float) -> bool:
-        return abs(tally.score(intercept)) <= abs(limit)
-
-    step = math.copysign(1.0, limit)
-    while holds(fit + step):
-        step *= 2.0
-    return edge(holds, fit, fit + step)
-
-
-def _best_slope(tally: Tally, intercept: float) -> float:
-    """The likeliest slope given the intercept: Newton's method inside a shrinking bracket."""
-    high = float(np.sum(tally.pairs)) / RIDGE
-    low, slope = -high, 0.0
-    for _ in range(200):
-        fitted = sigmoid(intercept + slope * tally.feature)
-        rise = float(np.sum(tally.feature * (tally.right - tally.pairs * fitted))) - RIDGE * slope
-        low, high = (slope, high) if rise > 0.0 else (low, slope)
-        step = rise / (float(np.sum(tally.feature**2 * tally.pairs * fitted * (1.0 - fitted))) + RIDGE)
-        following = slope + step if low < slope + step < high else 0.5 * (low + high)
-        if abs(following - slope) <= 1e-9 * (1.0 + abs(slope)):
-            break
-        slope = following
-    return slope
-
-
-def logistic_regression(
-    design: Floats, outcome: Floats, clusters: Clusters | None = None, ridge: float = RIDGE
-) -> tuple[Floats, Floats]:
-    """Coefficients (k,) and their sandwich covariance (k, k) by Newton's method. White 1982; Liang and Zeger 1986."""
-    weights, bread = _fit(design, outcome, ridge)
-    return weights, _sandwich(_errors(design, outcome, weights), bread, clusters)
-
-
-def _fit(design: Floats, outcome: Floats, ridge: float) -> tuple[Floats, Floats]:
-    """Coefficients and the inverse curvature at the last step but one."""
-    weights = np.zeros(design.shape[1])
-    penalty = ridge * np.eye(design.shape[1])
-    bread: Floats = penalty
-    for _ in range(ITERATIONS):
-        fitted = 1.0 / (1.0 + np.exp(-(design @ weights)))
-        curvature = _products(design * (fitted * (1.0 - fitted))[:, None], design) + penalty
-        bread = np.asarray(np.linalg.inv(curvature), np.float64)
-        step = bread @ (np.sum(design * (outcome - fitted)[:, None], axis=0) - penalty @ weights)
-        weights = weights + step
-        if float(np.abs(step).max()) < 1e-10:
-            break
-    return weights, bread
-
-
-def _errors(design: Floats, outcome: Floats, weights: Floats) -> Floats:
-    """Each row's part in the slope of the likelihood, (n, k)."""
-    return design * (outcome - 1.0 / (1.0 + np.exp(-(design @ weights))))[:, None]
-
-
-def _sandwich(errors: Floats, bread: Floats, clusters: Clusters | None) -> Floats:
-    meat = _summed_by_cluster(errors, clusters)
-    groups = len(meat)
-    return groups / max(groups - 1, 1) * bread @ _products(meat, meat) @ bread
-
-
-def _products(left: Floats, right: Floats) -> Floats:
-    """leftᵀ·right, (k, k), by NumPy's pairwise sums: a BLAS product may differ with the number of threads."""
-    return np.stack([np.sum(left * column[:, None], axis=0) for column in right.T], axis=1)
-
-
-def _summed_by_cluster(scores: Floats, clusters: Clusters | None) -> Floats:
-    if clusters is None:
-        return scores
-    _, label = np.unique(clusters, return_inverse=True)
-    return np.stack([np.bincount(label, weights=column) for column in scores.T], axis=1)
-
-
-def _expit(z: float) -> float:
-    return 1.0 / (1.0 + math.exp(-z)) if z >= 0 else math.exp(z) / (1.0 + math.exp(z))
-
-
 SATURATED = 0.01
-
-
-def training_health(
-    delta_chosen: Floats,
-    delta_rejected: Floats,
-    chosen_tokens: Floats,
-    rejected_tokens: Floats,
-    dpo_weight: Floats,
-    clusters: Clusters | None = None,
-) -> dict[str, Interval | None]:
-    """Every number of DEFINITIONS with its interval; None where no pair has what it needs. Shapes (pairs,)."""
-    both = np.isfinite(delta_chosen) & np.isfinite(delta_rejected)
-    positive = both & (delta_chosen > delta_rejected)
-    fell = delta_chosen < 0.0
-    return {
-        "displaced": _share(fell, np.isfinite(delta_chosen), clusters),
-        "both_fell": _share(fell & (delta_rejected < 0.0), both, clusters),
-        "drift_chosen": _mean(delta_chosen / chosen_tokens, clusters),
-        "drift_rejected": _mean(delta_rejected / rejected_tokens, clusters),
-        "pushed_only": _share(delta_chosen <= 0.0, positive, clusters),
-        "saturated": _share(dpo_weight < SATURATED, np.isfinite(dpo_weight), clusters),
-    }
-
-
-def _share(holds: NDArray[np.bool_], among: NDArray[np.bool_], clusters: Clusters | None) -> Interval | None:
-    if not among.any():
-        return None
-    return share_interval(holds[among].astype(np.float64), None if clusters is None else clusters[among])
-
-
-def _mean(values: Floats, clusters: Clusters | None) -> Interval | None:
-    there = np.isfinite(values)
-    if not there.any():
-        return None
-    return mean_interval(values[there], None if clusters is None else clusters[there])
-
-
 DEFINITIONS: Mapping[str, str] = {
     "loss": "mean of the configured loss over the pairs for which it is finite",
     "margins": "β(Δc − Δr), Δ = log π − log ρ of an answer: how much more the policy than the reference prefers "
@@ -381,12 +61,18 @@ DEFINITIONS: Mapping[str, str] = {
     "shorter_wins": "accuracy of preferring the answer with fewer scored tokens, equal lengths left out",
     "truncated": "pairs of which at least one answer was cut",
     "without_truncated": "accuracy and margin over the pairs of which no answer was cut; null when none was cut",
+    "clusters": "groups of pairs that share a prompt (but for case and spaces) or a group_id: how many, how many of "
+    "equal size would be as unevenly filled (n²/Σn_g², Kish 1965), and the share of pairs in the largest",
     "macro": "mean over groups, each group counting once",
     "length_controlled_accuracy": "accuracy at equal lengths, from a logistic regression of the outcome on the "
-    "length difference (after AlpacaEval 2, arXiv 2404.04475)",
+    "length difference (after AlpacaEval 2, arXiv 2404.04475); null where the two lengths do not overlap",
     "pearson_margin_length": "correlation of the margin with nc − nr (Pearson 1895)",
     "spearman_margin_length": "rank correlation of the margin with nc − nr (Spearman 1904)",
     "ece": "mean gap between confidence max(σ(m), σ(−m)) and accuracy over ten bins, m the margin (arXiv 1706.04599)",
+    "ece_ci95": "95 % interval of ece: the gaps, shrunk or grown together, under which the ece that was seen is not "
+    "unusual",
+    "ece_if_calibrated": "the ece that a perfectly calibrated policy shows on average with these confidences and so "
+    "many pairs: it falls only as more pairs are scored",
     "brier": "mean of (1 − σ(margin))² (Brier 1950)",
     "nll": "mean of −log σ(margin): the Bradley–Terry log-loss of the labels",
     "best_beta": "the β with the least mean −log σ(β(Δc − Δr)) (temperature scaling, arXiv 1706.04599)",
@@ -397,8 +83,6 @@ DEFINITIONS: Mapping[str, str] = {
     "pushed_only": "among pairs with a positive margin, the share with Δc ≤ 0: it comes from rejected alone",
     "saturated": f"share of pairs with a DPO weight σ(−margin) below {SATURATED} (arXiv 2305.18290, section 4)",
 }
-
-
 NOT_STORED = "a value that it needs is not stored for any pair"
 NO_VARIATION = "one of the two does not vary"
 
@@ -413,24 +97,27 @@ def _length(rows: ScoreArrays) -> dict[str, Any]:
     chosen, rejected = v["chosen_tokens"].astype(np.float64), v["rejected_tokens"].astype(np.float64)
     controlled = length_controlled_accuracy(margins, chosen, rejected, rows.repeated)
     found: dict[str, Any] = {
-        "length_controlled_accuracy": {
-            "n": controlled.n,
-            "value": controlled.accuracy,
-            "ci95": None if controlled.low is None else [controlled.low, controlled.high],
-            "slope": controlled.slope,
-        }
-        | ({} if controlled.reason is None else {"reason": controlled.reason}),
+        "length_controlled_accuracy": _with_reason(
+            {
+                "n": controlled.n,
+                "value": controlled.accuracy,
+                "ci95": None if controlled.low is None else [controlled.low, controlled.high],
+                "slope": controlled.slope,
+                "reason": controlled.reason,
+            }
+        )
     }
     for name, correlate in (("pearson", pearson), ("spearman", spearman)):
         value = correlate(margins, chosen - rejected)
-        found[f"{name}_margin_length"] = {"value": value} | ({} if value is not None else {"reason": NO_VARIATION})
+        reason = NO_VARIATION if value is None else None
+        found[f"{name}_margin_length"] = _with_reason({"value": value, "reason": reason})
     return found
 
 
 def _calibration(rows: ScoreArrays) -> dict[str, Any]:
-    found = asdict(calibration(_margins(rows)))
+    found = calibration(_margins(rows), clusters=rows.repeated)
     fit = asdict(best_beta(rows.values["margins_nats"]))
-    return _without_empty_reason(found) | {"best_beta": _without_empty_reason(fit)}
+    return _with_reason(asdict(found)) | {"best_beta": _with_reason(fit)}
 
 
 def _health(rows: ScoreArrays) -> dict[str, Any]:
@@ -447,15 +134,357 @@ def _interval(interval: Interval | None) -> dict[str, Any]:
     if interval is None:
         return {"value": None, "ci95": None, "reason": NOT_STORED}
     bounds = None if interval.low is None else [interval.low, interval.high]
-    found = {"value": interval.value, "ci95": bounds, "method": interval.method}
-    return found if interval.reason is None else found | {"reason": interval.reason}
+    return _with_reason({"value": interval.value, "ci95": bounds, "method": interval.method, "reason": interval.reason})
 
 
-def _without_empty_reason(found: dict[str, Any]) -> dict[str, Any]:
+def _with_reason(found: dict[str, Any]) -> dict[str, Any]:
+    """The cell, with its reason only where there is one."""
     return {key: value for key, value in found.items() if key != "reason" or value is not None}
 
 
-def _margins(rows: ScoreArrays) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _margins(rows: ScoreArrays) -> Floats:
     """β-scaled margins; a labelled tie has no right answer, so it is left out."""
     margins = rows.values["chosen_rewards"] - rows.values["rejected_rewards"]
     return np.where(rows.flags["tied"], np.nan, margins)
+
+
+# --- calibration: do margins mean what they say? ---------------------------------------------------------------------
+
+BETA_RANGE = (1e-4, 1e2)
+DRAWS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Pairs whose confidence lies in [low, high): how many, their mean confidence, the share ranked as labelled."""
+
+    low: float
+    high: float
+    n: int
+    confidence: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """`ece`: expected calibration error; `brier`: mean squared error of σ(margin) against 1; `nll`: mean −log σ.
+
+    `ece_if_calibrated`: what a perfectly calibrated policy shows on average at this n. See DEFINITIONS.
+    """
+
+    n: int
+    ece: float | None
+    ece_ci95: tuple[float, float] | None
+    ece_if_calibrated: float | None
+    brier: float | None
+    nll: float | None
+    bins: tuple[Bin, ...]
+    reason: str | None = None
+
+
+def calibration(margins: Floats, bins: int = 10, clusters: Clusters | None = None) -> Calibration:
+    """Reliability over equal bins of confidence in [½, 1]; ECE = Σ n_b/n·|accuracy − confidence|.
+
+    Under the Bradley–Terry model that DPO fits, P(chosen ≻ rejected) = σ(β(Δc − Δr)). A labelled pair always says
+    "chosen won", so the confidence is max(σ, 1 − σ) and the outcome is whether the policy ranks the pair as labelled;
+    a tie has confidence ½ and counts half right. Guo et al., arXiv 1706.04599 eq. 3. `margins`: β-scaled, shape
+    (pairs,), NaN left out.
+    """
+    there = np.isfinite(margins)
+    kept, groups = margins[there], None if clusters is None else clusters[there]
+    if not len(kept):
+        return Calibration(0, None, None, None, None, None, (), "no margin")
+    confidence = sigmoid(np.abs(kept))
+    right = np.where(kept > 0.0, 1.0, np.where(kept < 0.0, 0.0, 0.5))
+    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    edges = np.linspace(0.5, 1.0, bins + 1)
+    found = [_bin(confidence[index == b], right[index == b], float(edges[b]), float(edges[b + 1])) for b in range(bins)]
+    gaps = [b.n * abs(b.accuracy - b.confidence) for b in found if b.accuracy is not None and b.confidence is not None]
+    ece, miss = math.fsum(gaps) / len(kept), 1.0 - sigmoid(kept)
+    ci95, expected = _calibration_error(confidence, right, index, groups)
+    return Calibration(len(kept), ece, ci95, expected, mean(miss * miss), mean(-log_sigmoid(kept)), tuple(found))
+
+
+def _bin(confidence: Floats, right: Floats, low: float, high: float) -> Bin:
+    if not len(confidence):
+        return Bin(low, high, 0, None, None)
+    return Bin(low, high, len(confidence), mean(confidence), mean(right))
+
+
+def _calibration_error(
+    confidence: Floats, right: Floats, index: NDArray[np.int_], clusters: Clusters | None
+) -> tuple[tuple[float, float], float]:
+    """The interval of the ECE, and its mean for a perfectly calibrated policy.
+
+    The ECE is a sum of absolute values, so noise alone makes it positive. Each bin's gap d_b is taken as normal. The
+    true gaps are taken to be λ·d_b, with the variance c(1 − c) of a calibrated pair at λ = 0 and the one that was seen
+    from λ = 1 on, times the design effect of the clusters. The interval holds every λ under which the ECE that was seen
+    lies in the middle 95 % of DRAWS normal draws (fixed seed).
+    """
+    n, size = len(confidence), np.bincount(index)
+    residuals = right - confidence
+    centred = residuals - (np.bincount(index, residuals) / np.maximum(size, 1))[index]
+    calibrated = np.bincount(index, confidence * (1.0 - confidence))[size > 0]
+    observed = np.maximum(np.bincount(index, centred * centred)[size > 0], calibrated)
+    gaps, effect = np.bincount(index, residuals)[size > 0] / n, _clustering(residuals, clusters)
+    drawn = np.random.default_rng(0).standard_normal((DRAWS, len(gaps))) * math.sqrt(effect) / n
+    seen = float(np.abs(gaps).sum())
+
+    def errors(scale: float) -> Floats:
+        """ECEs as they are drawn where the true gaps are λ·d."""
+        share = min(scale, 1.0)
+        noise = np.sqrt((1.0 - share) * calibrated + share * observed)
+        found: Floats = np.abs(scale * gaps + drawn * noise).sum(axis=1)
+        return found
+
+    tail = (1.0 - LEVEL) / 2
+    shrunk = np.linspace(0.0, 1.0, 41)
+    grown = np.concatenate([1.0 + shrunk, np.geomspace(2.1, 100.0, 40)])
+    low = next((s for s in shrunk if np.mean(errors(s) >= seen) > tail), 1.0)
+    high = next((s for s in grown if np.mean(errors(s) <= seen) < tail), 100.0)
+    return (float(low) * seen, min(1.0, float(high) * seen)), float(errors(0.0).mean())
+
+
+def _clustering(residuals: Floats, clusters: Clusters | None) -> float:
+    """The design effect: how much clusters widen the variance of the mean residual, at least 1."""
+    if clusters is None or not repeats(clusters):
+        return 1.0
+    among, alone = mean_test(residuals, clusters), mean_test(residuals)
+    return max(1.0, (among.error / alone.error) ** 2) if among.error and alone.error else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class BetaFit:
+    """The β with the least mean −log σ(β·nats). `at_edge`: the likelihood still falls at the end of the range."""
+
+    beta: float | None
+    nll: float | None
+    at_edge: bool
+    reason: str | None = None
+
+
+def best_beta(margins_nats: Floats) -> BetaFit:
+    """argmin_β mean −log σ(β·(Δc − Δr)): the maximum-likelihood temperature of the Bradley–Terry model.
+
+    Temperature scaling, arXiv 1706.04599 §4.2, with β = 1/T. The objective is convex in β, so its slope has one root.
+    Null when every margin is 0, or when the mean margin is not positive (then β → 0 fits best: the policy knows no
+    better than chance).
+    """
+    from scipy import optimize
+
+    kept = margins_nats[np.isfinite(margins_nats)]
+    if not len(kept) or not kept.any():
+        return BetaFit(None, None, False, "no margin other than 0")
+    if total(kept) <= 0.0:
+        return BetaFit(None, math.log(2.0), True, "the mean margin is not positive: no beta beats chance")
+
+    def slope(beta: float) -> float:
+        return mean(-kept * sigmoid(-beta * kept))
+
+    low, high = BETA_RANGE
+    if slope(low) >= 0.0 or slope(high) <= 0.0:
+        beta, at_edge = (low if slope(low) >= 0.0 else high), True
+    else:
+        beta, at_edge = float(optimize.brentq(slope, low, high, xtol=1e-15, rtol=1e-13)), False
+    return BetaFit(beta, mean(-log_sigmoid(beta * kept)), at_edge)
+
+
+# --- length: is it preference, or length? ----------------------------------------------------------------------------
+
+RIDGE = 1e-3
+ALIKE = 0.1
+"""Lengths that differ by less than this share of the longer one are about equal."""
+FEWEST_ALIKE, LEAST_ALIKE = 5, 0.02
+"""Pairs of about equal length that an accuracy at equal length needs at least: so many, and this share of all."""
+ONE_SIGN = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class LengthControlled:
+    """`accuracy` at equal length; `slope`: log-odds of ranking right per standard deviation of length difference."""
+
+    accuracy: float | None
+    low: float | None
+    high: float | None
+    slope: float | None
+    n: int
+    reason: str | None = None
+
+
+def pearson(x: Floats, y: Floats) -> float | None:
+    """Correlation of the pairs that both have. Pearson 1895. None when either does not vary."""
+    there = np.isfinite(x) & np.isfinite(y)
+    x, y = x[there] - mean(x[there]), y[there] - mean(y[there])
+    scale = math.sqrt(total(x * x) * total(y * y))
+    return None if scale == 0.0 or len(x) < 2 else max(-1.0, min(1.0, total(x * y) / scale))
+
+
+def spearman(x: Floats, y: Floats) -> float | None:
+    """Pearson's correlation of the ranks, equal values sharing theirs. Spearman 1904."""
+    from scipy import stats
+
+    there = np.isfinite(x) & np.isfinite(y)
+    return pearson(stats.rankdata(x[there]), stats.rankdata(y[there]))
+
+
+def length_controlled_accuracy(
+    margin: Floats, chosen_tokens: Floats, rejected_tokens: Floats, clusters: Clusters | None = None
+) -> LengthControlled:
+    """P(chosen ranked first) if both answers had one length, after AlpacaEval 2 (arXiv 2404.04475).
+
+    A logistic regression of the outcome on tanh((nc − nr)/sd), read at 0. Its score interval (Rao 1948) holds where few
+    pairs are ranked wrong, or none; clusters widen it by their design effect. Ties are left out. A weak ridge of 1e-3
+    keeps separable data finite. Null where lengths do not overlap: it would be an extrapolation.
+    """
+    there = np.isfinite(margin) & (margin != 0.0) & np.isfinite(chosen_tokens) & np.isfinite(rejected_tokens)
+    gap, right = (chosen_tokens - rejected_tokens)[there], (margin[there] > 0.0) * 1.0
+    n = len(right)
+    reason = _no_overlap(gap, np.maximum(chosen_tokens, rejected_tokens)[there])
+    if reason is not None:
+        return LengthControlled(None, None, None, None, n, reason)
+    spread = math.sqrt(total(gap * gap) / n)
+    fit = LogisticFit.of(np.tanh(gap / spread) if spread > 0.0 else gap, right)
+    value, slope = float(sigmoid(np.float64(fit.intercept))), fit.slope
+    kept = None if clusters is None else clusters[there]
+    effect, df = fit.design_effect(kept)
+    if df < 1.0:
+        return LengthControlled(value, None, None, slope, n, ONE_GROUP)
+    limit = math.sqrt(effect) * t_quantile(0.5 + LEVEL / 2, df)
+    low, high = (float(sigmoid(np.float64(fit.bound(side * limit)))) for side in (-1.0, 1.0))
+    return LengthControlled(value, low, high, slope, n)
+
+
+def _no_overlap(gap: Floats, longer: Floats) -> str | None:
+    """Why nothing can be said of answers of equal length, or None."""
+    if len(gap) < 10:
+        return "fewer than ten pairs without a tie"
+    alike, n = int(np.sum(np.abs(gap) < ALIKE * longer)), len(gap)
+    for word, share in (("longer", float(np.mean(gap > 0.0))), ("shorter", float(np.mean(gap < 0.0)))):
+        if share > ONE_SIGN:
+            return f"chosen is {word} in {100 * share:.0f} % of the pairs: lengths do not overlap"
+    if alike < max(FEWEST_ALIKE, LEAST_ALIKE * n):
+        return f"only {alike:,} of {n:,} pairs have lengths within {100 * ALIKE:.0f} %: lengths do not overlap"
+    return None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LogisticFit:
+    """Outcome on intercept and one feature, with a weak ridge; pairs of equal feature are counted together.
+
+    `feature`, `pairs`, `right`: shapes (different values,), `right` those ranked right. `place`: each pair's value.
+    """
+
+    feature: Floats
+    pairs: Floats
+    right: Floats
+    place: NDArray[np.int64]
+    outcome: Floats
+    intercept: float
+    slope: float
+
+    @classmethod
+    def of(cls, feature: Floats, outcome: Floats) -> LogisticFit:
+        """Newton's method on the penalised likelihood, which is concave."""
+        different, place = np.unique(feature, return_inverse=True)
+        pairs, right = np.bincount(place).astype(np.float64), np.bincount(place, outcome).astype(np.float64)
+        weights = np.zeros(2)
+        design = np.stack([np.ones_like(different), different], axis=1)
+        for _ in range(50):
+            fitted = sigmoid(design @ weights)
+            curvature = (design * (pairs * fitted * (1.0 - fitted))[:, None]).T @ design + RIDGE * np.eye(2)
+            step = np.linalg.solve(curvature, design.T @ (right - pairs * fitted) - RIDGE * weights)
+            weights = weights + step
+            if float(np.abs(step).max()) < 1e-10:
+                break
+        return cls(different, pairs, right, place, outcome, float(weights[0]), float(weights[1]))
+
+    def design_effect(self, clusters: Clusters | None) -> tuple[float, float]:
+        """How much clusters widen the variance of the intercept, at least 1, and the degrees of freedom left.
+
+        The intercept is, to first order, the mean of each pair's influence: rows of the inverse curvature times its
+        part in the slope of the likelihood (White 1982).
+        """
+        fitted = sigmoid(self.intercept + self.slope * self.feature)
+        weight = self.pairs * fitted * (1.0 - fitted)
+        moments = [float(np.sum(weight * self.feature**power)) for power in (0, 1, 2)]
+        bread = np.linalg.inv(np.array([moments[:2], moments[1:]]) + RIDGE * np.eye(2))[0]
+        influence = (bread[0] + bread[1] * self.feature)[self.place] * (self.outcome - fitted[self.place])
+        if clusters is None or not repeats(clusters):
+            return 1.0, float(len(influence) - 1)
+        among, alone = mean_test(influence, clusters), mean_test(influence)
+        effect = max(1.0, (among.error / alone.error) ** 2) if among.error and alone.error else 1.0
+        if among.error is not None and among.error == 0.0:
+            effect = len(influence) / (among.df + 1.0)
+        return effect, among.df
+
+    def score(self, intercept: float) -> float:
+        """The likelihood's slope in the intercept in standard errors, at the best slope of length: 0 at the fit."""
+        fitted = sigmoid(intercept + self._best_slope(intercept) * self.feature)
+        rise = float(np.sum(self.right - self.pairs * fitted)) - RIDGE * intercept
+        weight = self.pairs * fitted * (1.0 - fitted)
+        level, cross = float(np.sum(weight)) + RIDGE, float(np.sum(weight * self.feature))
+        return rise / math.sqrt(level - cross * cross / (float(np.sum(weight * self.feature**2)) + RIDGE))
+
+    def _best_slope(self, intercept: float) -> float:
+        """The likeliest slope given the intercept."""
+        from scipy import optimize
+
+        def rise(slope: float) -> float:
+            fitted = sigmoid(intercept + slope * self.feature)
+            return float(np.sum(self.feature * (self.right - self.pairs * fitted))) - RIDGE * slope
+
+        reach = 1.0
+        while rise(-reach) < 0.0 or rise(reach) > 0.0:
+            reach *= 4.0
+        return float(optimize.brentq(rise, -reach, reach, xtol=1e-9, rtol=1e-9))
+
+    def bound(self, limit: float) -> float:
+        """The intercept above the fit (limit > 0) or below it whose score is −limit. Rao 1948.
+
+        With equal lengths throughout this is Wilson's interval on the log-odds.
+        """
+        from scipy import optimize
+
+        step = math.copysign(1.0, limit)
+        while abs(self.score(self.intercept + step)) <= abs(limit):
+            step *= 2.0
+        ends = sorted((self.intercept, self.intercept + step))
+        return float(optimize.brentq(lambda at: self.score(at) + limit, *ends, xtol=1e-9, rtol=1e-9))
+
+
+# --- health: what training did to both answers -----------------------------------------------------------------------
+
+
+def training_health(
+    delta_chosen: Floats,
+    delta_rejected: Floats,
+    chosen_tokens: Floats,
+    rejected_tokens: Floats,
+    dpo_weight: Floats,
+    clusters: Clusters | None = None,
+) -> dict[str, Interval | None]:
+    """From displaced to saturated of DEFINITIONS, each with its interval; None where no pair has what it needs.
+
+    Δ = log π − log ρ in nats; all shapes (pairs,). A pair with a missing value is left out of the number that needs it.
+    """
+    both = np.isfinite(delta_chosen) & np.isfinite(delta_rejected)
+    positive = both & (delta_chosen > delta_rejected)
+    fell = delta_chosen < 0.0
+
+    def share(holds: NDArray[np.bool_], among: NDArray[np.bool_]) -> Interval | None:
+        kept = None if clusters is None else clusters[among]
+        return share_interval(holds[among].astype(np.float64), kept) if among.any() else None
+
+    def average(values: Floats) -> Interval | None:
+        there = np.isfinite(values)
+        kept = None if clusters is None else clusters[there]
+        return mean_interval(values[there], kept) if there.any() else None
+
+    return {
+        "displaced": share(fell, np.isfinite(delta_chosen)),
+        "both_fell": share(fell & (delta_rejected < 0.0), both),
+        "drift_chosen": average(delta_chosen / chosen_tokens),
+        "drift_rejected": average(delta_rejected / rejected_tokens),
+        "pushed_only": share(delta_chosen <= 0.0, positive),
+        "saturated": share(dpo_weight < SATURATED, np.isfinite(dpo_weight)),
+    }

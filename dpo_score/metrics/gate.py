@@ -1,4 +1,4 @@
-"""`--fail-if`: a condition on compared policies, parsed and evaluated. Pure.
+"""`--fail-if`: a release gate, that is a condition on compared policies, parsed and evaluated. Pure.
 
     expression = all { "or" all }            all = test { "and" test }
     test       = quantity op value           op  = "<" | "<=" | ">" | ">="
@@ -16,11 +16,16 @@
     margins < baseline
 
 `diff.` is a policy minus the baseline, paired. A condition is asked of every policy but the baseline and fires when
-it holds for one. `worst_subset` is the subset in which the number asked for is the lowest (loss: the highest); of p,
-the one that is most surely worse, by its high (loss: low). Because it is picked from the data, intervals and p are
-those of all k subsets together (Bonferroni), so the gate neither fires on the noise of many small subsets nor is
-blind to a large one beside them. A subset of which the number cannot be had, all its pairs of one prompt say, is not
-picked. Whatever else cannot be computed, no policy left to test included, is an error, never a silent pass.
+it holds for one. A test that claims something beyond noise (`high <`, `low >`, `p <`) is asked of k policies at once,
+so its bound is that of all k together (Bonferroni): equal policies make it fire in at most 5 % of cases, however many
+they are. A test that demands a proof (`low <`, `high >`) is each policy's own, at 95 %.
+
+`worst_subset` is the subset in which the number asked for is the lowest (loss: the highest); of p, the one that is most
+surely worse, by its high (loss: low). Because it is picked from the data, its bounds and p are those of all subsets
+together (Bonferroni too), so they neither fire on the noise of many small subsets nor overlook a large one beside them.
+The bare number of the worst subset ignores noise, and `gate_notes` says so. A subset of which the number cannot be
+computed, all its pairs of one prompt say, is not picked. Whatever else cannot be computed, no policy left to test
+included, is an error, never a silent pass.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,6 +142,21 @@ def _value(text: str, left: Quantity, whole: str) -> float | str:
     return number
 
 
+def gate_notes(condition: Condition) -> list[str]:
+    """A sentence for each test of a condition that mistakes noise for a finding, with the test that does not."""
+    notes = []
+    for test in (test for group in condition for test in group):
+        left = test.left
+        if left.group == WORST and left.bound == "value":
+            careful = replace(left, bound="high" if test.op in ("<", "<=") else "low")
+            right = f"{test.right:g}" if isinstance(test.right, float) else f"baseline.{test.right}"
+            notes.append(
+                f"{left} is the lowest or highest of several numbers and ignores noise: with many subsets one lies far "
+                f"off by chance; `{careful} {test.op} {right.removesuffix('.value')}` allows for it"
+            )
+    return list(dict.fromkeys(notes))
+
+
 def needs_baseline(condition: Condition) -> bool:
     return any(test.left.diff or isinstance(test.right, str) for group in condition for test in group)
 
@@ -147,10 +167,10 @@ def failed_conditions(condition: Condition, aligned: AlignedPolicies, baseline: 
     ConfigError when a quantity cannot be had (an unknown group, too few pairs, unlike things to subtract), and when
     there is no policy besides the baseline.
     """
-    found = []
-    for policy in _tested(aligned, baseline):
+    found, tested = [], _tested(aligned, baseline)
+    for policy in tested:
         for group in condition:
-            sentences = [_holds(test, aligned, policy, baseline) for test in group]
+            sentences = [_holds(test, aligned, policy, baseline, len(tested)) for test in group]
             if all(sentences):
                 found.append(f"{policy}: " + " and ".join(str(sentence) for sentence in sentences))
                 break
@@ -167,15 +187,17 @@ def _tested(aligned: AlignedPolicies, baseline: str | None) -> list[str]:
     return names
 
 
-def _holds(test: Test, aligned: AlignedPolicies, policy: str, baseline: str | None) -> str | None:
-    """What was found, if the test holds."""
-    left, note = _measured(test.left, aligned, policy, baseline)
+def _holds(test: Test, aligned: AlignedPolicies, policy: str, baseline: str | None, policies: int) -> str | None:
+    """What was found, if the test holds. `policies`: of how many it is asked."""
+    claims = {"<": ("high", "p"), "<=": ("high", "p"), ">": ("low",), ">=": ("low",)}[test.op]
+    together = policies if test.left.bound in claims else 1
+    left, note = _measured(test.left, aligned, policy, baseline, together)
     if isinstance(test.right, float):
         right, shown = test.right, f"{test.right:g}"
     else:
         assert baseline is not None
         same = Quantity(test.left.metric, False, test.left.group, test.right)
-        right, _ = _measured(same, aligned, baseline, None)
+        right, _ = _measured(same, aligned, baseline, None, together)
         shown = f"{baseline}'s {right:.4g}"
     return f"{test.left}{note} is {left:.4g}, {test.op} {shown}" if OPERATORS[test.op](left, right) else None
 
@@ -191,13 +213,15 @@ class Estimate:
     reason: str | None = None
 
 
-def _measured(quantity: Quantity, aligned: AlignedPolicies, policy: str, baseline: str | None) -> tuple[float, str]:
-    """The number, and for the worst subset a note that names it."""
+def _measured(
+    quantity: Quantity, aligned: AlignedPolicies, policy: str, baseline: str | None, together: int
+) -> tuple[float, str]:
+    """The number, and for the worst subset a note that names it. `together`: how many bounds must hold at once."""
     sides = _sides(quantity, aligned, policy, baseline)
     if quantity.group == WORST:
-        return _worst(quantity, _estimates(quantity.metric, sides, aligned))
+        return _worst(quantity, _estimates(quantity.metric, sides, aligned, together))
     mask = np.ones(len(aligned), np.bool_) if quantity.group is None else _named(quantity.group, aligned)
-    found = estimate(quantity.metric, [side[mask] for side in sides], aligned.clusters[mask])
+    found = estimate(quantity.metric, [side[mask] for side in sides], aligned.clusters[mask], together)
     if found is None:
         raise ConfigError(f"--fail-if {quantity}: no pair has this value")
     number: float | None = getattr(found, quantity.bound)
@@ -229,12 +253,12 @@ def _sides(quantity: Quantity, aligned: AlignedPolicies, policy: str, baseline: 
     return [values[policy], values[baseline]]
 
 
-def _estimates(metric: str, sides: Sequence[Floats], aligned: AlignedPolicies) -> dict[str, Estimate]:
+def _estimates(metric: str, sides: Sequence[Floats], aligned: AlignedPolicies, together: int) -> dict[str, Estimate]:
     """Every subset's, as one of so many; those without a value are left out."""
     there = np.logical_and.reduce([np.isfinite(side) for side in sides])
     masks = {name: mask & there for name, mask in aligned.groups("subset").items() if (mask & there).any()}
     found = {
-        name: estimate(metric, [side[mask] for side in sides], aligned.clusters[mask], len(masks))
+        name: estimate(metric, [side[mask] for side in sides], aligned.clusters[mask], together * len(masks))
         for name, mask in masks.items()
     }
     return {name: one for name, one in found.items() if one is not None}

@@ -1,14 +1,15 @@
-"""Means, shares and their 95 % intervals over pairs that may come in clusters. Pure functions of NumPy arrays.
+"""Means and shares with their 95 % intervals, over pairs that may come in clusters. Pure functions of NumPy arrays.
 
-A cluster is what repeats: pairs of one prompt or group are not independent, so their residuals are summed before
-they are squared. Without repetition the formulas reduce to the textbook ones. Sums are math.fsum: exactly rounded,
-so no result depends on NumPy's summation order. An interval that cannot be had is None: no spread is not certainty.
+A cluster is a prompt or group: its pairs are not independent, so their residuals are summed before they are squared
+(CR2 of Bell and McCaffrey 2002, with their degrees of freedom). Where nothing repeats the formulas reduce to the
+textbook ones. An interval that cannot be computed is None with a reason. Sums are exactly rounded (math.fsum), so no
+result depends on the order of summation. scipy has the distributions and is imported on first use; it has neither
+Tango's interval nor cluster-robust means, so those are ours.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -20,87 +21,18 @@ from numpy.typing import NDArray
 
 from dpo_score.losses.ops import Floats
 
-_NORMAL = NormalDist()
-_LARGE = 1e7
-
-
-def normal_quantile(p: float) -> float:
-    return _NORMAL.inv_cdf(p)
-
-
-def normal_cdf(z: float) -> float:
-    return 0.5 * math.erfc(-z / math.sqrt(2.0))
-
-
-def t_two_sided_p(t: float, df: float) -> float:
-    """P(|T| ≥ |t|) with df degrees of freedom: the regularised incomplete beta I_{df/(df+t²)}(df/2, ½).
-
-    Abramowitz and Stegun 26.7.1.
-    """
-    if math.isnan(t) or df <= 0:
-        return math.nan
-    if math.isinf(t):
-        return 0.0
-    if df > _LARGE:
-        return math.erfc(abs(t) / math.sqrt(2.0))
-    return _incomplete_beta(df / 2.0, 0.5, df / (df + t * t))
-
-
-@lru_cache(maxsize=4096)
-def t_quantile(p: float, df: float) -> float:
-    """The value below which a share p of Student's t lies, by bisection on the two-sided tail."""
-    if df > _LARGE:
-        return normal_quantile(p)
-    if p == 0.5:
-        return 0.0
-    tail = 2.0 * min(p, 1.0 - p)
-    low, high = 0.0, 1.0
-    while t_two_sided_p(high, df) > tail:
-        low, high = high, 2.0 * high
-    for _ in range(200):
-        middle = 0.5 * (low + high)
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if t_two_sided_p(middle, df) > tail else (low, middle)
-    return math.copysign(0.5 * (low + high), p - 0.5)
-
-
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """I_x(a, b). The continued fraction converges fast below the mean; above it, the symmetric one is used."""
-    if x <= 0.0 or x >= 1.0:
-        return 0.0 if x <= 0.0 else 1.0
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    if x < (a + 1.0) / (a + b + 2.0):
-        return math.exp(log_front) * _beta_fraction(a, b, x) / a
-    return 1.0 - math.exp(log_front) * _beta_fraction(b, a, 1.0 - x) / b
-
-
-def _beta_fraction(a: float, b: float, x: float) -> float:
-    """The continued fraction of the incomplete beta (Abramowitz and Stegun 26.5.8), by Lentz's method."""
-    tiny = 1e-300
-    c, d = 1.0, 1.0 / _away_from_zero(1.0 - (a + b) * x / (a + 1.0), tiny)
-    result = d
-    for m in range(1, 20_000):
-        even = m * (b - m) * x / ((a + 2 * m - 1.0) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1.0))
-        for step in (even, odd):
-            d = 1.0 / _away_from_zero(1.0 + step * d, tiny)
-            c = _away_from_zero(1.0 + step / c, tiny)
-            result *= c * d
-        if abs(c * d - 1.0) < 1e-15:
-            break
-    return result
-
-
-def _away_from_zero(value: float, tiny: float) -> float:
-    return value if abs(value) > tiny else tiny
-
-
 Clusters: TypeAlias = NDArray[Any]
 """One label per row, equal for rows of one cluster."""
 LEVEL = 0.95
 ONE_GROUP = "all pairs belong to one prompt or group"
 NO_SPREAD = "no spread between independent pairs to estimate an error from"
+TOO_FEW_GROUPS = "fewer than two independent groups of pairs"
+SKEWED = 0.2
+"""Skewness of a mean from which its interval is corrected: Cochran's rule n > 25·γ², as γ/√n."""
+LEAST_FOR_SKEWNESS = 8
+"""Fewer clusters than this do not tell how skewed they are."""
+LARGE_CLUSTER = 0.1
+"""The share of all pairs from which one prompt or group is worth a warning."""
 _SLICE = 65_536
 _ROUNDING = 1e-12
 
@@ -120,13 +52,42 @@ class Interval:
 class MeanTest:
     """Mean of a sample with standard error, degrees of freedom and the two-sided p of "the mean is 0".
 
-    Error 0: the sample shows no spread. Then p is None, unless every value is 0.
+    `error` 0: the sample shows no spread. Then p is None, unless every value is 0. `skewness`: of the mean's
+    distribution, γ/√n for independent values; 0 where it is too small to matter (SKEWED) or cannot be told.
     """
 
     mean: float
     error: float | None
-    df: int
+    df: float
     p: float | None
+    skewness: float = 0.0
+
+
+# --- distributions ---------------------------------------------------------------------------------------------------
+
+
+def normal_quantile(p: float) -> float:
+    return NormalDist().inv_cdf(p)
+
+
+def t_two_sided_p(t: float, df: float) -> float:
+    """P(|T| ≥ |t|) of Student's t with df degrees of freedom, not necessarily whole; NaN without any."""
+    from scipy import special
+
+    if math.isnan(t) or df <= 0:
+        return math.nan
+    return float(2.0 * special.stdtr(df, -abs(t)))
+
+
+@lru_cache(maxsize=4096)
+def t_quantile(p: float, df: float) -> float:
+    """The value below which a share p of Student's t lies."""
+    from scipy import special
+
+    return float(special.stdtrit(df, p)) if df < 1e9 else normal_quantile(p)
+
+
+# --- sums and clusters -----------------------------------------------------------------------------------------------
 
 
 def total(values: Floats) -> float:
@@ -153,116 +114,15 @@ def repeats(clusters: Clusters | None) -> bool:
     return clusters is not None and len(np.unique(clusters)) < len(clusters)
 
 
-def cluster_sums(values: Floats, clusters: Clusters | None) -> Floats:
-    """Sum of the values of each cluster, in label order; the values themselves without clusters."""
-    if clusters is None or not len(values):
-        return values
-    _, label = np.unique(clusters, return_inverse=True)
-    return np.bincount(label, weights=values).astype(np.float64)
+def cluster_sizes(clusters: Clusters) -> Floats:
+    """Rows of each cluster, in label order."""
+    return np.unique(clusters, return_counts=True)[1].astype(np.float64)
 
 
-def mean_test(values: Floats, clusters: Clusters | None = None) -> MeanTest:
-    """Cluster-robust t test of a mean. Liang and Zeger 1986, with the G/(G−1) correction and G − 1 df.
-
-    Var = G/(G−1) · Σ_g (Σ_{i∈g} (x_i − x̄))² / n², G clusters; for clusters of one row this is s²/n.
-    """
-    centre = mean(values)
-    residuals = cluster_sums(values - centre, clusters)
-    groups, n = len(residuals), len(values)
-    if groups < 2:
-        return MeanTest(centre, None, 0, None)
-    error = math.sqrt(groups / (groups - 1) * total(residuals * residuals)) / n
-    if error <= _ROUNDING * float(np.abs(values).max()):
-        return MeanTest(centre, 0.0, groups - 1, None if values.any() else 1.0)
-    return MeanTest(centre, error, groups - 1, t_two_sided_p(centre / error, groups - 1))
-
-
-def mean_interval(values: Floats, clusters: Clusters | None = None, level: float = LEVEL) -> Interval:
-    """x̄ ± t_{G−1}·error of `mean_test`. Where every value is the same, so are the bounds."""
-    method = "cluster-robust t" if repeats(clusters) else "t"
-    test = mean_test(values, clusters)
-    if test.error is None:
-        return Interval(test.mean, None, None, method, "fewer than two independent groups of pairs")
-    if test.error == 0.0 and np.ptp(values) > 0.0:
-        return Interval(test.mean, None, None, method, NO_SPREAD)
-    half = t_quantile(0.5 + level / 2, test.df) * test.error
-    return Interval(test.mean, test.mean - half, test.mean + half, method)
-
-
-def wilson(successes: float, n: float, z: float | None = None) -> tuple[float, float]:
-    """The score interval of a share. Wilson 1927. `n` may be an effective size, not whole."""
-    z = normal_quantile(0.5 + LEVEL / 2) if z is None else z
-    share, z2 = successes / n, z * z
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    low = 0.0 if successes <= 0 else max(0.0, centre - half)
-    return low, 1.0 if successes >= n else min(1.0, centre + half)
-
-
-def share_interval(outcomes: Floats, clusters: Clusters | None = None, level: float = LEVEL) -> Interval:
-    """A share of 0/1 outcomes: Wilson where nothing repeats, else Wilson at the effective sample size.
-
-    Effective n = share·(1−share)/Var with the cluster-robust Var, at most n, and t_{G−1} for z (Korn and Graubard
-    1998; Dean and Pagano 2015). Where the clusters show no spread, every cluster counts once.
-    """
-    n, tail = len(outcomes), 0.5 + level / 2
-    if n == 0:
-        return Interval(math.nan, None, None, "none", "no pair to count")
-    share = mean(outcomes)
-    if not repeats(clusters):
-        low, high = wilson(total(outcomes), n, normal_quantile(tail))
-        return Interval(share, low, high, "Wilson")
-    test = mean_test(outcomes, clusters)
-    if test.error is None:
-        return Interval(share, None, None, "cluster-robust Wilson", ONE_GROUP)
-    effective = effective_size(share * (1 - share), n, test)
-    low, high = wilson(share * effective, effective, t_quantile(tail, test.df))
-    return Interval(share, low, high, "cluster-robust Wilson")
-
-
-def effective_size(variance: float, n: int, test: MeanTest) -> float:
-    """How many independent rows of this variance have the error of n clustered ones; at most n, without spread G."""
-    assert test.error is not None
-    return min(float(n), variance / test.error**2) if test.error > 0.0 else float(test.df + 1)
-
-
-def tango(won: float, lost: float, n: float, z: float) -> tuple[float, float]:
-    """The score interval of (won − lost)/n, a difference of two shares of the same n pairs. Tango 1998.
-
-    won, lost: pairs that only one side has right; with n they may be an effective size, not whole. At z of a 95 %
-    interval it holds 0 where McNemar's p, uncorrected, is above 5 %.
-    """
-    share = (won - lost) / n
-    low = edge(lambda delta: _tango_score(delta, won, lost, n) <= z, share, -1.0)
-    high = edge(lambda delta: _tango_score(delta, won, lost, n) >= -z, share, 1.0)
-    return low, high
-
-
-def _tango_score(delta: float, won: float, lost: float, n: float) -> float:
-    """(won − lost − nδ)/√(n(2q + δ(1 − δ))), q the likeliest share of lost pairs given the difference δ."""
-    linear, constant = (2.0 * n - won + lost) * delta - won - lost, -lost * delta * (1.0 - delta)
-    root = math.sqrt(max(0.0, linear * linear - 8.0 * n * constant))
-    q = -2.0 * constant / (root + linear) if linear > 0.0 else (root - linear) / (4.0 * n)
-    distance, variance = won - lost - n * delta, n * (2.0 * q + delta * (1.0 - delta))
-    return distance / math.sqrt(variance) if variance > 0.0 else math.copysign(math.inf, distance)
-
-
-def edge(holds: Callable[[float], bool], inside: float, outside: float) -> float:
-    """How far `holds` reaches from `inside`, where it does, towards `outside`, where it does not: by bisection."""
-    for _ in range(60):
-        middle = 0.5 * (inside + outside)
-        if abs(outside - inside) <= 1e-12 * (1.0 + abs(inside)):
-            break
-        inside, outside = (middle, outside) if holds(middle) else (inside, middle)
-    return inside
-
-
-def quantiles(values: Floats, at: tuple[float, ...] = (0.05, 0.25, 0.5, 0.75, 0.95)) -> dict[str, float]:
-    """Quantiles with linear interpolation (Hyndman and Fan 1996, type 7), keyed "p5" …; empty for no values."""
-    if not len(values):
-        return {}
-    found = np.quantile(values, at)
-    return {f"p{round(100 * p)}": float(q) for p, q in zip(at, found, strict=True)}
+def effective_clusters(clusters: Clusters) -> float:
+    """n²/Σ n_g²: as many clusters of equal size would be as unevenly filled. 0 without rows. Kish 1965."""
+    sizes = cluster_sizes(clusters)
+    return float(sizes.sum() ** 2 / (sizes**2).sum()) if len(sizes) else 0.0
 
 
 def connected_clusters(*labels: Clusters) -> NDArray[np.int64]:
@@ -283,3 +143,166 @@ def connected_clusters(*labels: Clusters) -> NDArray[np.int64]:
         if np.array_equal(before, current):
             break
     return current
+
+
+# --- means -----------------------------------------------------------------------------------------------------------
+
+
+def mean_test(values: Floats, clusters: Clusters | None = None) -> MeanTest:
+    """Cluster-robust t test of a mean: CR2 with the degrees of freedom of Bell and McCaffrey 2002.
+
+    Var = Σ_g S_g²/(1 − n_g/n) / n² with S_g = Σ_{i∈g} (x_i − x̄). For clusters of one row this is s²/n with n − 1
+    degrees of freedom, for G equal ones CR1 with G − 1; the more uneven the clusters, the fewer degrees of freedom.
+    """
+    centre, n = mean(values), len(values)
+    residuals, sizes = values - centre, np.ones(n)
+    if clusters is not None and n:
+        _, label = np.unique(clusters, return_inverse=True)
+        residuals = np.bincount(label, weights=residuals).astype(np.float64)
+        sizes = np.bincount(label).astype(np.float64)
+    if len(residuals) < 2:
+        return MeanTest(centre, None, 0, None)
+    rest = 1.0 - sizes / n
+    df = _degrees_of_freedom(sizes, rest)
+    error = math.sqrt(total(residuals * residuals / rest)) / n
+    if error <= _ROUNDING * float(np.abs(values).max()):
+        return MeanTest(centre, 0.0, df, None if values.any() else 1.0)
+    skewness = _skewness(residuals, n * error)
+    return MeanTest(centre, error, df, t_two_sided_p(_unskewed(centre / error, skewness), df), skewness)
+
+
+def _degrees_of_freedom(sizes: Floats, rest: Floats) -> float:
+    """(tr M)²/tr M² of M_gh = n_g(δ_gh − n_h/n)/√(rest_g·rest_h): Satterthwaite's, were all rows independent."""
+    if sizes.min() == sizes.max():
+        return float(len(sizes) - 1)
+    n = float(sizes.sum())
+    weights = sizes * sizes / rest
+    off_diagonal = weights.sum() ** 2 - (weights * weights).sum()
+    return float(n * n / ((sizes * sizes).sum() + off_diagonal / (n * n)))
+
+
+def _skewness(residuals: Floats, scale: float) -> float:
+    """Third cumulant of the mean in units of its standard error, Σ S_g³/(n·error)³; 0 below SKEWED."""
+    found = total(residuals**3) / scale**3 if len(residuals) >= LEAST_FOR_SKEWNESS else 0.0
+    return found if abs(found) > SKEWED else 0.0
+
+
+def _unskewed(t: float, skewness: float) -> float:
+    """t + λ(t²/3 + 1/6) + λ²t³/27: a t statistic made symmetric. Hall 1992, "removal of skewness by transformation"."""
+    return t + skewness * (t * t / 3.0 + 1.0 / 6.0) + skewness * skewness * t**3 / 27.0
+
+
+def _skewed(u: float, skewness: float) -> float:
+    """The t of which `_unskewed` makes u: (3/λ)·[∛(1 + λ(u − λ/6)) − 1]."""
+    if skewness == 0.0:
+        return u
+    return 3.0 / skewness * (math.cbrt(1.0 + skewness * (u - skewness / 6.0)) - 1.0)
+
+
+def mean_bounds(test: MeanTest, level: float = LEVEL) -> tuple[float, float]:
+    """x̄ − t·error at both ends of the level, t corrected for skewness. They hold 0 exactly where p > 1 − level."""
+    assert test.error is not None
+    quantile = t_quantile(0.5 + level / 2, test.df)
+    ends = (_skewed(sign * quantile, test.skewness) for sign in (1.0, -1.0))
+    low, high = (test.mean - end * test.error for end in ends)
+    return low, high
+
+
+def mean_method(test: MeanTest, clusters: Clusters | None) -> str:
+    """How a mean's interval is computed, in words."""
+    return ("cluster-robust " if repeats(clusters) else "") + ("skewness-corrected t" if test.skewness else "t")
+
+
+def mean_interval(values: Floats, clusters: Clusters | None = None, level: float = LEVEL) -> Interval:
+    """The interval of `mean_test`, corrected for skewness where that matters. A constant has itself as bounds."""
+    test = mean_test(values, clusters)
+    method = mean_method(test, clusters)
+    if test.error is None:
+        return Interval(test.mean, None, None, method, TOO_FEW_GROUPS)
+    if test.error == 0.0 and np.ptp(values) > 0.0:
+        return Interval(test.mean, None, None, method, NO_SPREAD)
+    return Interval(test.mean, *mean_bounds(test, level), method)
+
+
+# --- shares ----------------------------------------------------------------------------------------------------------
+
+
+def wilson(successes: float, n: float, z: float | None = None) -> tuple[float, float]:
+    """The score interval of a share. Wilson 1927. `n` may be an effective size, not whole."""
+    z = normal_quantile(0.5 + LEVEL / 2) if z is None else z
+    share, z2 = successes / n, z * z
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    low = 0.0 if successes <= 0 else max(0.0, centre - half)
+    return low, 1.0 if successes >= n else min(1.0, centre + half)
+
+
+def share_interval(outcomes: Floats, clusters: Clusters | None = None, level: float = LEVEL) -> Interval:
+    """A share of 0/1 outcomes: Wilson where nothing repeats, else Wilson at the effective sample size.
+
+    Effective n = share·(1−share)/Var with the cluster-robust Var, at most n, and Student's t for z (Korn and Graubard
+    1998; Dean and Pagano 2015). Where the clusters show no spread, it is their effective number.
+    """
+    n, tail = len(outcomes), 0.5 + level / 2
+    if n == 0:
+        return Interval(math.nan, None, None, "none", "no pair to count")
+    share = mean(outcomes)
+    if clusters is None or not repeats(clusters):
+        low, high = wilson(total(outcomes), n, normal_quantile(tail))
+        return Interval(share, low, high, "Wilson")
+    test = mean_test(outcomes, clusters)
+    if test.error is None:
+        return Interval(share, None, None, "cluster-robust Wilson", ONE_GROUP)
+    effective = effective_size(share * (1 - share), clusters, test)
+    low, high = wilson(share * effective, effective, t_quantile(tail, test.df))
+    return Interval(share, low, high, "cluster-robust Wilson")
+
+
+def effective_size(variance: float, clusters: Clusters, test: MeanTest) -> float:
+    """How many independent rows of this variance have the error of these clustered ones; at most all of them."""
+    assert test.error is not None
+    return min(float(len(clusters)), variance / test.error**2) if test.error > 0.0 else effective_clusters(clusters)
+
+
+def tango(won: float, lost: float, n: float, z: float) -> tuple[float, float]:
+    """The score interval of (won − lost)/n, a difference of two shares of the same n pairs. Tango 1998.
+
+    won, lost: pairs that only one side has right; with n they may be an effective size, not whole. At z of a 95 %
+    interval it holds 0 where McNemar's p, uncorrected, is above 5 %.
+    """
+    from scipy import optimize
+
+    share, bounds = (won - lost) / n, []
+    for side, end in ((1.0, -1.0), (-1.0, 1.0)):
+        if side * _tango_score(end, won, lost, n) <= z or share == end:
+            bounds.append(end)
+            continue
+        bounds.append(
+            optimize.brentq(
+                lambda delta, side=side: min(side * _tango_score(delta, won, lost, n), 1e6) - z,
+                end,
+                share,
+                xtol=1e-13,
+                rtol=1e-13,
+            )
+        )
+    return min(bounds[0], share), max(bounds[1], share)
+
+
+def _tango_score(delta: float, won: float, lost: float, n: float) -> float:
+    """(won − lost − nδ)/√(n(2q + δ(1 − δ))), q the likeliest share of lost pairs given the difference δ."""
+    linear, constant = (2.0 * n - won + lost) * delta - won - lost, -lost * delta * (1.0 - delta)
+    root = math.sqrt(max(0.0, linear * linear - 8.0 * n * constant))
+    q = -2.0 * constant / (root + linear) if linear > 0.0 else (root - linear) / (4.0 * n)
+    distance, variance = won - lost - n * delta, n * (2.0 * q + delta * (1.0 - delta))
+    if abs(distance) <= _ROUNDING * n:
+        return 0.0
+    return distance / math.sqrt(variance) if variance > 0.0 else math.copysign(math.inf, distance)
+
+
+def quantiles(values: Floats, at: tuple[float, ...] = (0.05, 0.25, 0.5, 0.75, 0.95)) -> dict[str, float]:
+    """Quantiles with linear interpolation (Hyndman and Fan 1996, type 7), keyed "p5" …; empty for no values."""
+    if not len(values):
+        return {}
+    found = np.quantile(values, at)
+    return {f"p{round(100 * p)}": float(q) for p, q in zip(at, found, strict=True)}

@@ -2,7 +2,7 @@
 
 Per policy: overall, per dataset, per subset, per slice. Accuracy leaves ties out and counts them; TRL's own
 metric names carry TRL's rules (a tie is wrong). Intervals are at 95 %, cluster-robust wherever a prompt or group
-repeats (statistics.py). Deterministic: exactly rounded sums, rows in the order of the tables. Memory: rows.py.
+repeats (intervals.py). Deterministic: exactly rounded sums, rows in the order of the tables. Memory: arrays.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ import pyarrow as pa
 from dpo_score.losses.ops import Floats
 from dpo_score.metrics.arrays import ScoreArrays, collect
 from dpo_score.metrics.diagnostics import diagnose
-from dpo_score.metrics.intervals import Clusters, deviation, mean, mean_interval, quantiles, share_interval
+from dpo_score.metrics.intervals import (
+    Clusters,
+    cluster_sizes,
+    deviation,
+    effective_clusters,
+    mean,
+    mean_interval,
+    quantiles,
+    share_interval,
+)
 
 NO_REFERENCE = "scored without a reference"
 NO_LENGTHS = "token counts are not stored"
@@ -30,7 +39,7 @@ def summarise(
     """The summary of one policy from its score tables, read once in order.
 
     `rejects`: reject tables (columns dataset, code) of data, reference and this policy, for the counts.
-    `slices`: further columns to group by (slices.py says how); `slice_cuts` holds how, and the order.
+    `slices`: further columns to group by (groups.py says how); `slice_cuts` holds how, and the order.
     """
     rows = collect(tables, rejects=rejects, slices=slices)
     datasets = {name: _cell_of(rows, "dataset", name) for name in _all_datasets(rows)}
@@ -72,8 +81,15 @@ def cell(rows: ScoreArrays) -> dict[str, Any]:
         "truncated": int(np.count_nonzero(rows.flags["truncated"])),
         "without_truncated": _without_truncated(rows, margins),
         "clustered": clusters is not None,
+        "clusters": _clusters(rows),
         **_trl(rows, margins),
     }
+
+
+def _clusters(rows: ScoreArrays) -> dict[str, Any]:
+    sizes = cluster_sizes(rows.clusters)
+    largest = float(sizes.max()) / len(rows) if len(rows) else None
+    return {"groups": len(sizes), "effective": effective_clusters(rows.clusters), "largest": largest}
 
 
 def measure(values: Floats, clusters: Clusters | None, reason: str = "no value") -> dict[str, Any]:
@@ -88,6 +104,7 @@ def measure(values: Floats, clusters: Clusters | None, reason: str = "no value")
         "mean": interval.value,
         "std": deviation(kept),
         "ci95": None if interval.low is None else [interval.low, interval.high],
+        "method": interval.method,
         "quantiles": quantiles(kept),
     }
     return found if interval.reason is None else found | {"reason": interval.reason}

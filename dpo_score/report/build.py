@@ -1,4 +1,4 @@
-"""OUT → report.html and tables: gathers what was stored, hands it to scores/report, writes one file.
+"""From OUT to report.html and tables: gathers what was stored, makes the page, writes one file.
 
 Promises: loads no model; imports neither torch nor transformers, except that a run which kept token values has its
 tokenizer read (imports transformers) to colour tokens; texts come only from unchanged data, else the page says why

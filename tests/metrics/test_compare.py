@@ -43,6 +43,29 @@ def test_joined_rows_hold_the_same_pairs_in_the_first_order(sides: list[list[str
     assert all(len(ids) == len(aligned) + left_out.get(str(i), 0) for i, ids in enumerate(sides))
 
 
+ids = st.lists(st.sampled_from("abcd"), max_size=12)
+
+
+@given(ids, ids)
+@settings(max_examples=60, deadline=None)
+def test_a_join_pairs_kth_with_kth_and_accounts_for_every_row(ids_a: list[str], ids_b: list[str]) -> None:
+    if not set(ids_a) & set(ids_b):
+        return
+    aligned = align_policies(
+        [scored(name, [0.0] * len(own), pair_ids=own) for name, own in (("a", ids_a), ("b", ids_b))]
+    )
+    both_a, both_b = ([int(row_id.removeprefix("0:")) for row_id in aligned[name].row_ids] for name in "ab")
+    alone = {side.policy: side.pairs for side in aligned.one_sided}
+    assert len(set(both_a)) + alone.get("a", 0) == len(ids_a)
+    assert len(set(both_b)) + alone.get("b", 0) == len(ids_b)
+    assert both_a == sorted(both_a)
+    for a, b in zip(both_a, both_b, strict=True):
+        assert ids_a[a] == ids_b[b]
+        assert ids_a[:a].count(ids_a[a]) == ids_b[:b].count(ids_b[b])
+    for name in "abcd":
+        assert sum(ids_a[a] == name for a in both_a) == min(ids_a.count(name), ids_b.count(name))
+
+
 def test_accuracy_is_nothing_on_a_tie() -> None:
     values = align_policies([scored("a", [1.0, 0.0, -1.0])]).values("accuracy")["a"]
     assert values[[0, 2]].tolist() == [1.0, 0.0]

@@ -16,18 +16,17 @@ from dpo_score.losses.columns import derive_table
 from dpo_score.losses.parse import parse_loss
 from dpo_score.metrics.diagnostics import (
     DEFINITIONS,
+    LogisticFit,
     best_beta,
     calibration,
-    length_baselines,
     length_controlled_accuracy,
-    logistic_regression,
     pearson,
-    ranks,
     spearman,
     training_health,
 )
 from dpo_score.metrics.intervals import t_quantile, wilson
-from dpo_score.metrics.summary import summarise
+from dpo_score.metrics.summary import ranking, summarise
+from tests.metrics.scored import scored
 
 
 def simulated(n: int = 40_000, stretch: float = 1.0, seed: int = 0) -> np.ndarray:
@@ -100,9 +99,10 @@ def lengths(n: int = 4000, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ra
 
 
 def test_baselines_are_complements_without_equal_lengths() -> None:
-    found = length_baselines(np.array([3.0, 5.0, 2.0, 4.0]), np.array([2.0, 1.0, 7.0, 4.0]))
-    assert found["longer_wins"].value == pytest.approx(2 / 3)
-    assert found["shorter_wins"].value == pytest.approx(1 / 3)
+    made = scored("a", [1.0] * 4, lengths=[(3, 2), (5, 1), (2, 7), (4, 4)])
+    found = ranking(made.rows)
+    assert found["longer_wins"]["value"] == pytest.approx(2 / 3)
+    assert found["shorter_wins"]["value"] == pytest.approx(1 / 3)
 
 
 def test_a_policy_that_prefers_length_alone_has_no_accuracy_at_equal_length() -> None:
@@ -154,11 +154,12 @@ def test_all_right_is_not_certain() -> None:
     assert found.low == pytest.approx(wilson(140, 140)[0], abs=2e-3)
     assert found.high == pytest.approx(1.0)
     longer = length_controlled_accuracy(np.ones(140), rejected + 50, rejected)
-    assert longer.low < 0.5, "no pair says what happens at equal length"
+    assert longer.accuracy is None, "no pair says what happens at equal length"
+    assert "chosen is longer in 100 % of the pairs" in str(longer.reason)
 
 
 def test_pairs_of_one_prompt_have_no_interval() -> None:
-    found = length_controlled_accuracy(np.ones(12), np.arange(12.0), np.ones(12), np.zeros(12))
+    found = length_controlled_accuracy(np.ones(12), np.ones(12), np.ones(12), np.zeros(12))
     assert (found.low, found.high) == (None, None)
     assert found.accuracy is not None
     assert "one prompt" in str(found.reason)
@@ -191,7 +192,9 @@ def test_correlations_by_hand() -> None:
     assert pearson(x, -y) == -1.0
     assert spearman(np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 8.0, 27.0, 64.0])) == 1.0
     assert pearson(np.ones(3), np.arange(3.0)) is None
-    assert ranks(np.array([5.0, 1.0, 5.0])).tolist() == [2.5, 1.0, 2.5]
+    assert spearman(np.array([5.0, 1.0, 5.0]), np.array([2.0, 1.0, 2.0])) == pytest.approx(1.0), (
+        "equal values share a rank"
+    )
 
 
 def test_scipy_agrees_on_correlations() -> None:
@@ -202,12 +205,12 @@ def test_scipy_agrees_on_correlations() -> None:
 
 def test_a_logistic_regression_recovers_its_coefficients() -> None:
     rng = np.random.default_rng(2)
-    design = np.stack([np.ones(20_000), rng.normal(size=20_000)], axis=1)
-    outcome = (rng.random(20_000) < 1 / (1 + np.exp(-(0.4 - 0.8 * design[:, 1])))) * 1.0
-    weights, covariance = logistic_regression(design, outcome)
-    error = np.sqrt(np.diag(covariance))
-    assert np.all(np.abs(weights - [0.4, -0.8]) < 4 * error)
-    assert error == pytest.approx([0.015, 0.017], abs=0.005)
+    feature = rng.normal(size=20_000)
+    outcome = (rng.random(20_000) < 1 / (1 + np.exp(-(0.4 - 0.8 * feature)))) * 1.0
+    fit = LogisticFit.of(feature, outcome)
+    assert np.all(np.abs(np.array([fit.intercept, fit.slope]) - [0.4, -0.8]) < 4 * np.array([0.015, 0.017]))
+    assert fit.score(fit.intercept) == pytest.approx(0.0, abs=1e-6)
+    assert fit.intercept - fit.bound(-1.0) == pytest.approx(0.015, abs=0.005), "one standard error"
 
 
 NAN = math.nan
@@ -293,8 +296,8 @@ def test_an_empty_policy_is_strict_json() -> None:
 
 
 STRUCTURE = """
-    n scored rejected clustered ranking mean std ci95 quantiles overflow value method reason beta at_edge bins low high
-    confidence slope groups p5 p25 p50 p75 p95 length calibration health
+    n scored rejected clustered effective largest ranking mean std ci95 quantiles overflow value method reason beta
+    at_edge bins low high confidence slope groups p5 p25 p50 p75 p95 length calibration health
 """
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import optimize, stats
+from scipy import linalg, optimize, stats
 
 from dpo_score.metrics.intervals import (
     connected_clusters,
@@ -17,7 +17,6 @@ from dpo_score.metrics.intervals import (
     mean,
     mean_interval,
     mean_test,
-    normal_cdf,
     normal_quantile,
     quantiles,
     repeats,
@@ -64,10 +63,28 @@ def test_copying_every_pair_does_not_make_us_surer() -> None:
 
 
 def test_the_robust_error_by_hand() -> None:
-    """Clusters {1, 2}, {3}, {6}: residual sums −3, 0, 3 around 3; Var = 3/2 · 18 / 16."""
+    """Clusters {1, 2}, {3}, {6}: residual sums −3, 0, 3 around 3; Var = (9/(1 − 2/4) + 9/(1 − 1/4)) / 16."""
     test = mean_test(np.array([1.0, 2.0, 3.0, 6.0]), np.array(["a", "a", "b", "c"]))
-    assert (test.mean, test.df) == (3.0, 2)
-    assert test.error == pytest.approx(math.sqrt(1.5 * 18 / 16))
+    assert (test.mean, test.df) == (3.0, pytest.approx(1.8))
+    assert test.error == pytest.approx(math.sqrt(30 / 16))
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [3, 3, 3], [5, 1, 2, 4], [40, 2, 2, 1], [1, 7]])
+def test_the_robust_error_is_cr2_with_bell_mccaffrey_degrees_of_freedom(sizes: list[int]) -> None:
+    """Written out with matrices: A_g = (I − H_gg)^(−½), df = (Σλ)²/Σλ² of the Gram matrix of Var's linear forms."""
+    clusters = np.repeat(np.arange(len(sizes)), sizes)
+    values, n = np.random.default_rng(3).normal(size=len(clusters)), len(clusters)
+    annihilator, variance, forms = np.eye(n) - np.full((n, n), 1 / n), 0.0, []
+    for cluster in range(len(sizes)):
+        inside = clusters == cluster
+        root = linalg.fractional_matrix_power(annihilator[np.ix_(inside, inside)], -0.5)
+        form = annihilator[:, inside] @ root @ np.ones(inside.sum()) / n
+        forms.append(form)
+        variance += float(form @ values) ** 2
+    gram = np.array(forms) @ np.array(forms).T
+    found = mean_test(values, clusters)
+    assert found.error == pytest.approx(math.sqrt(variance))
+    assert found.df == pytest.approx(np.trace(gram) ** 2 / np.trace(gram @ gram))
 
 
 def test_wilson_by_hand_and_at_the_edges() -> None:
@@ -260,7 +277,7 @@ def test_two_degrees_of_freedom_in_closed_form() -> None:
 
 def test_many_degrees_of_freedom_are_normal() -> None:
     assert t_quantile(0.975, 1e9) == normal_quantile(0.975) == pytest.approx(1.959963984540054)
-    assert t_two_sided_p(1.96, 1e6) == pytest.approx(2 * normal_cdf(-1.96), rel=1e-5)
+    assert t_two_sided_p(1.96, 1e6) == pytest.approx(2 * stats.norm.cdf(-1.96), rel=1e-5)
 
 
 @pytest.mark.parametrize("df", [1, 2, 3.5, 10, 99, 1e4])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dpo_score.metrics.intervals import normal_quantile, t_quantile, tango
-from dpo_score.metrics.paired_tests import against, differences_to_best, mcnemar, mcnemar_mid, share_difference
+from dpo_score.metrics.paired_tests import differences_to, differences_to_best, mcnemar, mcnemar_mid, share_difference
 
 NAN = math.nan
 
@@ -114,7 +114,7 @@ def test_thirty_policies_of_equal_accuracy_raise_few_false_alarms() -> None:
         right = rng.random(140) < 0.8
         values = {f"p{k}": np.where(rng.random(140) < 0.2, ~right, right) * 1.0 for k in range(30)}
         alarms_best += any(not item.tied for item in differences_to_best(values, differ=share_difference))
-        alarms_baseline += any(not item.tied for item in against("p0", values, differ=share_difference))
+        alarms_baseline += any(not item.tied for item in differences_to("p0", values, differ=share_difference))
     assert alarms_best / 500 <= 0.06
     assert alarms_baseline / 500 <= 0.06
 

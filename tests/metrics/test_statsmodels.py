@@ -9,15 +9,15 @@ from statsmodels.stats.contingency_tables import mcnemar as their_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from dpo_score.metrics.diagnostics import logistic_regression
+from dpo_score.metrics.diagnostics import LogisticFit
 from dpo_score.metrics.intervals import mean_interval, mean_test, wilson
 from dpo_score.metrics.paired_tests import holm, mcnemar, paired_difference
 
 
 def clustered(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """40 prompts with one to five pairs each, half of the variance the prompt's."""
+    """40 prompts with three pairs each, half of the variance the prompt's: CR1, which they have, equals CR2."""
     draw = np.random.default_rng(seed)
-    clusters = np.repeat(np.arange(40), draw.integers(1, 6, 40))
+    clusters = np.repeat(np.arange(40), 3)
     return 0.2 + draw.normal(size=40)[clusters] + draw.normal(size=len(clusters)), clusters
 
 
@@ -62,9 +62,9 @@ def test_a_logistic_regression_with_clusters() -> None:
     length = draw.normal(size=len(clusters))
     outcome = (draw.random(len(clusters)) < 1.0 / (1.0 + np.exp(-0.4 - 0.8 * length))) * 1.0
     design = np.stack([np.ones_like(length), length], axis=1)
-    weights, covariance = logistic_regression(design, outcome, clusters, ridge=0.0)
-    fit = sm.Logit(outcome, design).fit(disp=False, cov_type="cluster", cov_kwds={"groups": clusters})
-    assert weights == pytest.approx(fit.params, rel=1e-6)
-    n, k = design.shape
-    corrected = np.asarray(fit.cov_params()) * (n - k) / (n - 1)  # theirs also counts parameters
-    assert covariance == pytest.approx(corrected, rel=1e-6)
+    fit = LogisticFit.of(length, outcome)
+    theirs = sm.Logit(outcome, design).fit(disp=False, cov_type="cluster", cov_kwds={"groups": clusters})
+    alone = sm.Logit(outcome, design).fit(disp=False, cov_type="HC0")
+    assert [fit.intercept, fit.slope] == pytest.approx(theirs.params.tolist(), rel=1e-4)
+    effect, _ = fit.design_effect(clusters)
+    assert effect == pytest.approx(max(1.0, (theirs.bse[0] / alone.bse[0]) ** 2), rel=0.05)
