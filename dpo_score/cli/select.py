@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dpo_score.cli.options import AsJson, Out
+from dpo_score.cli.options import AsJson, Out, Quiet
 
 HEADS = ("rule", "kept", "accuracy", "nats", "length", "suspect", "learnt", "as random")
 LEGEND = (
@@ -30,6 +30,7 @@ def select(
     keep: Annotated[
         str | None, typer.Option(metavar="N|P%", help="how many pairs, or a share of the scored ones")
     ] = None,
+    to: Annotated[str | None, typer.Option(metavar="DIR", help="write the kept pairs as a data set, and why")] = None,
     policy: Annotated[list[str] | None, typer.Option(metavar="NAME", help="judges; default: all; repeatable")] = None,
     per_token: Annotated[bool, typer.Option("--per-token", help="margins per token instead of sums")] = False,
     scaled: Annotated[bool, typer.Option("--scaled", help="margins times beta instead of nats")] = False,
@@ -48,11 +49,14 @@ def select(
         str | None, typer.Option(metavar="FOLD=NAME,…", help="which policy did not train on which fold")
     ] = None,
     seed: Annotated[int, typer.Option(help="of random, and of ties in a score")] = 0,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Which pairs to train on: keep a share of them by a rule, or compare all rules. Loads no model.
 
-    Pairs of one prompt stay together."""
+    Pairs of one prompt stay together. With --to DIR: the data set of the kept pairs with its reference log-probs,
+    selection.parquet (every row of OUT and why it is kept or not) and selection.json."""
+    from dpo_score.errors import ConfigError
     from dpo_score.results import select as selecting
 
     request = selecting.Request(
@@ -70,22 +74,30 @@ def select(
         seed,
     )
     if rule.strip() == "all":
+        if to is not None:
+            raise ConfigError("--rule all compares the rules and writes no data set: choose one rule for --to")
         _compared(selecting.compare(out, request), as_json)
         return
     found = selecting.select(out, request)
-    _selected(found.summary, as_json)
+    written = None
+    if to is not None:
+        from dpo_score.engine.progress import Progress
+        from dpo_score.export.selected import write_selection
+
+        written = write_selection(out, found, to, Progress(quiet))
+    _selected(found.summary, written, as_json)
 
 
-def _selected(summary: Mapping[str, Any], as_json: bool) -> None:
+def _selected(summary: Mapping[str, Any], written: str | None, as_json: bool) -> None:
     from dpo_score.cli.console import lines, print_json
 
     if as_json:
-        print_json(summary)
+        print_json({**summary, "written": written})
         return
-    lines(_selected_lines(summary))
+    lines(_selected_lines(summary, written))
 
 
-def _selected_lines(summary: Mapping[str, Any]) -> Iterable[str]:
+def _selected_lines(summary: Mapping[str, Any], written: str | None) -> Iterable[str]:
     counts = dict(summary["counts"])
     kept = counts.pop("kept", 0)
     threshold = "" if summary["threshold"] is None else f", lowest score {summary['threshold']:.4g}"
@@ -93,7 +105,11 @@ def _selected_lines(summary: Mapping[str, Any]) -> Iterable[str]:
     left = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in counts.items())
     if left:
         yield f"left out: {left}"
-    yield f"{summary['judged']} ({', '.join(summary['policies'])}); source of the rule: {summary['source']}"
+    yield f"judges: {', '.join(summary['policies'])} ({summary['judged']}); source of the rule: {summary['source']}"
+    if written is None:
+        yield "nothing was written: --to DIR writes the data set of the kept pairs, and why each row is in or out"
+    else:
+        yield f"{written}: data/, selection.parquet, selection.json, README.md; load_dataset finds it"
 
 
 def _compared(found: Mapping[str, Any], as_json: bool) -> None:
@@ -107,7 +123,7 @@ def _compared(found: Mapping[str, Any], as_json: bool) -> None:
         return
     screen = console()
     screen.print(
-        Text(f"each rule keeps {found['keep']:,} of {found['scored']:,} scored pairs; {safe(found['judged'])}")
+        Text(f"each rule keeps {found['keep']:,} of {found['scored']:,} scored pairs; judges: {_judges(found)}")
     )
     names = [rule["rule"] for rule in found["rules"] if "overlap" in rule]
     rows = [_measured(rule) for rule in found["rules"]]
@@ -125,6 +141,12 @@ def _compared(found: Mapping[str, Any], as_json: bool) -> None:
     screen.print(
         Text("displaced: the chosen answer became less likely although the margin grew (arXiv 2410.08847)", style="dim")
     )
+
+
+def _judges(found: Mapping[str, Any]) -> str:
+    from dpo_score.escape import safe
+
+    return f"{safe(', '.join(found['policies']))} ({safe(found['judged'])})"
 
 
 def _applied(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -8,7 +8,7 @@ what stage one committed: nothing is computed here but the LD-weighted sum.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -49,10 +49,14 @@ GROUP_BYTES = 8 << 20
 
 
 class DatasetWriter:
-    """Writes the files of one data set: `pending` says which, `write` makes and commits one."""
+    """Writes the files of one data set: `pending` says which, `write` makes and commits one.
 
-    def __init__(self, context: RunContext, plan: RunPlan, export: Export) -> None:
-        self._context, self._plan, self._export = context, plan, export
+    `chosen`: the pairs to write with their values, where these are not all pairs of the rows that `plan` names, or
+    their values are not what stage one committed in this folder.
+    """
+
+    def __init__(self, context: RunContext, plan: RunPlan, export: Export, chosen: BlockLogprobs | None = None) -> None:
+        self._context, self._plan, self._export, self._chosen = context, plan, export, chosen
         self.shards = tuple(shards_of(splits_of(plan.datasets), plan.rows))
         self.identity = digest({"reference": plan.references[0].identity, "export": export.fields()})
         self._rows = RunRows(plan)
@@ -146,6 +150,8 @@ class DatasetWriter:
                 self._context.progress.rows(len(piece.rows))
 
     def _values(self, block: int) -> BlockLogprobs:
+        if self._chosen is not None:
+            return self._chosen
         store, blocks = self._context.store, self._plan.rows.blocks
         table = store.read_table(part("reference", block, blocks)).replace_schema_metadata(None)
         names = [part(f"rejects/{kind}", block, blocks) for kind in ("data", "reference")]
@@ -156,6 +162,10 @@ class DatasetWriter:
 
     def _table(self, plan: SetPlan, source: pa.Table, piece: RowSlice, values: BlockLogprobs) -> pa.Table:
         """The output rows of some input rows."""
+        if self._chosen is not None:
+            places = self._chosen.places
+            units = [[item for item in unit if item.source.row_id in places] for unit in piece.units]
+            piece = replace(piece, units=units)
         items, text = piece.items, self._plan.renderer.text
         pairs = [as_scored(item, text) for item in items] if plan.columns.built else []
         given, ids = per_item(source, piece.units), [item.source.row_id for item in items]

@@ -353,7 +353,10 @@ Unit = Sequence[Pair | Rejected]
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """How the data set is written. `renames`: column → name in the files; `masks`: which ids were scored."""
+    """How the data set is written. `renames`: column → name in the files; `masks`: which ids were scored.
+
+    `selection`: the request by which pairs were selected (selection.json); it adds select_score and select_rank.
+    """
 
     consumer: Consumer
     emit_ids: bool
@@ -361,6 +364,7 @@ class Export:
     masks: bool
     ld_alpha: float | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
+    selection: Mapping[str, Any] | None = None
 
     def fields(self) -> dict[str, Any]:
         """What the files depend on besides the reference values."""
@@ -371,6 +375,7 @@ class Export:
             "ld_alpha": self.ld_alpha,
             "renames": dict(self.renames),
             "version": SCHEMA_VERSION,
+            **({} if self.selection is None else {"selection": dict(self.selection)}),
         }
 
     def added(self) -> pa.Schema:
@@ -380,7 +385,8 @@ class Export:
         lists = [(name, pa.list_(pa.float32())) for name in TOKEN_VALUES] if self.per_token else []
         labels = [(name, pa.string()) for name in LABELS]
         values = [(name, pa.float64()) for name in VALUES]
-        return pa.schema([*labels, *ids, *masks, *values, *lists, ("status", pa.string())])
+        ranks = [] if self.selection is None else [("select_score", pa.float64()), ("select_rank", pa.int64())]
+        return pa.schema([*labels, *ids, *masks, *values, *lists, *ranks, ("status", pa.string())])
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,13 +88,13 @@ def precompute(
         return _fill_cache(config, progress)
     out, config = config.out, config.model_copy(update={"policies": ()})
     with run_context(config, progress, out) as context:
-        _refuse_foreign_files(context.store, out, restart)
+        refuse_foreign_files(context.store, out, restart)
         if restart:
             _throw_away(context.store)
         with with_workers(config, context) as config:
             plan, _ = prepare(config, context)
             _refuse_own_input(context.store, plan)
-            export = _export(plan, to, rename)
+            export = export_of(plan, to, rename)
             run_references(context, plan)
         return _write(context, plan, export)
 
@@ -105,10 +105,18 @@ def export_run(out: str, to: str, folder: str | None, rename: str | None, progre
     It is `precompute` with the settings that OUT recorded, and refuses what `precompute` refuses. The values come from
     the cache. Raises UsageError when OUT is no run.
     """
-    store, manifest = open_out(out)
-    config = stored_config(store)
     if folder is None:
         raise ConfigError(f"--to {to} writes a data set: say where with --out DIR")
+    return precompute(config_of_run(out, to, folder), progress, to=to, rename=rename)
+
+
+def config_of_run(out: str, to: str, folder: str) -> RunConfig:
+    """The configuration by which a run's data and reference are written to `folder`, without its policies.
+
+    Raises UsageError when OUT is no finished run, ConfigError when no trainer would score the same tokens.
+    """
+    store, manifest = open_out(out)
+    config = stored_config(store)
     if config.rewardbench == "exact":
         raise ConfigError(
             f"--to {to}: {out} was scored with --rewardbench exact, which adds and drops tokens that no trainer would. "
@@ -118,8 +126,7 @@ def export_run(out: str, to: str, folder: str | None, rename: str | None, progre
     text = config.text.model_copy(update={"date": date}) if config.text.date is None else config.text
     loss = LossSpec() if is_custom(config.loss.name) else config.loss  # code that OUT names is not run; it reads none
     given = {"out": folder, "policies": (), "rewardbench": None, "text": text, "loss": loss}
-    wanted = config.model_copy(update=given)
-    return precompute(wanted, progress, to=to, rename=rename)
+    return config.model_copy(update=given)
 
 
 def _fill_cache(config: RunConfig, progress: Progress) -> PrecomputeOutcome:
@@ -150,7 +157,7 @@ def _write(context: RunContext, plan: RunPlan, export: Export) -> PrecomputeOutc
         for shard in due:
             context.stop.check()
             writer.write(shard)
-    summary = {**_summary(context.store, plan), "splits": _split_rows(writer)}
+    summary = {**_summary(context.store, plan), "splits": split_rows(writer)}
     warn_of_marks(context, plan, summary["marks"], summary["scored"])
     assert plan.config.out is not None
     if due or _unfinished(context.store):
@@ -160,7 +167,7 @@ def _write(context: RunContext, plan: RunPlan, export: Export) -> PrecomputeOutc
 
 def _finish(context: RunContext, plan: RunPlan, export: Export, summary: Mapping[str, Any]) -> None:
     store = context.store
-    store.write_bytes(CONTRACT, json_bytes(contract(plan, export, summary, _noise(store))))
+    store.write_bytes(CONTRACT, json_bytes(contract(plan, export, summary, noise_of(store))))
     store.write_bytes(LOADER, loader_source().encode())
     if not store.exists(SUMMARY):
         store.write_bytes(PIPELINE, dump_config(plan.config).encode())  # a run's own says more: its policies
@@ -177,7 +184,7 @@ def _finish(context: RunContext, plan: RunPlan, export: Export, summary: Mapping
     finish_manifest(store, replace(found, warnings=warnings), now(), outputs)
 
 
-def _noise(store: Store) -> Mapping[str, Any]:
+def noise_of(store: Store) -> Mapping[str, Any]:
     """What the first block's record says of the noise of its values."""
     first = next(iter(read_records(store, "reference").values()), None)
     found = first.notes.get("noise") if isinstance(first, CommitRecord) else None
@@ -189,7 +196,7 @@ def loader_source() -> str:
     return (Path(__file__).parents[1] / "integrations" / LOADER).read_text(encoding="utf-8")
 
 
-def _export(plan: RunPlan, to: str, rename: str | None) -> Export:
+def export_of(plan: RunPlan, to: str, rename: str | None) -> Export:
     source = plan.references[0].source
     holds_ids = any(dataset.format.holds_ids for dataset in plan.datasets)
     consumer = consumer_of(to, plan.config, holds_ids, bool(source and source.is_encoder_decoder))
@@ -220,7 +227,7 @@ def _summary(store: Store, plan: RunPlan) -> dict[str, Any]:
     }
 
 
-def _split_rows(writer: DatasetWriter) -> dict[str, int]:
+def split_rows(writer: DatasetWriter) -> dict[str, int]:
     rows = dict.fromkeys((shard.split for shard in writer.shards), 0)
     for file in writer.files():
         split = file.name.removeprefix("data/").rpartition("-of-")[0].rpartition("-")[0]
@@ -251,7 +258,7 @@ def _refuse_cluster(config: RunConfig) -> None:
         )
 
 
-def _refuse_foreign_files(store: Store, out: str, restart: bool) -> None:
+def refuse_foreign_files(store: Store, out: str, restart: bool) -> None:
     """A folder that is somebody's data set, or a run's, is not written into."""
     if store.list("scores") and (restart or not store.exists(CONTRACT)):
         raise ConfigError(f"{out} holds the scores of a run: give the data set a folder of its own (--out DIR)")

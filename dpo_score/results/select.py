@@ -54,9 +54,7 @@ PAIR_COLUMNS = (
 JUDGE_COLUMNS = ("margins_nats", "margins", "policy_chosen_logps", "policy_rejected_logps")
 SQUARES = ("policy_chosen_log_sum_sq_probs", "policy_rejected_log_sum_sq_probs")
 OUT_OF_FOLD = "each pair is judged by the policy that did not train on its fold"
-MAYBE_TRAINED = (
-    "judged by policies that may have trained on these pairs: use --folds to judge each pair by one that did not"
-)
+MAYBE_TRAINED = "they may have trained on these pairs; --folds judges each pair by a policy that did not"
 
 
 @dataclass(frozen=True, slots=True)
