@@ -7,6 +7,7 @@ such a column carries no type. Nothing here raises on an odd type: it becomes `o
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,10 @@ from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
-Kind: TypeAlias = Literal["text", "int", "float", "bool", "list", "struct", "map", "json", "null", "other"]
+Kind: TypeAlias = Literal["text", "int", "float", "bool", "list", "struct", "map", "json", "binary", "null", "other"]
+
+MAX_LITERAL = 1 << 20
+"""Characters of a Python literal that is decoded; Python's own parser takes far more memory than JSON's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,8 @@ def _scalar_kind(type_: pa.DataType) -> Kind:
         return "int"
     if pa.types.is_floating(type_) or pa.types.is_decimal(type_):
         return "float"
+    if pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_fixed_size_binary(type_):
+        return "binary"
     return "null" if pa.types.is_null(type_) else "other"
 
 
@@ -192,32 +198,69 @@ def _of_one_kind(kind: Kind, values: list[Any]) -> Shape:
 def refined(shape: Shape, values: Iterable[Any]) -> Shape:
     """`shape` with its JSON parts replaced by what the sampled `values` hold.
 
-    A text column counts as encoded messages only if every sampled value decodes to messages: an answer
-    that merely happens to be JSON stays text.
+    A text column counts as encoded messages if at least half of the sampled texts are messages in JSON or as Python
+    prints them; the rows that differ are for the row checks. An answer that merely happens to be JSON stays text.
     """
     values = [value for value in values if value is not None]
     if shape.kind == "json":
-        found = from_values(_decoded(values))
+        found = from_values(decoded_or_text(value) for value in values)
         return Shape(found.kind, found.item, found.fields, encoded=True)
     if shape.kind == "list" and shape.item is not None and shape.item.kind == "json":
         return Shape("list", item=refined(shape.item, [item for value in values for item in value]))
-    if shape.kind == "text" and values and all(str(value).lstrip()[:1] in ("[", "{") for value in values):
-        decoded = _decoded(values)
-        if all(is_messages(found) or is_message(found) for found in (from_values([value]) for value in decoded)):
-            found = from_values(decoded)
+    if shape.kind == "text":
+        encoded = [decoded for value in values if (decoded := encoded_messages(value)) is not None]
+        if encoded and 2 * len(encoded) >= len(values):
+            found = from_values(encoded)
             return Shape(found.kind, found.item, found.fields, encoded=True)
     return shape
 
 
-def _decoded(values: Iterable[Any]) -> list[Any]:
-    """Values that are not JSON stand for themselves, so that they spoil the common shape."""
-    decoded = []
-    for value in values:
+def encoded_messages(value: Any) -> Any:
+    """The messages that a text holds in JSON or as Python prints them: a list, one message, or an object with
+    `messages`. None for any other text, and for what is no text."""
+    if (
+        not isinstance(value, str)
+        or value[:20].lstrip()[:1] not in ("[", "{")
+        or ('"' not in value and "'" not in value)
+    ):
+        return None
+    decoded = decoded_or_text(value)
+    if isinstance(decoded, str):
+        return None
+    shape = from_values([decoded])
+    holds = is_messages(shape) or is_message(shape) or is_messages(shape.fields.get("messages"))
+    return decoded if holds else None
+
+
+def decoded_or_text(value: Any) -> Any:
+    """A JSON text decoded, or else a Python literal, as `str()` of a list prints it; any other value as it is."""
+    if not isinstance(value, str | bytes):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        pass
+    if isinstance(value, str) and value[:20].lstrip()[:1] in ("[", "{") and len(value) <= MAX_LITERAL:
         try:
-            decoded.append(json.loads(value))
-        except (ValueError, TypeError, RecursionError):
-            decoded.append(value)
-    return decoded
+            return ast.literal_eval(value.strip())
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            pass
+    return value
+
+
+def united(shapes: Iterable[Shape]) -> Shape:
+    """One shape for a column of several files: the first that is not null, with the keys that any struct has."""
+    known = [shape for shape in shapes if shape.kind != "null"] or [Shape("null")]
+    first = next((shape for shape in known if shape.kind == "float"), known[0])
+    alike = [shape for shape in known if shape.kind == first.kind and shape.encoded == first.encoded]
+    if first.kind == "list":
+        items = [shape.item for shape in alike if shape.item is not None]
+        return Shape("list", item=united(items) if items else None, encoded=first.encoded)
+    if first.kind == "struct":
+        names = dict.fromkeys(name for shape in alike for name in shape.fields)
+        fields = {name: united(s.fields[name] for s in alike if name in s.fields) for name in names}
+        return Shape("struct", fields=fields, encoded=first.encoded)
+    return first
 
 
 def agree(a: Shape, b: Shape) -> bool:

@@ -1,32 +1,45 @@
-"""Streaming the rows of one file from any row on: Parquet by row group, JSON lines by line.
+"""Reading the rows of one file from any row on: Parquet, Arrow, JSON lines, JSON arrays, CSV and TSV.
 
-Memory stays flat: Parquet is decoded in batches of at most BATCH_BYTES (by the footer's sizes) and only in the columns
-asked for, also inside a single huge row group. A JSON array is the exception: it has to be read whole.
+Opening a file gives its number of rows and the shape of every column, over all of its rows. Memory stays flat:
+Parquet and Arrow are decoded in batches and only in the columns asked for, also inside a single huge row group; a line
+of text is bounded before it is read. A JSON array is the exception: it has to be read whole.
 A row that cannot be decoded is a `Problem` in its place; a file that cannot is a `DataError`.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any, Protocol, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_score.data.column_types import Shapes, from_arrow, from_values
+from dpo_score.data.column_types import Shape, Shapes, from_arrow, from_values
 from dpo_score.data.files import kind_of, open_binary
-from dpo_score.data.layout import Located
+from dpo_score.data.layout import Located, without_packing
 from dpo_score.data.types import Problem
 from dpo_score.errors import DataError, client_errors
 from dpo_score.escape import seen
 
 BATCH_BYTES = 8 << 20
 BATCH_ROWS = 1024
+WORST_BATCH_BYTES = 1 << 30
+"""A Parquet dictionary can hold one huge value for many rows: a batch should not decode to more than this."""
+MAX_LINE = 128 << 20
+"""Bytes of a line of JSON or CSV; a longer one is not read."""
+MAX_DEPTH = 100
+MAX_COLUMNS = 10_000
 JSON_SAMPLE = 1000
+SPREAD_SAMPLE = 64
+_BOM = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"\s*")
 
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 """What a damaged footer or page can raise."""
@@ -52,13 +65,24 @@ class RowFile(Protocol):
         """The rows with these numbers, which ascend: one pass over the file, as much of it as they lie in."""
         ...
 
+    def sample(self, columns: Sequence[str]) -> list[Mapping[str, Any]]:
+        """Rows from the beginning and spread over the file: what a decision about the whole set can rest on."""
+        ...
+
 
 def open_rows(file: Located) -> RowFile:
-    """Raises DataError for what is neither Parquet nor JSON, or is damaged."""
+    """Raises DataError for what is not data, or is damaged."""
     kind = kind_of(file)
     if kind == "parquet":
         return ParquetRows(file.path)
+    if kind == "arrow":
+        return ArrowRows(file.path)
+    if kind == "csv":
+        return CsvRows(file.path, file.name)
     return JsonRows(file.path, whole=kind == "array")
+
+
+# --- Parquet and Arrow: typed columns in batches ------------------------------------------------------------------
 
 
 class ParquetRows:
@@ -68,21 +92,18 @@ class ParquetRows:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        try:
-            self._read_footer()
-        except client_errors(*_DAMAGE) as error:
-            raise DataError(_damaged(path, error)) from None
-
-    def _read_footer(self) -> None:
         with self._open() as opened:
             metadata, schema = opened.metadata, opened.schema_arrow
             self.rows: int = metadata.num_rows
             # No metadata of single columns: pyarrow aborts the process where a damaged footer contradicts itself there.
             groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
             self._group_rows: list[int] = [group.num_rows for group in groups]
-            self._bytes: int = sum(group.total_byte_size for group in groups)
-        _refuse_repeated(schema.names, self.path)
-        self.shapes: Shapes = {field.name: from_arrow(field.type) for field in schema}
+            total, largest = sum(g.total_byte_size for g in groups), max((g.total_byte_size for g in groups), default=1)
+            by_mean, at_worst = BATCH_BYTES * self.rows // max(total, 1), WORST_BATCH_BYTES // max(largest, 1)
+            self._batch_rows = max(1, min(BATCH_ROWS, by_mean, max(at_worst, 4)))
+        self._binary_text: frozenset[str] = frozenset()
+        self.shapes = _arrow_shapes(schema, path)
+        self.shapes, self._binary_text = _with_binary_text(self)
 
     def _open(self) -> pq.ParquetFile:
         try:
@@ -93,26 +114,35 @@ class ParquetRows:
 
     def stream(self, start: int, columns: Sequence[str]) -> Iterator[RawRow]:
         group, skip = self._position(start)
-        groups = list(range(group, len(self._group_rows)))
-        present = [name for name in columns if name in self.shapes]
         with self._open() as opened:
-            batches = opened.iter_batches(
-                batch_size=self._batch_rows(), row_groups=groups, columns=present, use_threads=False
-            )
-            yield from _skipping(self._rows_of(batches), skip)
+            batches = self._batches(opened, list(range(group, len(self._group_rows))), columns)
+            yield from _skipping(batches, skip)
 
     def picked(self, rows: Sequence[int], columns: Sequence[str]) -> Iterator[RawRow]:
-        present = [name for name in columns if name in self.shapes]
         with self._open() as opened:
             for group, inside in groupby(map(self._position, rows), key=itemgetter(0)):
-                batches = opened.iter_batches(
-                    batch_size=self._batch_rows(), row_groups=[group], columns=present, use_threads=False
-                )
-                yield from _at(self._rows_of(batches), [row for _, row in inside])
+                yield from _at(self._batches(opened, [group], columns), [row for _, row in inside])
 
-    def _rows_of(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def sample(self, columns: Sequence[str]) -> list[Mapping[str, Any]]:
+        """The first rows of the file and of up to eight of its row groups."""
+        starts, before = [], 0
+        for count in self._group_rows:
+            starts.append(before)
+            before += count
+        step = max(1, len(starts) // 8)
+        found = list(islice(self.stream(0, columns), SPREAD_SAMPLE))
+        for start in starts[step::step]:
+            found += islice(self.stream(start, columns), SPREAD_SAMPLE // 4)
+        return [row for row in found if not isinstance(row, Problem)]
+
+    def _batches(self, opened: pq.ParquetFile, groups: list[int], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        present = [name for name in columns if name in self.shapes]
+        batches = opened.iter_batches(
+            batch_size=self._batch_rows, row_groups=groups, columns=present, use_threads=False
+        )
         try:
-            yield from batches
+            for batch in batches:
+                yield _as_text(batch, self._binary_text)
         except client_errors(*_DAMAGE) as error:
             raise DataError(_damaged(self.path, error)) from None
 
@@ -124,9 +154,100 @@ class ParquetRows:
             row -= count
         return len(self._group_rows), 0
 
-    def _batch_rows(self) -> int:
-        """Rows that decode to about BATCH_BYTES, all columns counted."""
-        return max(1, min(BATCH_ROWS, BATCH_BYTES * self.rows // max(self._bytes, 1)))
+
+class ArrowRows:
+    """An Arrow IPC file or stream, as the datasets library saves them. Read batch by batch."""
+
+    padded = True
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.rows, schema = 0, None
+        for batch in self._batches(None):
+            self.rows, schema = self.rows + batch.num_rows, batch.schema
+        if schema is None:
+            with open_binary(path) as handle:
+                schema = self._reader(handle).schema
+        self._binary_text: frozenset[str] = frozenset()
+        self.shapes = _arrow_shapes(schema, path)
+        self.shapes, self._binary_text = _with_binary_text(self)
+
+    def stream(self, start: int, columns: Sequence[str]) -> Iterator[RawRow]:
+        return _skipping(self._batches(columns), start)
+
+    def picked(self, rows: Sequence[int], columns: Sequence[str]) -> Iterator[RawRow]:
+        return _at(self._batches(columns), rows)
+
+    def sample(self, columns: Sequence[str]) -> list[Mapping[str, Any]]:
+        return _spread(self, columns)
+
+    def _batches(self, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+        try:
+            with open_binary(self.path) as handle:
+                for batch in self._reader(handle):
+                    if columns is not None:
+                        batch = batch.select([name for name in columns if name in batch.schema.names])
+                        batch = _as_text(batch, self._binary_text)
+                    size = max(1, min(BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(batch.nbytes, 1)))
+                    yield from (batch.slice(at, size) for at in range(0, batch.num_rows, size))
+        except client_errors(*_DAMAGE) as error:
+            raise DataError(_damaged(self.path, error, "Arrow")) from None
+
+    def _reader(self, handle: Any) -> Any:
+        """The record batches of a stream (the datasets library) or of a file (pyarrow, polars)."""
+        if handle.read(6) == b"ARROW1":
+            reader = pa.ipc.open_file(handle)
+            return _FileBatches(reader)
+        handle.seek(0)
+        return pa.ipc.open_stream(handle)
+
+
+class _FileBatches:
+    def __init__(self, reader: pa.RecordBatchFileReader) -> None:
+        self.schema, self._reader = reader.schema, reader
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        return (self._reader.get_batch(i) for i in range(self._reader.num_record_batches))
+
+
+def _arrow_shapes(schema: pa.Schema, path: str) -> Shapes:
+    repeated = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if repeated:
+        raise DataError(f"{path} has more than one column called {', '.join(repeated)}: rename them.")
+    try:
+        return {field.name: from_arrow(field.type) for field in schema}
+    except RecursionError:
+        raise DataError(f"{path} has a column that is nested too deep to be read") from None
+
+
+def _with_binary_text(file: ParquetRows | ArrowRows) -> tuple[Shapes, frozenset[str]]:
+    """The shapes, and which binary columns hold text: Spark and Hive write strings without saying so."""
+    binary = [name for name, shape in file.shapes.items() if shape.kind == "binary"]
+    head = list(islice(file.stream(0, binary), SPREAD_SAMPLE)) if binary else []
+    text = set()
+    for name in binary:
+        values = [row[name] for row in head if isinstance(row, Mapping) and row.get(name) is not None]
+        if values and all(b"\0" not in value and _is_utf8(value) for value in values):
+            text.add(name)
+    return {**file.shapes, **dict.fromkeys(text, Shape("text"))}, frozenset(text)
+
+
+def _is_utf8(value: bytes) -> bool:
+    try:
+        value.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _as_text(batch: pa.RecordBatch, binary_text: frozenset[str]) -> pa.RecordBatch:
+    """Binary columns that hold text as strings. The bytes stay: what is not UTF-8 becomes a problem of its row."""
+    for index, name in enumerate(batch.schema.names):
+        if name in binary_text:
+            column = batch.column(index).cast(pa.large_binary())
+            strings = pa.Array.from_buffers(pa.large_string(), len(column), column.buffers(), offset=column.offset)
+            batch = batch.set_column(index, name, strings)
+    return batch
 
 
 def _skipping(batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[RawRow]:
@@ -148,81 +269,272 @@ def _at(batches: Iterator[pa.RecordBatch], rows: Sequence[int]) -> Iterator[RawR
 
 
 def _python_rows(batch: pa.RecordBatch) -> list[RawRow]:
-    """A batch as dictionaries; where bytes are not UTF-8, only the rows that hold them become problems."""
+    """A batch as dictionaries; where a value cannot be decoded, only the rows that hold one become problems."""
     try:
         return list(batch.to_pylist())
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, ValueError, OverflowError, pa.ArrowException) as error:
         if batch.num_rows > 1:
             half = batch.num_rows // 2
             return _python_rows(batch.slice(0, half)) + _python_rows(batch.slice(half))
-        return [Problem("invalid_utf8", f"a string is not UTF-8: {error.reason}", None, repr(error.object[:200]))]
+        if isinstance(error, UnicodeDecodeError):
+            return [Problem("invalid_utf8", f"a string is not UTF-8: {error.reason}", None, repr(error.object[:200]))]
+        return [Problem("wrong_type", f"a value cannot be decoded: {seen(str(error), 80)}", None)]
 
 
-def _refuse_repeated(names: Sequence[str], path: str) -> None:
-    repeated = sorted({name for name in names if list(names).count(name) > 1}) if len(set(names)) < len(names) else []
-    if repeated:
-        raise DataError(f"{path} has more than one column called {', '.join(repeated)}: rename them.")
+def _damaged(path: str, error: Exception, kind: str = "Parquet") -> str:
+    return f"{path} cannot be read as {kind}: {seen(str(error), 160)}. If it is damaged, copy or download it again."
 
 
-def _damaged(path: str, error: Exception) -> str:
-    return f"{path} cannot be read as Parquet: {seen(str(error), 160)}. If it is damaged, copy or download it again."
+def _spread(file: RowFile, columns: Sequence[str]) -> list[Mapping[str, Any]]:
+    """The first rows, and as many evenly spread over the file."""
+    step = max(1, file.rows // SPREAD_SAMPLE)
+    numbers = sorted({*range(min(SPREAD_SAMPLE, file.rows)), *range(0, file.rows, step)})
+    return [row for row in file.picked(numbers, columns) if not isinstance(row, Problem)]
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------------
 
 
 class JsonRows:
-    """JSON lines, or one JSON array of objects. Blank lines are not rows."""
+    """JSON lines, or one JSON array, or objects printed over several lines. Blank lines are not rows.
+
+    Every row is decoded once when the file is opened, because any row may bring a column that the others lack.
+    """
 
     padded = False
 
     def __init__(self, path: str, whole: bool) -> None:
-        self.path, self.whole = path, whole
+        self.path = path
+        self._whole = whole or self._is_printed_over_lines()
         self.rows = 0
-        sample: list[RawRow] = []
-        for row in self._undecoded():
+        kinds: dict[str, set[type]] = {}
+        telling: list[Mapping[str, Any]] = []
+        spread: list[Mapping[str, Any]] = []
+        step, size, first_problem = 1, 0, None
+        for raw in self._undecoded():
+            row = self._decoded(raw)
+            if isinstance(row, Problem):
+                first_problem = first_problem or row.reason
+            else:
+                new = [(key, type(value)) for key, value in row.items() if type(value) not in kinds.get(key, ())]
+                for key, kind in new:
+                    kinds.setdefault(key, set()).add(kind)
+                size += len(raw) if isinstance(raw, bytes) else 0
+                if new or (len(telling) < JSON_SAMPLE and size < 4 * BATCH_BYTES):
+                    telling.append(row)
+                if self.rows % step == 0:
+                    spread.append(row)
+                    if len(spread) > SPREAD_SAMPLE:
+                        spread, step = spread[::2], 2 * step
+            if len(kinds) > MAX_COLUMNS:
+                raise DataError(f"{path} has more than {MAX_COLUMNS:,} different keys: they are values, not columns")
             self.rows += 1
-            if len(sample) < JSON_SAMPLE:
-                sample.append(self._parsed(row))
-        found = from_values(row for row in sample if isinstance(row, Mapping))
+        found = from_values(telling)
         self.shapes: Shapes = found.fields if found.kind == "struct" else {}
+        self._spread = (*telling[:SPREAD_SAMPLE], *spread)
         if not self.shapes and self.rows:
-            raise DataError(f"{path}: none of the first {len(sample)} rows is a JSON object with columns")
+            why = f" ({first_problem})" if first_problem else ""
+            count = min(self.rows, JSON_SAMPLE)
+            raise DataError(f"{path}: none of the first {count} rows is a JSON object with columns{why}")
 
     def stream(self, start: int, columns: Sequence[str]) -> Iterator[RawRow]:
-        for number, row in enumerate(self._undecoded()):
-            if number >= start:
-                yield self._parsed(row)
+        return (self._decoded(row) for row in islice(self._undecoded(), start, None))
 
     def picked(self, rows: Sequence[int], columns: Sequence[str]) -> Iterator[RawRow]:
         wanted, last = frozenset(rows), max(rows, default=-1)
         for number, row in zip(range(last + 1), self._undecoded(), strict=False):
             if number in wanted:
-                yield self._parsed(row)
+                yield self._decoded(row)
 
-    def _undecoded(self) -> Iterator[Any]:
-        """Each line, or each element of the array, which has been decoded."""
+    def sample(self, columns: Sequence[str]) -> list[Mapping[str, Any]]:
+        return list(self._spread)
+
+    def _is_printed_over_lines(self) -> bool:
+        """Whether the first line begins an object that goes on, in a file that holds nothing but objects."""
         try:
             with open_binary(self.path) as handle:
-                if self.whole:
-                    yield from self._array(handle.read())
-                else:
-                    yield from (line for line in handle if line.strip())
+                line = next((line for line in _lines(handle) if line is None or line.strip()), b"")
+            json.loads(line or b"{}")
+        except json.JSONDecodeError as error:
+            if error.pos >= len(error.doc.rstrip()):
+                try:
+                    return bool(self._all_values())
+                except DataError:
+                    return False
+        except client_errors(ValueError, RecursionError, OSError, EOFError):
+            return False
+        return False
+
+    def _undecoded(self) -> Iterator[Any]:
+        """Each line (None: one too long to be read), or each value of a file that is read whole."""
+        if self._whole:
+            yield from self._all_values()
+            return
+        try:
+            with open_binary(self.path) as handle:
+                yield from (line for line in _lines(handle) if line is None or line.strip())
         except client_errors(OSError, EOFError) as error:
             raise DataError(f"{self.path} cannot be read: {error}") from None
 
-    def _array(self, content: bytes) -> list[Any]:
+    def _all_values(self) -> list[Any]:
+        """The items of one array, or the objects that follow each other in the file."""
         try:
-            items = json.loads(content)
+            with open_binary(self.path) as handle:
+                text = handle.read().removeprefix(_BOM).decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.path} is not UTF-8: {error.reason} at byte {error.start}") from None
+        except client_errors(OSError, EOFError) as error:
+            raise DataError(f"{self.path} cannot be read: {error}") from None
+        try:
+            if text.startswith("["):
+                items = json.loads(text)
+                return list(items)
+            decoder, found, at = json.JSONDecoder(), [], 0
+            while at < len(text):
+                value, at = decoder.raw_decode(text, at)
+                found.append(value)
+                at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # matches nothing, too
+            return found
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path} is not one JSON array: {seen(str(error), 120)}") from None
-        return items if isinstance(items, list) else [items]
 
-    def _parsed(self, row: Any) -> RawRow:
-        if self.whole:
-            return row if isinstance(row, Mapping) else Problem("invalid_json", "not a JSON object", None, row)
+    def _decoded(self, row: Any) -> RawRow:
+        if row is None:
+            return Problem("too_large", f"the line has more than {MAX_LINE:,} bytes")
+        if not isinstance(row, bytes):
+            value, brackets = row, MAX_DEPTH
+        else:
+            brackets = row.count(b"[") + row.count(b"{")
+            try:
+                value = json.loads(row)
+            except UnicodeDecodeError as error:
+                return Problem("invalid_utf8", f"the line is not UTF-8: {error.reason}", None, repr(row[:200]))
+            except (ValueError, RecursionError) as error:
+                text = row[:200].decode("utf-8", "replace")
+                return Problem("invalid_json", f"the line is not JSON: {seen(str(error), 80)}", None, text)
+        if not isinstance(value, Mapping):
+            return Problem("invalid_json", "not a JSON object", None, value)
+        if brackets >= MAX_DEPTH and is_too_deep(value):
+            return Problem("too_large", f"a value is nested more than {MAX_DEPTH} levels deep")
+        return value
+
+
+def is_too_deep(value: Any) -> bool:
+    """Whether lists and objects are nested more than MAX_DEPTH levels deep. Walks without recursion."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            item
+            for part in level
+            if isinstance(part, list | dict)
+            for item in (part.values() if isinstance(part, dict) else part)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _lines(handle: Any) -> Iterator[bytes | None]:
+    """The lines of a binary file; None for one of more than MAX_LINE bytes, which is passed over piece by piece."""
+    pending: list[bytes] = []
+    size, first = 0, True
+    while piece := handle.read(1 << 20):
+        if first:
+            piece, first = piece.removeprefix(_BOM), False
+        *ended, rest = piece.split(b"\n")
+        for line in ended:
+            yield b"".join((*pending, line)) if size + len(line) <= MAX_LINE else None
+            pending, size = [], 0
+        size += len(rest)
+        pending = [*pending, rest] if size <= MAX_LINE else []
+    if size:
+        yield b"".join(pending) if size <= MAX_LINE else None
+
+
+# --- CSV and TSV --------------------------------------------------------------------------------------------------
+
+_WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})")
+_NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][-+]?\d+)?")
+_TEXT_COLUMNS = re.compile(
+    r"(prompt|question|instruction|input|output|query|history|context|system|chosen|rejected|response|answer|completion"
+    r"|text|message|conversation|id$)",
+    re.IGNORECASE,
+)
+"""Columns of these names stay text, even where every value is a number."""
+
+
+class CsvRows:
+    """CSV or TSV in UTF-8 with a line of column names. An empty cell is null.
+
+    A column in which every value is a number is one of numbers, unless its name is that of a text (a prompt may be
+    "12"); every other column is text. TSV is separated by tabs, CSV by commas, or by semicolons or tabs where the line
+    of column names has more of them.
+    """
+
+    padded = False
+
+    def __init__(self, path: str, name: str) -> None:
+        self.path = path
+        self._delimiter = "\t" if without_packing(name).endswith(".tsv") else ","
+        with open_binary(path) as handle:
+            head = (next(_lines(handle), b"") or b"").decode("utf-8", "replace")
+        if self._delimiter == ",":
+            self._delimiter = max(",;\t", key=head.count)
+        self._names = next(csv.reader([head], delimiter=self._delimiter), [])
+        if len(set(self._names)) < len(self._names) or not all(self._names):
+            raise DataError(f"{path}: its first line must name every column, each name once: {seen(head, 120)!r}")
+        self._kinds: dict[str, str] = {}
+        numbers = {column: "int" for column in self._names if not _TEXT_COLUMNS.search(column)}
+        filled: set[str] = set()
+        self.rows = 0
+        for row in self._undecoded():
+            self.rows += 1
+            if isinstance(row, Problem):
+                continue
+            for column, value in row.items():
+                if value is None:
+                    continue
+                filled.add(column)
+                if column in numbers and not _WHOLE_NUMBER.fullmatch(value):
+                    numbers[column] = "float"
+                    if not _NUMBER.fullmatch(value):
+                        del numbers[column]
+        self._kinds = {column: kind for column, kind in numbers.items() if column in filled}
+        kinds: dict[str, Any] = {**dict.fromkeys(self._names, "text"), **self._kinds}
+        self.shapes: Shapes = {column: Shape(kinds[column] if column in filled else "null") for column in self._names}
+
+    def stream(self, start: int, columns: Sequence[str]) -> Iterator[RawRow]:
+        return islice(self._undecoded(), start, None)
+
+    def picked(self, rows: Sequence[int], columns: Sequence[str]) -> Iterator[RawRow]:
+        wanted, last = frozenset(rows), max(rows, default=-1)
+        return (row for number, row in zip(range(last + 1), self._undecoded(), strict=False) if number in wanted)
+
+    def sample(self, columns: Sequence[str]) -> list[Mapping[str, Any]]:
+        return _spread(self, columns)
+
+    def _undecoded(self) -> Iterator[Any]:
+        csv.field_size_limit(MAX_LINE)
         try:
-            value = json.loads(row)
-        except UnicodeDecodeError as error:
-            return Problem("invalid_utf8", f"the line is not UTF-8: {error.reason}", None, repr(row[:200]))
-        except (ValueError, RecursionError) as error:
-            text = row[:200].decode("utf-8", "replace")
-            return Problem("invalid_json", f"the line is not JSON: {seen(str(error), 80)}", None, text)
-        return value if isinstance(value, Mapping) else Problem("invalid_json", "not a JSON object", None, value)
+            with io.TextIOWrapper(
+                open_binary(self.path), encoding="utf-8-sig", errors="surrogateescape", newline=""
+            ) as text:
+                reader = csv.reader(text, delimiter=self._delimiter)
+                next(reader, None)
+                yield from (self._row(cells, reader.line_num) for cells in reader if cells)
+        except csv.Error as error:
+            raise DataError(
+                f"{self.path}: line {reader.line_num} is not CSV: {error}. Look for a quote that is never closed"
+            ) from None
+        except client_errors(OSError, EOFError) as error:
+            raise DataError(f"{self.path} cannot be read: {error}") from None
+
+    def _row(self, cells: list[str], line: int) -> RawRow:
+        if len(cells) != len(self._names):
+            reason = f"line {line} has {len(cells)} cells, but there are {len(self._names)} columns"
+            return Problem("invalid_csv", reason, None, self._delimiter.join(cells)[:200])
+        row: dict[str, Any] = {}
+        for column, cell in zip(self._names, cells, strict=True):
+            kind = self._kinds.get(column)
+            row[column] = None if not cell else int(cell) if kind == "int" else float(cell) if kind == "float" else cell
+        return row

@@ -39,6 +39,7 @@ REJECT_CODES = frozenset(
         "too_large",
         "invalid_utf8",
         "invalid_json",
+        "invalid_csv",
         "invalid_label",
         "invalid_ids",
         "wrong_type",

@@ -136,9 +136,9 @@ def test_scattered_rows_of_json_lines_take_one_pass_and_parse_no_others(
     datasets = open_datasets([spec(tmp_path)])
     opened: list[str] = []
     parsed: list[object] = []
-    open_, parse = row_files.open_binary, JsonRows._parsed
+    open_, parse = row_files.open_binary, JsonRows._decoded
     monkeypatch.setattr(row_files, "open_binary", lambda path: (opened.append(path), open_(path))[1])
-    monkeypatch.setattr(JsonRows, "_parsed", lambda self, row: (parsed.append(row), parse(self, row))[1])
+    monkeypatch.setattr(JsonRows, "_decoded", lambda self, row: (parsed.append(row), parse(self, row))[1])
     assert prompts(read_rows_at(datasets, range(0, 5000, 500))) == [f"p{i}" for i in range(0, 5000, 500)]
     assert (len(opened), len(parsed)) == (1, 10)
 
