@@ -1,75 +1,309 @@
 """The package as a library: the commands as functions, and `score` for pairs and models that are in memory.
 
-Options are those of the command line by their names (`max_length=512`, `loss_param=["ld_alpha=0.5"]`). Mistakes raise
+Settings are those of the command line by their names: `max_length=512`, `loss_param=["ld_alpha=0.5"]`. A mistake raises
 `dpo_score.errors.DpoScoreError`. Importing this file imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypedDict, TypeVar, Unpack
 
+from dpo_score.config.hints import meant_by
 from dpo_score.config.load import load_config
 from dpo_score.config.schema import BY_NAME, RunConfig
-from dpo_score.errors import ConfigError, nearest
+from dpo_score.errors import ConfigError, UsageError, nearest
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from dpo_score.engine.finish import Outcome
     from dpo_score.engine.in_memory import InMemoryModel
     from dpo_score.export.precompute import PrecomputeOutcome
 
-__all__ = ["precompute", "rescore", "run", "score", "select"]
+__all__ = ["RunResult", "precompute", "rescore", "run", "score", "select"]
 
-OF_RUNS = frozenset(
-    {"blocks", "data", "data_revision", "emit_ids", "engine", "limit", "log_to", "max_bad_rows", "out", "ray_address"}
-    | {"rewardbench", "sample", "slice", "split", "strict_env", "workers"}
-)
-"""Options that say something of files, folders or workers: pairs in memory have none."""
+PathLike: TypeAlias = "str | os.PathLike[str]"
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
 
+
+class ScoreSettings(TypedDict, total=False):
+    """What `score` may be told besides pairs and models; `run` and `precompute` take the same. See `RunSettings`."""
+
+    loss: str
+    beta: float
+    label_smoothing: float
+    loss_param: str | Sequence[str]
+    max_length: int
+    truncation: Literal["keep_start", "keep_end", "reject"]
+    render: Literal["auto", "chat", "raw"]
+    chat_template: str
+    chat_template_kwargs: Mapping[str, Any] | str
+    system: str
+    system_mode: Literal["fill", "replace", "drop", "merge-user"]
+    prompt_split: Literal["auto", "marker", "trl"]
+    score: Literal["completion", "last", "all-assistant"]
+    date: str
+    keep_nulls: bool
+    format: str
+    map: Mapping[str, str] | str
+    pairing: Literal["best-worst", "all", "adjacent", "random"]
+    preference: Literal["better", "safer"]
+    keep_ties: bool
+    seed: int
+    reference_revision: str
+    policy_base: str
+    quantization: Literal["int8", "nf4"]
+    dtype: Literal["auto", "float32", "float16", "bfloat16"]
+    device: str
+    device_map: str
+    tensor_parallel: int
+    batch_tokens: int | str
+    compile: Literal["auto", "on", "off"]
+    path: Literal["auto", "fast", "plain"]
+    threads: int
+    per_token: bool
+    stats: str | Sequence[str]
+    keep_columns: str | Sequence[str]
+    cache_dir: PathLike
+    allow_pickle: bool
+    trust_remote_code: bool
+
+
+class RunSettings(ScoreSettings, total=False):
+    """Every setting of a run but data, reference, policy and out; `dpo-score run --help` says what each does."""
+
+    tokenizer: PathLike
+    limit: int
+    sample: int
+    split: str | Sequence[str]
+    data_revision: str
+    max_bad_rows: float
+    engine: Literal["auto", "local", "ray"]
+    ray_address: str
+    workers: int
+    blocks: str
+    slice: str | Sequence[str]
+    emit_ids: bool
+    rewardbench: Literal["exact", "corrected"]
+    log_to: str | Sequence[str]
+    strict_env: bool
+
+
+OF_RUNS = frozenset({*RunSettings.__annotations__, "data", "out"} - {*ScoreSettings.__annotations__, "tokenizer"})
+"""Settings that say something of files, folders or workers: pairs in memory have none."""
 LISTS = ("data", "policy", "loss_param", "slice")
 
 
-def run(pipeline: str | None = None, *, restart: bool = False, quiet: bool = True, **options: Any) -> Outcome:
+def _with_signature(settings: type[Any]) -> Callable[[Callable[Parameters, Returned]], Callable[Parameters, Returned]]:
+    """Let `help` and completion show each setting of a function that takes `**settings`."""
+
+    def shown(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        found = inspect.signature(function)
+        own = [p for p in found.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        more = [
+            inspect.Parameter(name, keyword, default=None, annotation=getattr(kind, "__forward_arg__", kind))
+            for name, kind in settings.__annotations__.items()
+        ]
+        function.__signature__ = found.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        return function
+
+    return shown
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class RunResult:
+    """What a run wrote. In a notebook it shows the table of policies, the conclusion and the main chart.
+
+    `out`: the folder. `summary`: what summary.json holds, per policy, data set and subset. `failures`: policy → why it
+    was not scored.
+    """
+
+    out: str
+    summary: Mapping[str, Any]
+    failures: Mapping[str, str] = field(default_factory=dict)
+    _raise: Callable[[], None] = field(default=lambda: None, compare=False)
+
+    @property
+    def policies(self) -> list[str]:
+        """Names of the policies that were scored."""
+        return list(self.summary["policies"])
+
+    @property
+    def report(self) -> Path | None:
+        """The HTML report, or None where none was written (more than 50,000 rows: `dpo-score report` writes it)."""
+        path = Path(self.out) / "report.html"
+        return path if path.is_file() else None
+
+    def scores(self, policy: str | None = None) -> pl.DataFrame:
+        """Every pair with its log-probs, rewards, margin and loss. `policy` may be left out where there is one."""
+        import polars as pl
+
+        from dpo_score.results.run_folder import open_out, parts
+
+        if policy is None and len(self.policies) == 1:
+            policy = self.policies[0]
+        if policy not in self.policies:
+            raise UsageError(f"scores({policy!r}): no such policy was scored; {nearest(str(policy), self.policies)}")
+        store, _ = open_out(self.out)
+        tables = [pl.DataFrame(pl.from_arrow(store.read_table(name))) for name in parts(store, policy)]
+        return pl.concat(tables)
+
+    def raise_failures(self) -> None:
+        """PolicyFailedError where a policy was not scored, BadRowsError for more rejects than `max_bad_rows`."""
+        self._raise()
+
+    def __repr__(self) -> str:
+        cells = {name: policy["overall"] for name, policy in self.summary["policies"].items()}
+        shown = [
+            f"{name}: {'-' if (value := cell['accuracy']['value']) is None else f'{value:.1%}'} of {cell['scored']}"
+            for name, cell in cells.items()
+        ]
+        failed = f", {len(self.failures)} failed" if self.failures else ""
+        return f"RunResult({self.out!r}, accuracy {', '.join(shown[:6])}{', …' if len(shown) > 6 else ''}{failed})"
+
+    def _repr_html_(self) -> str:
+        from dpo_score.report.notebook import run_html
+
+        return run_html(self.out, self.summary, self.failures)
+
+
+@_with_signature(RunSettings)
+def run(
+    pipeline: PathLike | None = None,
+    *,
+    data: Any = None,
+    reference: PathLike | None = None,
+    policy: PathLike | Sequence[str] | Mapping[str, PathLike] | None = None,
+    out: PathLike | None = None,
+    restart: bool = False,
+    quiet: bool = True,
+    **settings: Unpack[RunSettings],
+) -> RunResult:
     """`dpo-score run`: score every policy into `out`; the same call again resumes.
 
-    `.summary` holds the numbers, `.failures` the policies that could not be scored, `.raise_failures()` raises them.
+    Args:
+        pipeline: a pipeline file; arguments override it.
+        data: a path, "NAME=PATH", a list of such, a table (pandas, polars, Arrow, datasets.Dataset, dicts), or a
+            mapping of names to any of these. A table is kept as a file of the cache, under its content.
+        reference: a folder, hub id, BASE+ADAPTER, or "columns:A,B".
+        policy: "NAME=MODEL", a list of such, or a mapping of names to models.
+        out: folder for the results. restart: throw away what it holds. quiet: say only warnings.
+
+    Returns: RunResult: `.summary`, `.scores("policy")`, `.report`, `.failures`.
+    Raises: UsageError and its kinds for a request that cannot be carried out, StorageError, Interrupted.
+
+    >>> import tempfile, transformers
+    >>> folder = tempfile.mkdtemp()
+    >>> shape = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+    >>> model.save_pretrained(f"{folder}/model")
+    >>> pairs = [{"prompt_input_ids": [1, 5], "chosen_input_ids": [7, 2], "rejected_input_ids": [9, 2]}]
+    >>> result = run(
+    ...     data=pairs, reference=f"{folder}/model", policy={"same": f"{folder}/model"}, out=f"{folder}/out",
+    ...     cache_dir=folder,
+    ... )
+    >>> result.scores("same")["margins"].to_list()
+    [0.0]
     """
-    from dpo_score.engine.executors import choose as engines
+    from dpo_score.engine.executors import choose
     from dpo_score.engine.progress import Progress
 
-    return engines.run(configured(pipeline, options), Progress(quiet), restart=restart)
+    given = {"data": data, "reference": reference, "policy": policy, "out": out}
+    config = configured(pipeline, {**given, **settings})
+    found = choose.run(config, Progress(quiet), restart=restart)
+    return RunResult(found.out, found.summary, found.failures, found.raise_failures)
 
 
-def configured(pipeline: str | None, options: Mapping[str, Any]) -> RunConfig:
-    """The configuration that a command line with these options gives; options that are None are not set."""
-    given = {}
-    for name, value in options.items():
-        if name not in BY_NAME:
-            raise ConfigError(f"unknown option {name!r}: {nearest(name, BY_NAME)}")
-        plain = os.fspath(value) if isinstance(value, os.PathLike) else value
-        given[name] = [plain] if name in LISTS and isinstance(plain, str) else plain
-    return load_config(pipeline, {name: value for name, value in given.items() if value is not None})
-
-
+@_with_signature(RunSettings)
 def precompute(
-    pipeline: str | None = None,
+    pipeline: PathLike | None = None,
     *,
-    to: str = "trl",
+    data: Any = None,
+    reference: PathLike | None = None,
+    out: PathLike | None = None,
+    to: Literal["trl", "ids"] = "trl",
     rename: str | None = None,
     restart: bool = False,
     quiet: bool = True,
-    **options: Any,
+    **settings: Unpack[RunSettings],
 ) -> PrecomputeOutcome:
-    """`dpo-score precompute`: fill the cache with reference log-probs and, with `out`, write the data set with them."""
+    """`dpo-score precompute`: fill the cache with reference log-probs and, with `out`, write the data set with them.
+
+    Args:
+        pipeline, data, reference, restart, quiet: as for `run`.
+        to: whose columns: "trl" (texts as they were scored) or "ids" (token ids). rename: "OLD=NEW,…", columns.
+
+    Returns: an object with `.out` and `.summary` (rows, scored, rejected by code, splits).
+    Raises: as `run`.
+
+    >>> import tempfile, transformers
+    >>> folder = tempfile.mkdtemp()
+    >>> shape = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    >>> transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).save_pretrained(f"{folder}/model")
+    >>> pairs = [{"prompt_input_ids": [1, 5], "chosen_input_ids": [7, 2], "rejected_input_ids": [9, 2]}]
+    >>> made = precompute(
+    ...     data=pairs, reference=f"{folder}/model", out=f"{folder}/out", to="ids", cache_dir=folder
+    ... )
+    >>> made.summary["scored"]
+    1
+    """
     from dpo_score.engine.progress import Progress
     from dpo_score.export import precompute as stage
 
-    return stage.precompute(configured(pipeline, options), Progress(quiet), restart=restart, to=to, rename=rename)
+    config = configured(pipeline, {"data": data, "reference": reference, "out": out, **settings})
+    return stage.precompute(config, Progress(quiet), restart=restart, to=to, rename=rename)
+
+
+def configured(pipeline: PathLike | None, given: Mapping[str, Any]) -> RunConfig:
+    """The configuration that a command line with these options gives; options that are None are not set."""
+    options = {name: value for name, value in given.items() if value is not None}
+    for name in options:
+        if name not in BY_NAME:
+            raise ConfigError(f"unknown option {name!r}: {meant_by(name, BY_NAME)}")
+    for name in ("data", "policy"):
+        if name in options:
+            options[name] = _assignments(options[name], options.get("cache_dir") if name == "data" else None)
+    for name, value in options.items():
+        plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+        options[name] = [plain] if name in LISTS and isinstance(plain, str) else plain
+    return load_config(os.fspath(pipeline) if pipeline is not None else None, options)
+
+
+def _assignments(given: Any, cache_dir: PathLike | None) -> list[str]:
+    """NAME=PATH strings, of a path, a list or a mapping of names; tables become files."""
+    if isinstance(given, str | os.PathLike):
+        return [os.fspath(given)]
+    if isinstance(given, Mapping):
+        return [f"{name}={_path_of(value, cache_dir)}" for name, value in given.items()]
+    if isinstance(given, Sequence) and all(isinstance(item, str | os.PathLike) for item in given):
+        return [os.fspath(item) for item in given]
+    return [f"pairs={_path_of(given, cache_dir)}"]
+
+
+def _path_of(given: Any, cache_dir: PathLike | None) -> str:
+    """A path as it is; a table as a file of the cache that is named after its content."""
+    if isinstance(given, str | os.PathLike):
+        return os.fspath(given)
+    from dpo_score.engine.in_memory import written
+    from dpo_score.storage.cache.location import cache_folder
+    from dpo_score.storage.open import open_store
+
+    with tempfile.TemporaryDirectory(prefix="dpo-score-") as folder:
+        made = written(given, Path(folder))
+        content = made.read_bytes()
+    store = open_store(str(cache_folder(None if cache_dir is None else os.fspath(cache_dir))))
+    name = f"tables/{hashlib.sha256(content).hexdigest()[:32]}/{made.name}"
+    if not store.exists(name):
+        store.write_bytes(name, content)
+    return store.url(name)
 
 
 def rescore(
@@ -142,20 +376,40 @@ def select(
     return apply(os.fspath(source) if isinstance(source, str | Path) else source, request).frame
 
 
+@_with_signature(ScoreSettings)
 def score(
-    pairs: Any, *, policy: Any, reference: Any = None, tokenizer: Any = None, quiet: bool = True, **options: Any
+    pairs: Any,
+    *,
+    policy: Any,
+    reference: Any = None,
+    tokenizer: Any = None,
+    quiet: bool = True,
+    **settings: Unpack[ScoreSettings],
 ) -> pl.DataFrame:
     """Score columns of `pairs`, in their order: one row a pair, null where it could not be scored (see `status`).
 
-    pairs: a polars or pyarrow table, a datasets.Dataset or dicts, in any form of `dpo-score formats`. policy and
-    reference: a folder, hub id or MODEL+ADAPTER, or a loaded model, which is left as it was found; reference "base" is
-    a loaded PEFT policy without its adapters. policy may be a mapping, name → model: then the first column is `policy`.
-    tokenizer: a loaded one or a name (default: the reference's, else the policy's). Log-probs: sums, nats, float64.
+    Args:
+        pairs: a path, or a table: pandas, polars, Arrow, a datasets.Dataset or dicts, in any form of
+            `dpo-score formats`.
+        policy, reference: a folder, hub id or BASE+ADAPTER, or a loaded model, which is left as it was found; reference
+            "base" is a loaded PEFT policy without its adapters. policy may be a mapping, name → model: then the first
+            column of the result is `policy`.
+        tokenizer: a loaded one or a name (default: the reference's, else the policy's).
+
+    Returns: a polars frame; log-probs are sums over an answer, in nats, float64.
+    Raises: UsageError and its kinds.
+
+    >>> import transformers
+    >>> shape = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+    >>> pairs = [{"prompt_input_ids": [1, 5], "chosen_input_ids": [7, 2], "rejected_input_ids": [9, 2]}]
+    >>> score(pairs, policy=model, reference=model)["margins"].to_list()
+    [0.0]
     """
     import polars as pl
 
     with tempfile.TemporaryDirectory(prefix="dpo-score-") as folder:
-        found = _scored(pairs, policy, reference, tokenizer, quiet, options, Path(folder))
+        found = _scored(pairs, policy, reference, tokenizer, quiet, dict(settings), Path(folder))
     frames = {name: pl.DataFrame(pl.from_arrow(table)) for name, table in found.items()}
     if not isinstance(policy, Mapping):
         return frames["policy"]
@@ -176,7 +430,7 @@ def _scored(
     loaded = _loaded(policies, reference)
     settings = {
         **options,
-        "data": [f"pairs={written(pairs, folder)}"],
+        "data": [f"pairs={os.fspath(pairs) if isinstance(pairs, str | os.PathLike) else written(pairs, folder)}"],
         "policy": [f"{name}={'held' if name in loaded else os.fspath(model)}" for name, model in policies.items()],
         **({"reference": os.fspath(reference)} if reference is not None and "" not in loaded else {}),
         **({"tokenizer": os.fspath(tokenizer)} if isinstance(tokenizer, str | Path) else {}),

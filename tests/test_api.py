@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
+import inspect
 import math
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import polars as pl
 import pyarrow as pa
@@ -17,13 +19,24 @@ from polars.testing import assert_frame_equal
 from transformers import AutoModelForCausalLM
 
 import dpo_score
-from dpo_score.errors import ConfigError, DataError, ModelError
+from dpo_score.api import OF_RUNS, RunSettings, ScoreSettings
+from dpo_score.errors import ConfigError, DataError, ModelError, UsageError
 from tests.exported import chat_rows, text_rows, write_rows
 from tests.families import family
 from tests.tiny import byte_tokenizer, save_tiny
 
 ROOT = Path(__file__).parents[1]
-PUBLIC = ["DPOLoss", "__version__", "evaluate_pairs", "precompute", "rescore", "run", "score", "sequence_logps"]
+PUBLIC = [
+    "DPOLoss",
+    "__version__",
+    "evaluate_pairs",
+    "precompute",
+    "rescore",
+    "run",
+    "score",
+    "select",
+    "sequence_logps",
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +60,9 @@ def score(pairs: Any, folder: Path, **options: Any) -> pl.DataFrame:
 
 
 def test_exported_members() -> None:
-    assert sorted(dpo_score.__all__) == sorted(PUBLIC)
+    assert set(dpo_score.__all__) == PUBLIC
     assert all(hasattr(dpo_score, name) for name in PUBLIC)
-    assert set(PUBLIC) <= set(dir(dpo_score))
+    assert set(dir(dpo_score)) == PUBLIC
     with pytest.raises(AttributeError, match="no attribute 'scores_of'"):
         _ = dpo_score.scores_of
 
@@ -76,8 +89,50 @@ def test_run_is_a_function_whatever_was_imported_before(models: Path, tmp_path: 
 
 
 def test_an_unknown_option_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown option 'max_len': did you mean 'max_length'"):
-        dpo_score.precompute(data="x", max_len=3)
+    with pytest.raises(ConfigError, match="unknown option 'max_lenght': did you mean 'max_length'"):
+        dpo_score.precompute(data="x", max_lenght=3)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="unknown option 'batch_size': use --batch-tokens"):
+        dpo_score.precompute(data="x", batch_size=8)  # type: ignore[call-arg]
+
+
+def test_every_setting_is_an_argument_with_its_type() -> None:
+    """Editors complete from the types, notebooks from the signature; both name every option of the command line."""
+    from dpo_score.config.schema import BY_NAME
+
+    own = {"data", "reference", "policy", "out"}
+    assert {*RunSettings.__annotations__, *own} == set(BY_NAME)
+    assert {*ScoreSettings.__annotations__, "tokenizer", "reference", "policy"} | OF_RUNS == set(BY_NAME)
+    for function in (dpo_score.run, dpo_score.precompute):
+        assert set(RunSettings.__annotations__) <= set(inspect.signature(function).parameters)
+    assert "max_length" in inspect.signature(dpo_score.score).parameters
+    for name, kind in get_type_hints(RunSettings).items():
+        choices = tuple(get_args(kind)) if get_origin(kind) is Literal else ()
+        assert choices == BY_NAME[name].choices, name
+
+
+def test_the_examples_of_the_docstrings_run() -> None:
+    found = doctest.testmod(dpo_score.api)
+    assert (found.failed, found.attempted > 15) == (0, True)
+
+
+def test_a_run_of_a_table_shows_itself(models: Path, tmp_path: Path) -> None:
+    options = {"reference": models / "m0", "path": "plain", "cache_dir": tmp_path / "c", "out": tmp_path / "out"}
+    table = pl.DataFrame(text_rows(4))
+    found = dpo_score.run(data=table, policy={"a": models / "m1", "b": models / "m0"}, **options)
+    assert (found.policies, found.scores("a").height, found.failures) == (["a", "b"], 4, {})
+    assert found.report == tmp_path / "out/report.html"
+    assert repr(found).startswith("RunResult(")
+    assert len(repr(found)) < 300
+    shown = found._repr_html_()
+    assert "<table>" in shown
+    assert "<iframe sandbox" in shown
+    assert "<script" not in shown
+    with pytest.raises(UsageError, match="no such policy was scored; known: a, b"):
+        found.scores()
+    before = (tmp_path / "out/scores").rglob("*.parquet")
+    times = {path: path.stat().st_mtime_ns for path in before}
+    dpo_score.run(data=table, policy={"a": models / "m1", "b": models / "m0"}, **options)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
 # --- pairs ---------------------------------------------------------------------------------------------------------
@@ -87,7 +142,8 @@ def test_any_table_gives_the_same_scores(models: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = text_rows(6)
     table = pa.Table.from_pylist(rows)
-    given = [rows, iter(rows), table, pl.DataFrame(table), datasets.Dataset.from_list(rows)]
+    path = write_rows(tmp_path / "pairs.parquet", rows)
+    given = [rows, iter(rows), table, pl.DataFrame(table), datasets.Dataset.from_list(rows), table.to_pandas(), path]
     found = [score(pairs, tmp_path, reference=models / "m0", policy=models / "m1") for pairs in given]
     for frame in found[1:]:
         assert_frame_equal(frame.drop("source_file"), found[0].drop("source_file"))
@@ -121,7 +177,7 @@ def test_several_policies_stand_one_after_the_other(models: Path, tmp_path: Path
     assert found["loss"].to_list()[:3] == [math.log(2)] * 3
 
 
-@pytest.mark.parametrize("pairs", [3, "file.parquet", {"prompt": "a"}, [3], [{"prompt": {1, 2}}]])
+@pytest.mark.parametrize("pairs", [3, {"prompt": "a"}, [3], [{"prompt": {1, 2}}]])
 def test_what_is_no_table_of_pairs(pairs: Any, models: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="pairs "):
         score(pairs, tmp_path, policy=models / "m0", loss="simpo")

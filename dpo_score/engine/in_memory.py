@@ -42,10 +42,14 @@ Model: TypeAlias = "ModelSource | InMemoryModel"
 
 
 def written(pairs: Any, folder: Path) -> Path:
-    """`pairs` as a file in `folder`: a polars or pyarrow table, a datasets.Dataset, or an iterable of dicts."""
+    """`pairs` as a file in `folder`: a pandas, polars or Arrow table, a datasets.Dataset, or an iterable of dicts."""
     path = folder / "pairs.parquet"
     if hasattr(pairs, "to_arrow"):  # polars
         pairs = pairs.to_arrow()
+    elif hasattr(pairs, "iloc"):  # pandas
+        pairs = pa.Table.from_pandas(pairs, preserve_index=False)
+    elif hasattr(pairs, "__arrow_c_stream__"):  # Arrow, whoever made it
+        pairs = pa.table(pairs)
     if isinstance(pairs, pa.Table):
         pq.write_table(pairs, path)
     elif hasattr(pairs, "to_parquet"):  # datasets
@@ -55,7 +59,7 @@ def written(pairs: Any, folder: Path) -> Path:
         path.write_text("".join(f"{json.dumps(_row(row), default=_plain)}\n" for row in pairs), encoding="utf-8")
     else:
         raise DataError(
-            f"pairs is a {type(pairs).__name__}: give a polars or pyarrow table, a datasets.Dataset or dicts"
+            f"pairs is a {type(pairs).__name__}: give a path, a table (pandas, polars, Arrow, datasets) or dicts"
         )
     return path
 

@@ -94,7 +94,7 @@ class ReferenceTask:
     @property
     def exists(self) -> bool:
         """Whether policies are compared with a reference at all: a model, or columns of the data."""
-        return has_reference(self.fields)
+        return self.source is not None or self.columns is not None or has_reference(self.fields)
 
     @property
     def label(self) -> str:
