@@ -35,12 +35,22 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
     def wrapped(**values: Any) -> None:
         settings = {name: values.pop(name) for name in list(values) if name in BY_NAME}
+        if settings.get("map") == "help":
+            _print_map_keys()
         command(settings={k: v for k, v in settings.items() if v is not None}, **values)
 
     wrapped.__signature__ = signatures.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
     return wrapped
+
+
+def _print_map_keys() -> None:
+    """What --map help prints instead of running the command."""
+    from dpo_score.data.formats.registry import map_keys
+
+    typer.echo(map_keys())
+    raise typer.Exit
 
 
 def _in_panel(annotation: Any) -> Any:

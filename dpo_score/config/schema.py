@@ -116,7 +116,7 @@ class DataSpec(Spec):
     format: Annotated[str, Setting(DATA, "a name that `dpo-score formats` lists; auto: detected from the columns")] = (
         "auto"
     )
-    map: Annotated[Columns, Setting(DATA, "columns by hand: prompt=a,chosen=b,rejected=c")] = Field(
+    map: Annotated[Columns, Setting(DATA, "columns by hand: prompt=a,chosen=b,rejected=c; help: all keys")] = Field(
         default_factory=dict
     )
     pairing: Annotated[

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -43,6 +43,8 @@ class Shape:
 
 
 Shapes: TypeAlias = Mapping[str, Shape]
+ShapeTest: TypeAlias = Callable[[Shape | None], bool]
+"""Whether a column of this shape fits; None: there is no such column."""
 
 
 def is_text(shape: Shape | None) -> bool:
@@ -83,6 +85,26 @@ def item_fields(shape: Shape | None) -> Shapes:
         return shape.item.fields
     lists = {name: part.item for name, part in shape.fields.items() if part.kind == "list" and part.item is not None}
     return lists if len(lists) == len(shape.fields) else {}
+
+
+def present(shape: Shape | None) -> bool:
+    """A column of any type."""
+    return shape is not None
+
+
+def either(*tests: ShapeTest) -> ShapeTest:
+    """A column that passes one of the tests."""
+    return lambda shape: any(test(shape) for test in tests)
+
+
+def struct_with(**fields: ShapeTest) -> ShapeTest:
+    """A struct that has these fields, each passing its test."""
+    return lambda shape: shape is not None and all(test(shape.fields.get(name)) for name, test in fields.items())
+
+
+def items_with(**fields: ShapeTest) -> ShapeTest:
+    """A list of structs that have these fields, each passing its test."""
+    return lambda shape: all(test(item_fields(shape).get(name)) for name, test in fields.items())
 
 
 def is_turn_pairs(shape: Shape | None) -> bool:

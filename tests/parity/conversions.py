@@ -261,6 +261,11 @@ def ranked_completions(pair: Row, number: int) -> Written:
     return [{"context": pair["prompt"], "completions": items}]
 
 
+def losers(pair: Row, number: int) -> Written:
+    better, worse = ({"answer": text, "llm_name": "m"} for text in said(pair))
+    return [{"conversation_input": pair["prompt"], "bon_best": better, "loser_list": [worse]}]
+
+
 def two_rows(pair: Row, number: int) -> Written:
     if not no_system(pair):
         return None

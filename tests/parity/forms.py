@@ -105,6 +105,7 @@ FORMS = (
     Form("RMB", "messages-explicit/answer-structs", of.answer_structs),
     Form("ms-swift response", "ms-swift/rejected-response", of.swift_response),
     Form("ms-swift messages", "ms-swift/rejected-messages", of.swift_messages),
+    Form("RMB, best of n", "best-of-n/losers", of.losers),
     Form("compar:IA", "ab-label/chosen-model", of.chosen_model),
     Form("NeMo-RL", "ranked/ranked-completions", of.ranked_completions),
     Form("HelpSteer2 preference", "signed-preference/helpsteer2", of.helpsteer2),

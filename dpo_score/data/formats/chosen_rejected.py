@@ -10,13 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 from dpo_score.data.column_types import (
-    Shape,
     Shapes,
+    either,
     is_message,
     is_messages,
     is_text,
     is_texts,
     is_turn_pairs,
+    struct_with,
 )
 from dpo_score.data.formats.base import (
     Column,
@@ -45,13 +46,21 @@ from dpo_score.data.formats.cells import (
 from dpo_score.data.formats.transcripts import ASSISTANT
 from dpo_score.data.types import Message, Pair, Unusable
 
+_SIDE_ENDINGS = (
+    "response",
+    "conversations",
+    "conversation",
+    "messages",
+    "answer",
+    "completion",
+    "output",
+    "text",
+    "step",
+)
 SIDE_NAMES = (
     ("chosen", "rejected"),
-    ("chosen_response", "rejected_response"),
-    ("chosen_conversations", "rejected_conversations"),
-    ("chosen_conversation", "rejected_conversation"),
-    ("chosen_messages", "rejected_messages"),
-    ("chosen_step", "rejected_step"),
+    *((f"chosen_{ending}", f"rejected_{ending}") for ending in _SIDE_ENDINGS),
+    ("response", "rejected_response"),
     ("chosen", "reject"),
     ("preferred", "dispreferred"),
     ("preferred", "rejected"),
@@ -67,6 +76,8 @@ PROMPT_LIKE = (*PROMPT_NAMES, *TURN_NAMES, "conversations", "dialogue", "dialog"
 ALIKE, BOTH = 0.9, 0.95
 """Shares of the sampled rows that must begin alike, and that must hold a marker or the prompt on both sides."""
 
+is_turns = either(is_messages, is_message)
+is_answer = either(is_messages, is_message, is_text)
 PROMPT = Column("prompt", is_text, also=PROMPT_NAMES[1:])
 CHOSEN_IS_BETTER = "chosen is better than rejected"
 
@@ -74,6 +85,11 @@ CHOSEN_IS_BETTER = "chosen is better than rejected"
 def names_its_sides(shapes: Shapes) -> bool:
     """Whether a set has columns for the better and the worse side."""
     return "chosen" in shapes and "rejected" in shapes
+
+
+def text_prompts(shapes: Shapes) -> list[str]:
+    """Columns that can be the prompt, best name first."""
+    return [name for name in PROMPT_NAMES if is_text(shapes.get(name))]
 
 
 def _sides(fits: Any) -> tuple[Column, Column]:
@@ -88,23 +104,14 @@ def _sampled_sides(rows: Sequence[Row]) -> Iterator[tuple[Any, Any]]:
 
 
 def _is_alpaca(shapes: Shapes) -> bool:
-    others = (name for name in PROMPT_NAMES if name not in ("instruction", "input"))
-    return (
-        is_text(shapes.get("instruction"))
-        and is_text(shapes.get("input"))
-        and not any(is_text(shapes.get(name)) for name in others)
-    )
+    return text_prompts(shapes) == ["instruction", "input"]
 
 
 def _has_steps(shapes: Shapes) -> bool:
     return is_text(shapes.get("initial_reason_steps"))
 
 
-def _is_history(shape: Shape | None) -> bool:
-    return is_messages(shape) or is_turn_pairs(shape)
-
-
-HISTORY = Column("history", _is_history, also=("context",), optional=True)
+HISTORY = Column("history", either(is_messages, is_turn_pairs), also=("context",), optional=True)
 _BESIDE = ("messages", "labelling_prompt", "generations", "generation_prompt")
 
 
@@ -236,7 +243,7 @@ def steps(row: Row, options: ReadOptions) -> Found:
 # --- two whole texts, with or without the markers of hh-rlhf --------------------------------------------------------
 
 
-def _says_what_was_asked(shapes: Shapes) -> bool:
+def _has_prompt_like(shapes: Shapes) -> bool:
     return any(name in shapes for name in PROMPT_LIKE)
 
 
@@ -263,7 +270,7 @@ def _share_words(chosen: str, rejected: str) -> bool:
     name="pair-text-implicit",
     code="F1",
     needs=_sides(is_text),
-    unless=_says_what_was_asked,
+    unless=_has_prompt_like,
     sample_fits=lambda rows: _begin_alike(rows) and not _are_transcripts(rows),
     columns="chosen, rejected: strings that both begin with the prompt; no column that could be the prompt",
     polarity=CHOSEN_IS_BETTER,
@@ -276,7 +283,7 @@ def pair_text_implicit(row: Row, options: ReadOptions) -> Found:
     name="hh-transcript",
     code="F2",
     needs=_sides(is_text),
-    unless=_says_what_was_asked,
+    unless=_has_prompt_like,
     sample_fits=_are_transcripts,
     columns="chosen, rejected: transcripts with \\n\\nHuman: and \\n\\nAssistant: turns",
     polarity=CHOSEN_IS_BETTER,
@@ -292,19 +299,11 @@ def hh_transcript(row: Row, options: ReadOptions) -> Found:
 # --- messages -------------------------------------------------------------------------------------------------------
 
 
-def _prompt_holds_messages(shapes: Shapes) -> bool:
-    return is_messages(shapes.get("prompt")) or is_message(shapes.get("prompt"))
-
-
-def _has_conversations(shapes: Shapes) -> bool:
-    return is_messages(shapes.get("conversations"))
-
-
 @preference_format(
     name="messages-full",
     code="F3",
     needs=(Column("prompt", is_text, also=PROMPT_NAMES[1:], optional=True), *_sides(is_messages)),
-    unless=lambda shapes: _prompt_holds_messages(shapes) or _has_conversations(shapes),
+    unless=lambda shapes: is_turns(shapes.get("prompt")) or is_messages(shapes.get("conversations")),
     columns="chosen, rejected: message lists that both begin with the prompt (a prompt string beside them is not read)",
     polarity=CHOSEN_IS_BETTER,
     content=Content.CONVERSATION,
@@ -318,18 +317,10 @@ def messages_full(row: Row, options: ReadOptions) -> Found:
     return [whole_conversations(chosen, rejected)]
 
 
-def _is_answer(shape: Shape | None) -> bool:
-    return is_messages(shape) or is_message(shape) or is_text(shape)
-
-
-def _is_prompt(shape: Shape | None) -> bool:
-    return is_messages(shape) or is_message(shape)
-
-
 @preference_format(
     name="messages-explicit",
     code="F4",
-    needs=(Column("prompt", _is_prompt), *_sides(_is_answer)),
+    needs=(Column("prompt", is_turns), *_sides(is_answer)),
     columns="prompt: message list; chosen, rejected: the answer's messages, message or string",
     polarity=CHOSEN_IS_BETTER,
     content=Content.CONVERSATION,
@@ -372,8 +363,8 @@ def _without_system(turns: tuple[Message, ...]) -> tuple[Message, ...]:
 
 
 def _has_prompt(shapes: Shapes) -> bool:
-    """Whether a column is called prompt, or is a text that can be one."""
-    return "prompt" in shapes or any(is_text(shapes.get(name)) for name in PROMPT_NAMES) or _has_conversations(shapes)
+    """Whether a column is called prompt or conversations, or is a text that can be the prompt."""
+    return "prompt" in shapes or "conversations" in shapes or bool(text_prompts(shapes))
 
 
 def _hold_answers(rows: Sequence[Row]) -> bool:
@@ -391,7 +382,7 @@ def _is_bare(side: Any) -> bool:
     name="messages-explicit",
     variant="other-name",
     code="F4",
-    needs=(Column("messages", _is_prompt, also=TURN_NAMES[1:]), *_sides(_is_answer)),
+    needs=(Column("messages", is_turns, also=TURN_NAMES[1:]), *_sides(is_answer)),
     unless=_has_prompt,
     sample_fits=_hold_answers,
     columns="messages (or trajectory, context, conversation, history): message list; chosen, rejected: the answer's "
@@ -403,15 +394,14 @@ def messages_other_name(row: Row, options: ReadOptions) -> Found:
     return [after_prompt(conversation(row, "messages"), answer(row, "chosen"), answer(row, "rejected"))]
 
 
-def _holds_answer(shape: Shape | None) -> bool:
-    return shape is not None and is_text(shape.fields.get("answer"))
-
-
 @preference_format(
     name="messages-explicit",
     variant="answer-structs",
     code="F4",
-    needs=(Column("conversation_input", is_messages, also=("prompt", "messages")), *_sides(_holds_answer)),
+    needs=(
+        Column("conversation_input", is_messages, also=("prompt", "messages")),
+        *_sides(struct_with(answer=is_text)),
+    ),
     columns="conversation_input: message list; chosen, reject: structs with answer (RMB)",
     polarity="chosen is better than reject",
     content=Content.CONVERSATION,
@@ -421,17 +411,13 @@ def answer_structs(row: Row, options: ReadOptions) -> Found:
     return [pair(conversation(row, "conversation_input"), chosen, rejected)]
 
 
-def _is_openai_input(shape: Shape | None) -> bool:
-    return shape is not None and is_messages(shape.fields.get("messages"))
-
-
 @preference_format(
     name="openai",
     code="F4b",
     needs=(
-        Column("input", _is_openai_input),
-        Column("preferred_output", _is_prompt),
-        Column("non_preferred_output", _is_prompt),
+        Column("input", struct_with(messages=is_messages)),
+        Column("preferred_output", is_turns),
+        Column("non_preferred_output", is_turns),
     ),
     columns="input: struct with messages and tools; preferred_output, non_preferred_output: messages",
     polarity="preferred_output is better than non_preferred_output",
@@ -446,8 +432,8 @@ def openai(row: Row, options: ReadOptions) -> Found:
 @preference_format(
     name="sharegpt",
     code="F10",
-    needs=(Column("conversations", is_messages), *_sides(_is_answer)),
-    unless=_prompt_holds_messages,
+    needs=(Column("conversations", is_messages), *_sides(is_answer)),
+    unless=lambda shapes: is_turns(shapes.get("prompt")),
     columns="conversations: list of from and value (without the answer); chosen, rejected: structs of from and value, "
     "or strings",
     polarity=CHOSEN_IS_BETTER,
@@ -464,7 +450,7 @@ def sharegpt(row: Row, options: ReadOptions) -> Found:
     name="ms-swift",
     variant="rejected-response",
     code="F12",
-    needs=(Column("messages", is_messages), Column("rejected_response", _is_answer)),
+    needs=(Column("messages", is_messages), Column("rejected_response", is_answer)),
     unless=lambda shapes: "chosen" in shapes,
     columns="messages: message list that ends with the better answer; rejected_response: string or messages",
     polarity="the last message of messages is better than rejected_response",
@@ -499,8 +485,3 @@ def is_unpaired(shapes: Shapes) -> bool:
     label = next((shapes[name] for name in ("label", "kto_tag", "labels") if name in shapes), None)
     one_answer = any(name in shapes for name in ("completion", "response", "messages", "conversations", "output"))
     return one_answer and label is not None and label.kind in ("bool", "int")
-
-
-def text_prompts(shapes: Shapes) -> list[str]:
-    """Columns that can be the prompt, best name first."""
-    return [name for name in PROMPT_NAMES if is_text(shapes.get(name))]

@@ -212,7 +212,8 @@ def _refuse_unread_keys(format_: Format, columns: ColumnMap, spec: DataSpec) -> 
     unread = next((key for key in spec.map if spec.map[key] and key not in columns and key not in CARRIED), None)
     if unread is None:
         return
-    keys = dict.fromkeys([*(column.name for column in format_.needs), SYSTEM.name, *CARRIED])
+    common = () if format_.holds_ids else (SYSTEM.name,)
+    keys = dict.fromkeys([*(column.name for column in format_.needs), *common, *CARRIED])
     close = nearest(unread, keys) if unread not in keys else f"it reads {', '.join(keys)}"
     wrong = f"; its column {spec.map[unread]!r} is of another type" if unread in keys else ""
     raise DataError(

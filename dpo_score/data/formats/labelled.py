@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_score.data.column_types import (
-    Shape,
+    either,
     is_label,
     is_messages,
     is_number,
     is_text,
-    item_fields,
+    items_with,
+    present,
+    struct_with,
 )
 from dpo_score.data.formats.base import (
     Column,
@@ -46,11 +48,6 @@ from dpo_score.data.formats.chosen_rejected import names_its_sides
 from dpo_score.data.formats.transcripts import nemo_messages
 from dpo_score.data.types import Message, Unusable
 from dpo_score.escape import seen
-
-
-def _present(shape: Shape | None) -> bool:
-    return shape is not None
-
 
 # --- signed-preference ----------------------------------------------------------------------------------------------
 
@@ -147,16 +144,12 @@ def shp(row: Row, options: ReadOptions) -> Found:
     return ordered(text_cell(row, "history"), first, second, 1 if first_is_better else -1, options, "labels")
 
 
-def _is_question(shape: Shape | None) -> bool:
-    return is_text(shape) or (shape is not None and is_text(shape.fields.get("full_text")))
-
-
 @preference_format(
     name="ab-label",
     variant="webgpt",
     code="F7",
     needs=(
-        Column("question", _is_question),
+        Column("question", either(is_text, struct_with(full_text=is_text))),
         Column("answer_0", is_text),
         Column("answer_1", is_text),
         Column("score_0", is_number),
@@ -179,9 +172,9 @@ def webgpt(row: Row, options: ReadOptions) -> Found:
     variant="one-hot",
     code="F7",
     needs=(
-        Column("winner_model_a", _present),
-        Column("winner_model_b", _present),
-        Column("winner_tie", _present),
+        Column("winner_model_a", present),
+        Column("winner_model_b", present),
+        Column("winner_tie", present),
         Column("prompt", is_text),
         Column("response_a", is_text),
         Column("response_b", is_text),
@@ -264,10 +257,6 @@ def _refuse_earlier_turns(row: Row, turns: tuple[Message, ...]) -> None:
         raise Unusable("context_mismatch", reason + "differs between the two answers", "full_conversation")
 
 
-def _is_session(shape: Shape | None) -> bool:
-    return "user" in item_fields(shape)
-
-
 @preference_format(
     name="ab-label",
     variant="winner",
@@ -277,7 +266,7 @@ def _is_session(shape: Shape | None) -> bool:
         Column("conversation_b", is_messages, also=("messages_b",)),
         Column("winner", is_text),
         Column("turn", is_number, optional=True),
-        Column("full_conversation", _is_session, optional=True),
+        Column("full_conversation", items_with(user=present), optional=True),
     ),
     unless=names_its_sides,
     columns="conversation_a, conversation_b (or messages_*): message lists; winner: model_a, model_b or tie; "
@@ -363,18 +352,14 @@ def _chosen_model(row: Row) -> int:
 # --- summary --------------------------------------------------------------------------------------------------------
 
 
-def _are_summaries(shape: Shape | None) -> bool:
-    return is_text(item_fields(shape).get("text"))
-
-
-def _is_struct(shape: Shape | None) -> bool:
-    return shape is not None and shape.kind == "struct"
-
-
 @preference_format(
     name="summary",
     code="F11",
-    needs=(Column("info", _is_struct), Column("summaries", _are_summaries), Column("choice", is_number)),
+    needs=(
+        Column("info", struct_with(id=present)),
+        Column("summaries", items_with(text=is_text)),
+        Column("choice", is_number),
+    ),
     unless=names_its_sides,
     columns="info: struct with post or article; summaries: list of two structs with text; choice: 0 or 1",
     polarity="choice numbers the better of the two summaries",

@@ -16,14 +16,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_score.data.column_types import (
-    Shape,
-    is_message,
+    Shapes,
     is_messages,
     is_number,
     is_numbers,
     is_text,
     is_texts,
     item_fields,
+    items_with,
+    struct_with,
 )
 from dpo_score.data.formats.base import (
     Answers,
@@ -46,8 +47,9 @@ from dpo_score.data.formats.cells import (
     number_cell,
     struct_item,
     text_cell,
+    text_inside,
 )
-from dpo_score.data.formats.chosen_rejected import PROMPT, names_its_sides
+from dpo_score.data.formats.chosen_rejected import PROMPT, is_answer, names_its_sides
 from dpo_score.data.formats.transcripts import nemo_messages
 from dpo_score.data.types import Pair, Text, Unusable
 
@@ -97,16 +99,11 @@ def _paired(ranked: Sequence[Scored], options: ReadOptions, group: str) -> Itera
 # --- ranked: lists of structs ---------------------------------------------------------------------------------------
 
 
-def _are_ranked_answers(shape: Shape | None) -> bool:
-    fields = item_fields(shape)
-    return is_text(fields.get("answer")) and is_number(fields.get("rank"))
-
-
 @preference_format(
     name="ranked",
     variant="answers",
     code="F8",
-    needs=(PROMPT, Column("answers", _are_ranked_answers)),
+    needs=(PROMPT, Column("answers", items_with(answer=is_text, rank=is_number))),
     unless=names_its_sides,
     columns="prompt: string; answers: list of structs with answer and rank",
     polarity="the answer with the lower rank is better: rank 1 is the best",
@@ -126,17 +123,16 @@ COMPLETION_SCORES = ("fine-grained_score", "overall_score", "score", "rating")
 """UltraFeedback's fine-grained_score comes first: its overall_score is 10 in some rows whose critique says 1."""
 
 
-def _are_scored_completions(shape: Shape | None) -> bool:
-    fields = item_fields(shape)
-    return is_text(fields.get("response")) and any(name in fields for name in COMPLETION_SCORES)
+def _has_scores(shapes: Shapes) -> bool:
+    return not item_fields(shapes.get("completions")).keys().isdisjoint(COMPLETION_SCORES)
 
 
 @preference_format(
     name="ranked",
     variant="completions",
     code="F8",
-    needs=(PROMPT, Column("completions", _are_scored_completions)),
-    unless=names_its_sides,
+    needs=(PROMPT, Column("completions", items_with(response=is_text))),
+    unless=lambda shapes: names_its_sides(shapes) or not _has_scores(shapes),
     columns="instruction or prompt: string; completions: list of structs with response and fine-grained_score or "
     "overall_score",
     polarity="the completion with the higher fine-grained_score (else overall_score, score, rating) is better",
@@ -156,19 +152,13 @@ def completions(row: Row, options: ReadOptions) -> Found:
     return expand(text_cell(row, "prompt"), answers, options, f"completions.{name}")
 
 
-def _are_ranked_completions(shape: Shape | None) -> bool:
-    fields = item_fields(shape)
-    completion = fields.get("completion")
-    return is_number(fields.get("rank")) and (is_messages(completion) or is_message(completion) or is_text(completion))
-
-
 @preference_format(
     name="ranked",
     variant="ranked-completions",
     code="F8",
     needs=(
-        Column("context", lambda shape: is_messages(shape) or is_text(shape), also=("prompt",)),
-        Column("completions", _are_ranked_completions),
+        Column("context", is_answer, also=("prompt",)),
+        Column("completions", items_with(rank=is_number, completion=is_answer)),
     ),
     unless=names_its_sides,
     columns="context: message list or string; completions: list of structs with rank and completion (NeMo-RL)",
@@ -256,17 +246,45 @@ def rows_of_prompt(row: Row, options: ReadOptions) -> Found:
     answers=Answers.RIGHT_AND_WRONG,
 )
 def best_of_n(row: Row, options: ReadOptions) -> Found:
-    """Right answers score 1, wrong ones 0; two right answers, or two wrong ones, are never compared."""
-    prompt = text_cell(row, "prompt")
-    right = [Scored(checked_text(text, "chosen"), 1.0) for text in list_cell(row, "chosen")]
-    wrong = [Scored(checked_text(text, "rejected"), 0.0) for text in list_cell(row, "rejected")]
+    right, wrong = ([checked_text(text, side) for text in list_cell(row, side)] for side in ("chosen", "rejected"))
     if not right or not wrong:
         raise Unusable("null_field", "chosen and rejected must hold an answer each", "chosen" if wrong else "rejected")
-    group = group_id(prompt, [*right, *wrong])
+    return _right_against_wrong(text_cell(row, "prompt"), right, wrong, options)
+
+
+def _right_against_wrong(prompt: Text, right: Sequence[Text], wrong: Sequence[Text], options: ReadOptions) -> Found:
+    """Every right answer against every wrong one, or as `options.pairing` says; never two right or two wrong ones."""
+    group = group_id(prompt, [*(Scored(text, 1.0) for text in right), *(Scored(text, 0.0) for text in wrong)])
     pairs = list(itertools.product(right, wrong))
     if options.pairing == "random":
         pairs = [random.Random(f"{options.seed}:{group}").choice(pairs)]
     elif options.pairing == "adjacent":
         pairs = [(right[-1], wrong[0])]
     extra = {"group_id": group, "num_correct": len(right)}
-    return [pair(prompt, better.answer, worse.answer, extra=extra) for better, worse in pairs]
+    return [pair(prompt, better, worse, extra=extra) for better, worse in pairs]
+
+
+@preference_format(
+    name="best-of-n",
+    variant="losers",
+    code="F9",
+    needs=(
+        Column("conversation_input", is_messages, also=("prompt",)),
+        Column("bon_best", struct_with(answer=is_text)),
+        Column("loser_list", items_with(answer=is_text)),
+    ),
+    columns="conversation_input: message list; bon_best: struct with answer; loser_list: list of structs with answer "
+    "(RMB, best of n)",
+    polarity="bon_best is better than every answer in loser_list",
+    content=Content.CONVERSATION,
+    answers=Answers.RIGHT_AND_WRONG,
+)
+def best_and_losers(row: Row, options: ReadOptions) -> Found:
+    best = assistant_answer(text_inside(row, "bon_best", "answer"))
+    losers = [
+        assistant_answer(checked_text(struct_item(item, "loser_list").get("answer"), "loser_list"))
+        for item in list_cell(row, "loser_list")
+    ]
+    if not losers:
+        raise Unusable("null_field", "loser_list holds no answer", "loser_list")
+    return _right_against_wrong(conversation(row, "conversation_input"), [best], losers, options)

@@ -268,6 +268,15 @@ RMB = [
      "reject": {"answer": b, "llm_name": "y"}, "category_path": "Closed QA"}
     for q, (a, b) in zip(QUESTIONS, THREE, strict=True)
 ]  # fmt: skip
+RMB_LOSERS = [
+    {"conversation_input": [user(q)], "bon_best": {"answer": a, "llm_name": "x"},
+     "loser_list": [{"answer": b, "llm_name": "y"}, {"answer": f"{b} {b}", "llm_name": "z"}]}
+    for q, (a, b) in zip(QUESTIONS, THREE, strict=True)
+]  # fmt: skip
+LOSERS: list[tuple[str, str] | str] = [(a, lost) for a, b in THREE for lost in (b, f"{b} {b}")]
+LOSERS_TURNED = [
+    {**row, "bon_best": lost, "loser_list": [row["bon_best"]]} for row in RMB_LOSERS for lost in row["loser_list"]
+]
 RMB_ANSWER = pa.struct([("answer", S), ("llm_name", S)])
 SWIFT = [{"messages": chat(a, q), "rejected_response": b} for q, (a, b) in zip(QUESTIONS, THREE, strict=True)]
 SWIFT_TURNED = [{"messages": chat(b, q), "rejected_response": a} for q, (a, b) in zip(QUESTIONS, THREE, strict=True)]

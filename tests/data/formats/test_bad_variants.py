@@ -39,7 +39,7 @@ GOOD: Mapping[str, Row] = {
     rows.OUTPUTS[0], "pair-text/steps": rows.STEPS[0], "messages-explicit/other-name": rows.TRAJECTORY[0],
     "messages-explicit/answer-structs": rows.RMB[0], "ms-swift/rejected-response": rows.SWIFT[0],
     "ms-swift/rejected-messages": rows.SWIFT_LISTS[0], "ab-label/chosen-model": rows.COMPARIA[0],
-    "ranked/ranked-completions": rows.NEMO[0],
+    "ranked/ranked-completions": rows.NEMO[0], "best-of-n/losers": rows.RMB_LOSERS[0],
 }  # fmt: skip
 
 BAD: Mapping[str, list[Change]] = {
@@ -122,6 +122,8 @@ BAD: Mapping[str, list[Change]] = {
                               ({"model_b_name": "m"}, "invalid_label"), ({"both_equal": True}, "tie"),
                               ({"conversation_b": [user("q")]}, "not_assistant_last"),
                               ({"conversation_a": 1}, "wrong_type")],
+    "best-of-n/losers": [({"loser_list": []}, "null_field"), ({"bon_best": {"answer": None}}, "null_field"),
+                         ({"loser_list": [{"answer": 3}]}, "wrong_type")],
     "ranked/ranked-completions": [({"completions": None}, "null_field"), ({"completions": rows.NEMO[2]["completions"]},
                                    "tie"), ({"context": []}, "null_field"), ({"completions": [
                                       {"rank": "x", "completion": [bot("a")]}, {"rank": 1, "completion": [bot("b")]},
@@ -132,7 +134,14 @@ VARIANTS = [(name, change, code) for name, changes in BAD.items() for change, co
 MARKS = ("empty_answer", "identical_pair")
 """Found on rows that are scored all the same."""
 UNLABELLED = {"pair-text", "pair-text-implicit", "hh-transcript", "messages-full", "messages-explicit", "openai", "ids"}
-UNLABELLED |= {"ids/labels", "best-of-n", "sharegpt", "ms-swift/rejected-response", "ms-swift/rejected-messages"}
+UNLABELLED |= {
+    "ids/labels",
+    "best-of-n",
+    "best-of-n/losers",
+    "sharegpt",
+    "ms-swift/rejected-response",
+    "ms-swift/rejected-messages",
+}
 UNLABELLED |= {name for name in BAD if name.startswith(("pair-text/", "messages-explicit/"))}
 
 
