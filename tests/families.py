@@ -66,6 +66,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
     },
+    "bert": {"is_decoder": True},
     "mamba": {"state_size": 8, "time_step_rank": 4},
     "falcon_h1": {
         "mamba_d_ssm": 32,

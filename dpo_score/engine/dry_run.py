@@ -19,7 +19,7 @@ from dpo_score.config.schema import RunConfig
 from dpo_score.data.dataset import read_rows_at
 from dpo_score.data.types import EncodedPair, Pair, Rejected, TokenSequence
 from dpo_score.engine.context import RunContext
-from dpo_score.engine.model_logprobs import CachedLogprobs, FastPathRefusedError, cache_fields, plain
+from dpo_score.engine.model_logprobs import CachedLogprobs, FastPathRefusedError, cache_fields
 from dpo_score.engine.plan import SPEED, RunPlan, text_notice
 from dpo_score.engine.prepare import Preparation, parameters
 from dpo_score.engine.progress import Progress
@@ -245,8 +245,8 @@ def _scorer(context: RunContext, plan: RunPlan, item: Due) -> PairScorer:
     stats = [STATS[name] for name in plan.stats]
     try:
         return CachedLogprobs(context, item.source, item.numerics, stats, snapshot=()).scorer()
-    except FastPathRefusedError:
-        return CachedLogprobs(context, item.source, plain(item.numerics), stats, snapshot=()).scorer()
+    except FastPathRefusedError as refusal:
+        return CachedLogprobs(context, item.source, refusal.numerics, stats, snapshot=()).scorer()
 
 
 def _speed(item: Due, scorer: PairScorer, encoded: Sequence[EncodedPair]) -> Speed:

@@ -21,7 +21,14 @@ from dpo_score.data.types import EncodedPair, Pair, Rejected, TokenSequence, row
 from dpo_score.engine.block_inputs import BlockText
 from dpo_score.engine.context import RunContext
 from dpo_score.engine.limits import TokenGuard, refuse_long, refuse_other_kind
-from dpo_score.engine.model_logprobs import BlockLogprobs, CachedLogprobs, FastPathRefusedError, Values, plain, trusted
+from dpo_score.engine.model_logprobs import (
+    BlockLogprobs,
+    CachedLogprobs,
+    FastPathRefusedError,
+    Values,
+    trusted,
+    way_in_words,
+)
 from dpo_score.engine.plan import PolicyTask, ReferenceTask, RowBlocks, RunPlan, extra_fields
 from dpo_score.engine.prepare import parameters
 from dpo_score.engine.stages import BlockResult, part, policy_block, reference_block
@@ -222,8 +229,9 @@ class CheckedLogprobs:
         try:
             return self._values.block(name, sequences, sample)
         except FastPathRefusedError as refusal:
-            self._context.progress.warn(f"{self._source.name}: scored on the plain path, which is slower: {refusal}")
-        self._values = CachedLogprobs(self._context, self._source, plain(self._numerics), self._stats)
+            way = refusal.numerics
+            self._context.progress.warn(f"{self._source.name}: {way_in_words(way)}, which is slower: {refusal}")
+        self._values = CachedLogprobs(self._context, self._source, way, self._stats)
         return self._values.block(name, sequences, sample)
 
 
@@ -264,14 +272,13 @@ class InMemoryModel:
 
     def numerics(self, compute: ComputeSpec) -> Numerics:
         """The model's own dtype and device, and the path that proves right on it."""
-        from dpo_score.logprobs.self_check import settle
+        from dpo_score.logprobs.self_check import check_model
 
         own = {"device": str(self.model.device), "dtype": str(self.model.dtype).removeprefix("torch.")}
         size = sum(parameter.numel() for parameter in self.model.parameters())
         asked = resolve_numerics(compute.model_copy(update=own), self.model.config.to_dict(), size)
         with self.as_found():
-            settled, _ = settle(self.model, replace(asked, compile=False))
-        return settled
+            return check_model(self.model, replace(asked, compile=False)).numerics
 
     @contextmanager
     def as_found(self) -> Iterator[None]:

@@ -18,8 +18,9 @@ from dpo_score.data.types import TokenSequence
 from dpo_score.engine.context import RunContext
 from dpo_score.engine.environment import versions
 from dpo_score.errors import ConfigError, DamageError
+from dpo_score.logprobs.numerics import another_way
 from dpo_score.logprobs.types import SequenceLogps, Unscored
-from dpo_score.models.numerics import Kernel, Numerics
+from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
 from dpo_score.results import noise
 from dpo_score.storage.cache.cache import CacheEntry, CacheSpace
@@ -33,7 +34,14 @@ Entry = CacheEntry | Unscored
 
 
 class FastPathRefusedError(Exception):
-    """The fast path does not reproduce the plain one on this model."""
+    """The way to compute that the run decided on gives wrong values on this model; `numerics` give right ones."""
+
+    def __init__(self, reason: str, numerics: Numerics) -> None:
+        super().__init__(reason, numerics)  # both, so that another process reads it back
+        self.numerics = numerics
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +59,6 @@ def cache_fields(source: ModelSource, numerics: Numerics) -> dict[str, Any]:
     kept = ("dtype", "path", "kernel", "compile", "device_kind", "tensor_parallel", "one_row")
     written = numerics.to_json()
     return {"weights": source.digest, **{name: written[name] for name in kept if name in written}}
-
-
-def plain(numerics: Numerics) -> Numerics:
-    """The same numerics on the plain path."""
-    return replace(numerics, path="plain", kernel=Kernel.MODEL, compile=False)
 
 
 def overlaid(stored: Numerics, asked: ComputeSpec) -> Numerics:
@@ -197,13 +200,11 @@ class CachedLogprobs:
         )
 
     def _verify(self, model: Any) -> None:
-        if self._numerics.path != "fast":
-            return
-        from dpo_score.logprobs.self_check import verify_fast_path
+        from dpo_score.logprobs.self_check import check_model
 
-        verdict = verify_fast_path(model, self._numerics)
-        if not verdict.ok:
-            raise FastPathRefusedError(verdict.reason)
+        check = check_model(model, self._numerics)
+        if check.numerics != self._numerics:
+            raise FastPathRefusedError(check.reason, another_way(self._begun, check.numerics))
 
 
 def _refuse_absent(source: ModelSource, numerics: Numerics) -> None:
@@ -234,39 +235,55 @@ def _was_redone(result: SequenceLogps | Unscored) -> bool:
 
 
 def trusted(context: RunContext, source: ModelSource, numerics: Numerics) -> Numerics:
-    """`numerics` as they are where the fast path reproduces the plain one, else with the plain path, said aloud."""
-    if numerics.path != "fast":
-        return numerics
-    reason = _remembered(context, source, numerics)
-    if reason is None:
-        reason = _find_out(context, source, numerics)
-    if not reason:
-        return numerics
-    context.progress.warn(f"{source.name}: scored on the plain path, which is slower: {reason}")
-    return plain(numerics)
+    """`numerics` as they are where they give right values on the model, else slower ones that do, with a warning."""
+    found = _remembered(context, source, numerics) or _find_out(context, source, numerics)
+    way, reason = found
+    if way != numerics:
+        context.progress.warn(f"{source.name}: {way_in_words(way)}, which is slower: {reason}")
+    return way
+
+
+def way_in_words(numerics: Numerics) -> str:
+    """How rows are computed, for a message."""
+    if numerics.one_row:
+        return "scored one row at a time"
+    if numerics.path == "plain":
+        return "scored on the plain path"
+    return f"scored with the kernel {numerics.kernel}" + ("" if numerics.compile else ", not compiled")
 
 
 def _name(source: ModelSource, numerics: Numerics) -> str:
-    asked = {"weights": source.base_digest, "numerics": numerics.to_json(), "versions": versions(numerics)}
+    asked = {
+        "weights": source.base_digest,
+        "numerics": numerics.to_json(),
+        "versions": versions(numerics),
+        "checked": CHECKED,
+    }
     return f"verdicts/{digest(asked)}.json"
 
 
-def _remembered(context: RunContext, source: ModelSource, numerics: Numerics) -> str | None:
+CHECKED = "causal, alone and beside others"
+"""What the check asks of a model; results of an earlier check, which asked less, have other names."""
+
+
+def _remembered(context: RunContext, source: ModelSource, numerics: Numerics) -> tuple[Numerics, str] | None:
     store, name = open_store(context.cache_dir), _name(source, numerics)
     if not store.exists(name):
         return None
     try:
-        return str(store.read_json(name)["refused"])
-    except (DamageError, KeyError, TypeError):
+        found = store.read_json(name)
+        return Numerics.from_json(found["numerics"]), str(found["refused"])
+    except (DamageError, KeyError, TypeError, ValueError):
         return None
 
 
-def _find_out(context: RunContext, source: ModelSource, numerics: Numerics) -> str:
-    from dpo_score.logprobs.self_check import verify_fast_path
+def _find_out(context: RunContext, source: ModelSource, numerics: Numerics) -> tuple[Numerics, str]:
+    from dpo_score.logprobs.self_check import check_model
 
-    context.progress.say(f"loading {source.name} ({numerics.dtype} on {numerics.device}) to check the fast path")
-    verdict = verify_fast_path(context.shelf.load(source, numerics).model, numerics)
-    reason = "" if verdict.ok else verdict.reason
-    delta = verdict.max_delta if verdict.max_delta is not None and math.isfinite(verdict.max_delta) else None
-    open_store(context.cache_dir).write_json(_name(source, numerics), {"refused": reason, "delta": delta})
-    return reason
+    context.progress.say(f"loading {source.name} ({numerics.dtype} on {numerics.device}) to check how it may be scored")
+    check = check_model(context.shelf.load(source, numerics).model, numerics)
+    reason = "" if check.numerics == numerics else check.reason
+    delta = check.max_delta if check.max_delta is not None and math.isfinite(check.max_delta) else None
+    found = {"numerics": check.numerics.to_json(), "refused": reason, "delta": delta}
+    open_store(context.cache_dir).write_json(_name(source, numerics), found)
+    return check.numerics, reason

@@ -16,7 +16,7 @@ from dpo_score.config.schema import ComputeSpec, ModelSpec, PolicySpec, RunConfi
 from dpo_score.data.dataset import Dataset, mean_text_bytes, open_data
 from dpo_score.engine.context import RunContext
 from dpo_score.engine.environment import commit_lines, commits, continued, host, names, now, pinned, versions
-from dpo_score.engine.model_logprobs import cache_fields, overlaid, placed, plain, trusted
+from dpo_score.engine.model_logprobs import cache_fields, overlaid, placed, trusted
 from dpo_score.engine.plan import (
     PolicyTask,
     ReferenceTask,
@@ -31,7 +31,7 @@ from dpo_score.engine.plan import (
     with_numerics,
 )
 from dpo_score.errors import ConfigError, ModelError
-from dpo_score.logprobs.numerics import resolve_numerics, with_own_softmax
+from dpo_score.logprobs.numerics import resolve_numerics, ways, with_own_softmax
 from dpo_score.losses.parse import parse_loss
 from dpo_score.models.limits import text_limits
 from dpo_score.models.numerics import Numerics
@@ -222,11 +222,11 @@ class Preparation:
         return plan if stored is None else with_numerics(plan, Numerics.from_json(stored), run)
 
     def _numerics_of(self, policy: str) -> Numerics | None:
-        """The run's, but plain for a policy that OUT had to score on the plain path."""
+        """The run's, or the slower ones that OUT had to score a policy with."""
         stored = self.found.identities.policies.get(policy, {}).get("numerics") if self.found else None
-        if self.numerics is None or stored != plain(self.numerics).to_json():
+        if self.numerics is None or stored is None:
             return self.numerics
-        return plain(self.numerics)
+        return next((way for way in ways(self.numerics) if way.to_json() == stored), self.numerics)
 
     def _policy_task(self, policy: PolicySpec, own: ReferenceTask, run: Identities) -> PolicyTask:
         reference = own

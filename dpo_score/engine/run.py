@@ -20,7 +20,7 @@ from dpo_score.engine.context import RunContext, open_context
 from dpo_score.engine.environment import versions
 from dpo_score.engine.finish import Outcome, finish, publish
 from dpo_score.engine.limits import TokenGuard, refuse_other_kind, refuse_unfit
-from dpo_score.engine.model_logprobs import CachedLogprobs, FastPathRefusedError, plain
+from dpo_score.engine.model_logprobs import CachedLogprobs, FastPathRefusedError, way_in_words
 from dpo_score.engine.plan import PolicyTask, ReferenceTask, RunPlan, waiting, with_numerics
 from dpo_score.engine.prepare import identified, prepare
 from dpo_score.engine.progress import Progress
@@ -163,8 +163,8 @@ def _try_policy(context: RunContext, plan: RunPlan, manifest: Manifest, policy: 
         refuse_unfit(context, plan, policy)
         run_policy(context, plan, policy)
     except FastPathRefusedError as refusal:
-        context.progress.warn(f"{policy.name}: scored on the plain path, which is slower: {refusal}")
-        return _retry_plain(context, plan, manifest, policy)
+        context.progress.warn(f"{policy.name}: {way_in_words(refusal.numerics)}, which is slower: {refusal}")
+        return _retry(context, plan, manifest, replace(policy, numerics=refusal.numerics))
     except ModelError as error:
         return _not_scored(context, plan, policy, error)
     return None
@@ -188,21 +188,20 @@ def _unless_waiting(context: RunContext, policy: str, reason: str) -> str | None
     return None
 
 
-def _retry_plain(context: RunContext, plan: RunPlan, manifest: Manifest, policy: PolicyTask) -> str | None:
-    """The policy once more with plain numerics."""
+def _retry(context: RunContext, plan: RunPlan, manifest: Manifest, policy: PolicyTask) -> str | None:
+    """The policy once more, with the numerics that it now has."""
     try:
-        run_policy(context, plan, _made_plain(context, manifest, policy))
+        run_policy(context, plan, _with_own_numerics(context, manifest, policy))
     except ModelError as error:
         return str(error)
     return None
 
 
-def _made_plain(context: RunContext, manifest: Manifest, policy: PolicyTask) -> PolicyTask:
-    """The policy with plain numerics, which become part of its identity in OUT."""
+def _with_own_numerics(context: RunContext, manifest: Manifest, policy: PolicyTask) -> PolicyTask:
+    """The policy with its own numerics, which become part of its identity in OUT."""
     with context.turn():
         manifest = read_manifest(context.store) or manifest
-        assert policy.numerics is not None
-        again = identified(replace(policy, numerics=plain(policy.numerics)), manifest.identities)
+        again = identified(policy, manifest.identities)
         identities = manifest.identities.joined(replace(manifest.identities, policies={policy.name: again.fields}))
         save_manifest(context.store, replace(manifest, identities=identities))
     return again
@@ -311,12 +310,12 @@ def _scored_before(context: RunContext, plan: RunPlan, manifest: Manifest, polic
 def on_plain_path(
     context: RunContext, plan: RunPlan, reference: ReferenceTask, refusal: FastPathRefusedError
 ) -> RunPlan:
-    """The job with plain numerics for one reference, said aloud. The run's own has had its numerics decided."""
+    """The plan with slower numerics for one reference, and a warning. The run's own has had its numerics decided."""
     assert reference.numerics is not None
     if not reference.name:
         raise ModelError(f"{reference.label}: {refusal}. Say --path plain, which is slower, and choose another --out")
-    context.progress.warn(f"{reference.label}: scored on the plain path, which is slower: {refusal}")
-    again = with_numerics(reference, plain(reference.numerics), plan.identities)
+    context.progress.warn(f"{reference.label}: {way_in_words(refusal.numerics)}, which is slower: {refusal}")
+    again = with_numerics(reference, refusal.numerics, plan.identities)
     policies = tuple(_following(policy, again, plan) for policy in plan.policies)
     _keep(context, again, next(policy for policy in policies if policy.name == again.name))
     references = tuple(again if other.name == again.name else other for other in plan.references)

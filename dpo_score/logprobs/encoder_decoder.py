@@ -23,6 +23,7 @@ from dpo_score.logprobs.padded import pad
 from dpo_score.logprobs.softmax import read_logits
 from dpo_score.logprobs.transfer import split
 from dpo_score.logprobs.types import Values
+from dpo_score.models.numerics import Numerics
 from dpo_score.models.parts import ModelParts
 
 LOGITS = 2**26
@@ -32,7 +33,7 @@ LOGITS = 2**26
 class EncoderDecoderPath:
     """Scores responses with the decoder of a model whose encoder has read the prompt."""
 
-    def __init__(self, model: Any, batch_tokens: int, stats: Sequence[str] = ()) -> None:
+    def __init__(self, model: Any, numerics: Numerics, stats: Sequence[str] = ()) -> None:
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         start = model.config.decoder_start_token_id
         if start is None:
@@ -41,13 +42,15 @@ class EncoderDecoderPath:
             )
         self.parts = ModelParts(model, model.base_model, None, False)
         self.start = int(start)
-        self.batch_tokens = batch_tokens
+        self.numerics = numerics
         self.label_tokens = max(1, LOGITS // int(model.get_output_embeddings().weight.shape[0]))
         self.stats = tuple(stats)
         self.forwards = 0
 
     def plan(self, sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
         """Indices by microbatch: prompts longest first, the responses of a prompt together."""
+        if self.numerics.one_row:
+            return [(i,) for i in range(len(sequences))]
         groups = sorted(prompt_groups(sequences), key=lambda g: (-len(sequences[g[0]].prompt), g))
         batches: list[list[int]] = [[]]
         for index in (i for group in groups for i in group):
@@ -59,7 +62,7 @@ class EncoderDecoderPath:
     def _fits(self, batch: Sequence[TokenSequence]) -> bool:
         labels = len(batch) * max(len(s.response) for s in batch)
         prompts = len(batch) * max(len(s.prompt) for s in batch)
-        return labels + prompts <= self.batch_tokens and labels <= self.label_tokens
+        return labels + prompts <= self.numerics.batch_tokens and labels <= self.label_tokens
 
     @contextmanager
     def session(self) -> Iterator[None]:

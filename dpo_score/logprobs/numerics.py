@@ -7,7 +7,7 @@ asked later, of the loaded model itself (`self_check.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,12 @@ TOKENS_PER_ROW = 300
 """Unique tokens of a typical preference pair, for the estimate alone."""
 SPEED = {"cpu": 3e11, "mps": 2e12, "cuda": 3e14}
 """FLOP/s a device kind may be expected to deliver, for the estimate alone."""
+SLOWER_KERNELS = {
+    Kernel.VARLEN: (Kernel.FLEX, Kernel.BMM),
+    Kernel.FLEX: (Kernel.BMM,),
+    Kernel.SDPA: (Kernel.BMM,),
+}
+"""Kernels for the same packs; the last one runs anywhere."""
 NOT_SHAREABLE = frozenset({"linear_attention", "mamba", "mamba2", "conv", "recurrent", "ssm", "chunked_attention"})
 """Layer types whose state or mask cannot start again behind a shared prompt."""
 
@@ -146,6 +152,29 @@ def in_effect(numerics: Numerics) -> Numerics:
     if kernel == Kernel.VARLEN and present(numerics.device):
         kernel = flash_flex.kernel()
     return replace(numerics, kernel=kernel)
+
+
+def ways(numerics: Numerics) -> Iterator[Numerics]:
+    """`numerics`, then slower ways to compute the same, down to one row at a time. A model that gets wrong values in
+    one way is computed in the next (`self_check.py`)."""
+    yield numerics
+    plain = numerics
+    if numerics.path == "fast":
+        if numerics.compile:
+            yield replace(numerics, compile=False)
+        for kernel in SLOWER_KERNELS.get(numerics.kernel, ()):
+            yield replace(numerics, kernel=kernel, compile=False)
+        plain = on_plain_path(numerics)
+        yield plain
+        if plain.kernel.onednn:  # what earlier versions went on with
+            yield replace(plain, kernel=Kernel.MODEL)
+    if not plain.one_row:
+        yield replace(plain, one_row=True)
+
+
+def another_way(numerics: Numerics, way: Numerics) -> Numerics:
+    """`numerics`, computed in the way that `way` names."""
+    return replace(numerics, path=way.path, kernel=way.kernel, compile=way.compile, one_row=way.one_row)
 
 
 def on_plain_path(numerics: Numerics) -> Numerics:

@@ -130,6 +130,12 @@ def compile_layers(body: nn.Module) -> None:
             layer.compile(dynamic=True)
 
 
+def uncompile_layers(body: nn.Module) -> None:
+    """Undo `compile_layers`: the layers run as written."""
+    for layer in decoder_layers(body):
+        layer._compiled_call_impl = None
+
+
 def decoder_layers(body: nn.Module) -> list[nn.Module]:
     """The layers of the largest stack in a body that no other stack holds (a list of experts is inside a layer)."""
     stacks = [m for m in body.modules() if isinstance(m, nn.ModuleList)]

@@ -20,7 +20,7 @@ from typing import Any
 
 from dpo_score.data.types import TokenSequence
 from dpo_score.logprobs.scorer import Path, make_path
-from dpo_score.logprobs.self_check import verify_fast_path
+from dpo_score.logprobs.self_check import check_model
 from dpo_score.logprobs.torch_settings import running
 from dpo_score.logprobs.upcast import widened
 from dpo_score.models import memory
@@ -63,7 +63,7 @@ class RankWorker:
         self._model = self._loader.load(source, numerics, attn_implementation).model
 
     def verify(self, numerics: Numerics) -> None:
-        verify_fast_path(self._model, numerics)
+        check_model(self._model, numerics)
 
     def path(self, number: int, numerics: Numerics, stats: Sequence[str], plain: bool, wide: bool) -> None:
         with running(numerics), widened(self._model) if wide else nullcontext():

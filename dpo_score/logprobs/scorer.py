@@ -183,7 +183,7 @@ class LedPath:
 
 def _own_path(model: Any, numerics: Numerics, stats: Sequence[str], plain: bool) -> Path:
     if model.config.is_encoder_decoder:
-        return EncoderDecoderPath(model, numerics.batch_tokens, stats)
+        return EncoderDecoderPath(model, numerics, stats)
     parts = model_parts(model)
     if numerics.path == "fast" and not plain:
         return PackedPath(parts, numerics, stats)

@@ -1,15 +1,21 @@
-"""Is the fast path right on this model? A probe answers before the first block: packs are trusted, not assumed.
+"""Which way of computing is right on this model? Asked of the loaded model, before its first block.
 
-The probe is what breaks shared attention first: an empty prompt, a prompt of one token, three responses of one
-prompt, and a row longer than the smallest sliding window. Its twin is the model called the ordinary way, one sequence
-at a time, its own logits, fp32 log-softmax. In fp32 the two agree to 1e-4 nats per token; in 16 bits both are
-compared with fp32 arithmetic, and the fast path may be at most 1.5 times as far off as the twin.
+The ordinary way is the model called on one row at a time, its own logits, fp32 log-softmax. Against it are held, in
+this order, the fast path (with each kernel that this machine has), padded batches, and padded batches of one row; the
+first that agrees is used. Before that the model is asked whether it is causal: where the last token of a row moves
+the log-probabilities of tokens before it, an answer would be scored with itself in view, and the model is refused.
+
+The probe has what breaks shared packs and batches first: an empty prompt, a prompt of one token, three responses of
+one prompt, a row longer than the smallest window, and rows on both sides of every length at which the configuration
+changes something (`lengths.changing_lengths`). It runs under the numerics of the run: dtype, compiled layers, kernel,
+padding and size of packs. In fp32 the two ways agree to 1e-4 nats a token; in 16 bits both are compared with fp32
+arithmetic, and a way may be at most 1.5 times as far off as the ordinary one.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,121 +24,258 @@ import torch
 from numpy.typing import NDArray
 
 from dpo_score.data.types import Ids, TokenSequence
+from dpo_score.errors import ModelError
 from dpo_score.logprobs.attention.interface import Unshareable
-from dpo_score.logprobs.numerics import on_plain_path
-from dpo_score.logprobs.packed import PackedPath
+from dpo_score.logprobs.encoder_decoder import EncoderDecoderPath
+from dpo_score.logprobs.lengths import (
+    PROBE_TAIL,
+    LengthRules,
+    changing_lengths,
+    fresh_rope,
+    length_rules,
+    smallest_window,
+)
+from dpo_score.logprobs.numerics import ways
+from dpo_score.logprobs.packed import PackedPath, uncompile_layers
+from dpo_score.logprobs.padded import PaddedPath
 from dpo_score.logprobs.softmax import log_softmax
 from dpo_score.logprobs.torch_settings import running
+from dpo_score.logprobs.types import Values
 from dpo_score.logprobs.upcast import CannotWiden, widened
 from dpo_score.models.memory import is_out_of_memory, room_for
-from dpo_score.models.numerics import Numerics
+from dpo_score.models.numerics import Kernel, Numerics
 from dpo_score.models.parallel.rank_zero import group_step
-from dpo_score.models.parts import model_parts
+from dpo_score.models.parts import ModelParts, model_parts
 
 Logps = NDArray[np.float32]
 FP32_BOUND = 1e-4
 NARROW_RATIO = 1.5
+CAUSAL_BOUND = 1e-3
+"""Nats by which the last token may move the ones before it, in fp32: rounding alone, as of experts that get other
+tokens. Models that are not causal move by some tenths and more."""
+QUANTIZED_BOUND = 0.1
+"""Root mean square in nats for weights that have no fp32 form to compare with."""
 MISFITS = (Unshareable, RuntimeError, TypeError, ValueError, AttributeError, LookupError)
-"""What a model written for other pack may raise when it is given a pack (NotImplementedError is a RuntimeError)."""
-LONG_TAIL = 24
-"""Scored tokens of the long row: the ones that a window hides something from."""
+"""What a model written for other inputs may raise when it is given a pack (NotImplementedError is a RuntimeError)."""
+WINDOW_TAIL = 24
+"""Scored tokens of the row that is longer than a window: the ones that the window hides something from."""
+SWITCH_TAIL = 8
+"""Scored tokens of a row that is exactly as long as a length at which something may change."""
+PROBE_TOKENS = 1024
+"""Size of the probe's packs and batches, if those of the run are smaller: rows must have neighbours."""
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """`max_delta`: largest |fast − twin| of a token in nats (None if the fast path could not run at all)."""
+class SelfCheck:
+    """`numerics`: those that give right values, as asked or a slower way. `max_delta`: largest |difference| of a token
+    from the ordinary way in nats (None if the way that was asked for could not run at all). `reason`: what was found,
+    a sentence; of the way that was asked for where it is not used."""
 
-    ok: bool
+    numerics: Numerics
     max_delta: float | None
     reason: str
 
 
-def settle(model: Any, numerics: Numerics) -> tuple[Numerics, Verdict | None]:
-    """The numerics to use: unchanged when the fast path is not asked for or proves right, else the plain path's."""
-    if numerics.path != "fast":
-        return numerics, None
-    verdict = verify_fast_path(model, numerics)
-    if verdict.ok:
-        return numerics, verdict
-    return on_plain_path(numerics), verdict
+def check_model(model: Any, numerics: Numerics) -> SelfCheck:
+    """Run the probe. Raises ModelError for a model that is not causal or that no way computes right, and where the
+    device has no room for the probe (which says nothing about the model)."""
+    room = room_for(f"the check of {type(model).__name__}", numerics.device, numerics.dtype)
+    with group_step(model, "verify", numerics), room, torch.inference_mode(), running(numerics):
+        return _checked(model, numerics)
 
 
-def verify_fast_path(model: Any, numerics: Numerics) -> Verdict:
-    """Run the probe on both paths. Never raises for a model the fast path does not fit: that is a verdict.
+def _checked(model: Any, numerics: Numerics) -> SelfCheck:
+    probe = Probe.of(model, numerics)
+    probe.refuse_if_not_causal()
+    refused: list[Outcome] = []
+    for candidate in ways(numerics):
+        outcome = probe.tried(candidate)
+        if outcome.ok:
+            first = (refused or [outcome])[0]
+            return SelfCheck(candidate, first.max_delta, first.sentence)
+        refused.append(outcome)
+    raise ModelError(
+        f"{type(probe.model).__name__} cannot be scored: even one at a time, rows do not get the values that its own "
+        f"logits give them ({refused[-1].sentence}). Its forward depends on what was computed before, or makes logits "
+        "in a way that is not known here"
+    )
 
-    A device without room for the probe is no verdict, which would be remembered, but a ModelError.
-    """
-    room = room_for(f"the check of {type(model).__name__}'s fast path", numerics.device, numerics.dtype)
-    with group_step(model, "verify", numerics), room, torch.inference_mode():
-        return _verdict(model, numerics)
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Whether one way gives the probe's values, and by how much it misses them at most (nats of a token)."""
+
+    ok: bool
+    max_delta: float | None
+    sentence: str
 
 
-def _verdict(model: Any, numerics: Numerics) -> Verdict:
-    parts = model_parts(model)
-    sequences = probe(parts.model.config)
-    with running(numerics):
+@dataclass(slots=True, eq=False)
+class Probe:
+    """The probe's rows on one model, with the values of the ordinary way. `exact`: those in fp32 arithmetic, for a
+    model in 16 bits; None where its weights have no fp32 form (`why_not_exact`). `packs_refused`: why the model does
+    not fit packs, whatever the kernel."""
+
+    model: Any
+    parts: ModelParts
+    numerics: Numerics
+    rules: LengthRules
+    sequences: list[TokenSequence]
+    ordinary: Logps
+    exact: Logps | None = None
+    why_not_exact: str = ""
+    packs_refused: str = ""
+
+    @classmethod
+    def of(cls, model: Any, numerics: Numerics) -> Probe:
+        bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config = bare.config.to_dict()
+        parts = EncoderDecoderPath(model, numerics).parts if bare.config.is_encoder_decoder else model_parts(model)
+        probe = cls(bare, parts, numerics, length_rules(config), probe_rows(bare.config), np.zeros(0, np.float32))
+        probe.ordinary = probe.ordinary_values()
+        if numerics.dtype != "float32":
+            try:
+                with widened(bare):
+                    probe.exact = probe.ordinary_values()
+            except CannotWiden as error:
+                probe.why_not_exact = str(error)
+        return probe
+
+    def ordinary_values(self) -> Logps:
+        """Scored log-probabilities of all rows, each in a forward of its own."""
+        return np.concatenate([self.alone(sequence) for sequence in self.sequences])
+
+    def alone(self, sequence: TokenSequence) -> Logps:
+        """Scored log-probabilities of one row from the model's own logits (only the last ones where it can)."""
+        if self.model.config.is_encoder_decoder:
+            return EncoderDecoderPath(self.model, self.numerics).compute([sequence])[0]["logp"]
+        if self.rules:
+            fresh_rope(self.model)
+        device = self.parts.device
+        ids = torch.from_numpy(np.concatenate([sequence.prompt, sequence.response]).astype(np.int64)).to(device)
+        positions = torch.from_numpy(sequence.scored_positions).to(device)
+        kept = len(ids) - int(positions[0]) + 1
+        some = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        logits = self.model(input_ids=ids[None], use_cache=False, **some).logits[0]
+        rows = positions - 1 - (len(ids) - len(logits))
+        target = ids[positions].to(logits.device)
+        return log_softmax(logits[rows.to(logits.device)].float()).gather(1, target[:, None])[:, 0].cpu().numpy()
+
+    def refuse_if_not_causal(self) -> None:
+        """Raises ModelError where another last token moves the log-probabilities of tokens before it."""
+        bound = CAUSAL_BOUND if not self.why_not_exact else QUANTIZED_BOUND
+        for sequence in (max(self.sequences[:3], key=lambda s: len(s.response)), self.sequences[-1]):
+            changed = sequence.response.copy()
+            changed[-1] = next(i for i in self.sequences[0].prompt if i != changed[-1])
+            moved = self._moved(sequence, replace(sequence, response=changed))
+            if moved > bound and self._moved(sequence, sequence) > bound:
+                raise ModelError(
+                    f"{type(self.model).__name__} cannot be scored: the same row gets other values when it is computed "
+                    "again. Its forward depends on what was computed before, or on chance"
+                )
+            if moved > bound:
+                raise ModelError(
+                    f"{type(self.model).__name__} is not causal: another last token moves the log-probabilities of the "
+                    f"tokens before it by up to {moved:.2g} nats, so every answer would be scored with itself in view. "
+                    "It gives no next-token log-probabilities: score with a causal language model (if it is one, its "
+                    "config.json says otherwise: see is_decoder, use_bidirectional_attention)"
+                )
+
+    def _moved(self, one: TokenSequence, other: TokenSequence) -> float:
+        """Largest change of the log-probability of a token before the last, which alone differs."""
+        context: Any = widened(self.model) if self.exact is not None else nullcontext()
+        with context:
+            change = self.alone(one)[:-1] - self.alone(other)[:-1]
+        return float(np.abs(change).max(initial=0.0)) if np.isfinite(change).all() else 0.0
+
+    def tried(self, numerics: Numerics) -> Outcome:
+        """The probe through the paths that scoring uses."""
+        if numerics.path == "fast" and self.packs_refused:
+            return Outcome(False, None, self.packs_refused)
+        # RewardBench's softmax differs by design; which rows may share a forward does not depend on it
+        kernel = Kernel.MODEL if numerics.kernel == Kernel.MODEL_OWN_SOFTMAX else numerics.kernel
+        tokens = max(numerics.batch_tokens, PROBE_TOKENS)
+        asked = replace(numerics, kernel=kernel, batch_tokens=tokens)
         try:
-            path = PackedPath(parts, replace(numerics, batch_tokens=0, compile=False))
-            fast = _through(path, sequences)
+            return self._judged(self._path(asked))
         except MISFITS as error:
-            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            if numerics.one_row or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
                 raise
-            return Verdict(False, None, f"the fast path does not fit {type(parts.model).__name__}: {error}")
-        twin = _ordinary(parts.model, sequences)
-        if numerics.dtype == "float32":
-            return _fp32_verdict(fast, twin)
-        return _narrow(path, sequences, fast, twin)
+            what = "the fast path does" if numerics.path == "fast" else "padded batches do"
+            sentence = f"{what} not fit {type(self.model).__name__}: {error}"
+            if isinstance(error, Unshareable):
+                self.packs_refused = sentence
+            return Outcome(False, None, sentence)
+
+    def _path(self, numerics: Numerics) -> PackedPath | PaddedPath | EncoderDecoderPath:
+        if self.model.config.is_encoder_decoder:
+            return EncoderDecoderPath(self.model, numerics)
+        if numerics.path == "plain":
+            return PaddedPath(self.parts, numerics)
+        if not numerics.compile:
+            uncompile_layers(self.parts.body)
+        return PackedPath(self.parts, numerics)
+
+    def _judged(self, path: PackedPath | PaddedPath | EncoderDecoderPath) -> Outcome:
+        what = "fast" if isinstance(path, PackedPath) else "a padded batch"
+        found = self._through(path)
+        if self.numerics.dtype == "float32":
+            return _fp32_outcome(found, self.ordinary, what)
+        if self.exact is None:
+            return self._without_exact(found, isinstance(path, PackedPath))
+        if not (np.isfinite(found).all() and np.isfinite(self.ordinary).all()):
+            with widened(self.model):  # where packs that overflow run
+                return _fp32_outcome(self._through(path), self.exact, what)
+        off, allowed = _rms(found - self.exact), max(NARROW_RATIO * _rms(self.ordinary - self.exact), FP32_BOUND)
+        sentence = f"against fp32 {what} is off by {off:.1e} nats (root mean square), {allowed:.1e} is the bound"
+        return Outcome(off <= allowed, _largest(found - self.ordinary), sentence)
+
+    def _without_exact(self, found: Logps, packed: bool) -> Outcome:
+        if packed:
+            sentence = f"there is no fp32 form of its weights to verify against: {self.why_not_exact}"
+            return Outcome(False, _largest(found - self.ordinary), sentence)
+        off = _rms(found - self.ordinary)
+        sentence = f"a row in a batch is off by {off:.1e} nats (root mean square), {QUANTIZED_BOUND} is the bound"
+        return Outcome(off <= QUANTIZED_BOUND, _largest(found - self.ordinary), sentence)
+
+    def _through(self, path: PackedPath | PaddedPath | EncoderDecoderPath) -> Logps:
+        """All rows by the path's own plan, in the order of the rows."""
+        values: dict[int, Values] = {}
+        with path.session():
+            for pack in reversed(path.plan(self.sequences)):  # not in the order of the ordinary way: state would show
+                values.update(zip(pack, path.compute([self.sequences[i] for i in pack]), strict=True))
+        return np.concatenate([values[i]["logp"] for i in range(len(self.sequences))])
 
 
-def _narrow(path: PackedPath, sequences: Sequence[TokenSequence], fast: Logps, twin: Logps) -> Verdict:
-    """Both against fp32 arithmetic; a probe that overflows 16 bits is judged in fp32, where its packs will run."""
-    try:
-        with widened(path.parts.model):
-            exact = _ordinary(path.parts.model, sequences)
-            if not (np.isfinite(fast).all() and np.isfinite(twin).all()):
-                return _fp32_verdict(_through(path, sequences), exact)
-    except CannotWiden as error:
-        return Verdict(False, _largest(fast - twin), f"there is no fp32 twin to verify against: {error}")
-    off, allowed = _spread(fast - exact), max(NARROW_RATIO * _spread(twin - exact), FP32_BOUND)
-    says = f"against fp32 the fast path is off by {off:.1e} nats (root mean square), {allowed:.1e} is the bound"
-    return Verdict(off <= allowed, _largest(fast - twin), says)
-
-
-def _fp32_verdict(fast: Logps, twin: Logps) -> Verdict:
-    largest = _largest(fast - twin)
+def _fp32_outcome(found: Logps, expected: Logps, what: str) -> Outcome:
+    largest = _largest(found - expected)
     if largest <= FP32_BOUND:
-        return Verdict(True, largest, f"fast and plain agree to {largest:.1e} nats per token")
-    return Verdict(False, largest, f"fast and plain differ by {largest:.1e} nats on a token; {FP32_BOUND} is the bound")
+        return Outcome(True, largest, f"{what} and the ordinary way agree to {largest:.1e} nats per token")
+    sentence = f"{what} and the ordinary way differ by {largest:.1e} nats on a token; {FP32_BOUND} is the bound"
+    return Outcome(False, largest, sentence)
 
 
-def _through(path: PackedPath, sequences: Sequence[TokenSequence]) -> Logps:
-    return np.concatenate([values["logp"] for values in path.compute(sequences)])
-
-
-def probe(config: Any) -> list[TokenSequence]:
-    """The probe's sequences for a model of this configuration, always the same ones."""
-    text = config.get_text_config(decoder=True)
+def probe_rows(config: Any) -> list[TokenSequence]:
+    """The probe's rows for a model of this configuration, always the same ones; the longest last."""
+    settings = config.to_dict()
     ids = _Ids(config)
     shared = ids.draw(13)
-    sequences = [TokenSequence(shared, ids.draw(n)) for n in (7, 1, 18)]
-    sequences += [TokenSequence(ids.draw(1), ids.draw(6)), TokenSequence(ids.draw(0), ids.draw(9))]
-    window = smallest_window(text)
+    rows = [TokenSequence(shared, ids.draw(n)) for n in (7, 1, 18)]
+    rows += [TokenSequence(ids.draw(1), ids.draw(6)), TokenSequence(ids.draw(0), ids.draw(9))]
+    window = smallest_window(settings)
     if window is not None:
-        sequences.append(TokenSequence(ids.draw(window + 5), ids.draw(LONG_TAIL)))
-    return sequences
-
-
-def smallest_window(text_config: Any) -> int | None:
-    """The smallest sliding window that the longest sequence exceeds, or None."""
-    window = getattr(text_config, "sliding_window", None)
-    longest = getattr(text_config, "max_position_embeddings", None)
-    if not isinstance(window, int) or window <= 0 or getattr(text_config, "use_sliding_window", True) is False:
-        return None
-    return None if isinstance(longest, int) and window + 5 + LONG_TAIL > longest else window
+        rows.append(TokenSequence(ids.draw(window + 5), ids.draw(WINDOW_TAIL)))
+    for length in changing_lengths(settings):
+        tail = min(SWITCH_TAIL, length)
+        prompt = ids.draw(length - tail)
+        rows += [TokenSequence(prompt, ids.draw(tail + more)) for more in (0, 1, PROBE_TAIL - 1)]
+    if config.is_encoder_decoder:  # an encoder cannot read an empty prompt
+        return [row for row in rows if len(row.prompt)]
+    return rows
 
 
 class _Ids:
-    """Ordinary token ids: below the vocabulary, none of those a configuration gives a meaning to."""
+    """Ordinary token ids: below the vocabulary, none of those that a configuration gives a meaning to."""
 
     def __init__(self, config: Any) -> None:
         text = config.get_text_config(decoder=True)
@@ -145,28 +288,12 @@ class _Ids:
         return self.random.choice(self.pool, n).astype(np.int32)
 
 
-def _ordinary(model: Any, sequences: Sequence[TokenSequence]) -> Logps:
-    return np.concatenate([_one(model, s) for s in sequences])
-
-
-def _one(model: Any, sequence: TokenSequence) -> Logps:
-    """Scored log-probabilities of one sequence from the model's own logits (only the last ones where it can)."""
-    ids = torch.from_numpy(np.concatenate([sequence.prompt, sequence.response]).astype(np.int64)).to(model.device)
-    positions = torch.from_numpy(sequence.scored_positions).to(model.device)
-    kept = len(ids) - int(positions[0]) + 1
-    some = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits = model(input_ids=ids[None], use_cache=False, **some).logits[0]
-    rows = positions - 1 - (len(ids) - len(logits))
-    logp = log_softmax(logits[rows].float()).gather(1, ids[positions][:, None])[:, 0]
-    return logp.cpu().numpy()
-
-
 def _largest(difference: Logps) -> float:
     """Largest absolute difference; anything not finite counts as infinite."""
-    return float(np.abs(difference).max()) if np.isfinite(difference).all() else float("inf")
+    return float(np.abs(difference).max(initial=0.0)) if np.isfinite(difference).all() else float("inf")
 
 
-def _spread(difference: Logps) -> float:
-    return (
-        float(np.sqrt(np.mean(difference.astype(np.float64) ** 2))) if np.isfinite(difference).all() else float("inf")
-    )
+def _rms(difference: Logps) -> float:
+    if not np.isfinite(difference).all():
+        return float("inf")
+    return float(np.sqrt(np.mean(difference.astype(np.float64) ** 2)))

@@ -17,6 +17,7 @@ from dpo_score.engine.prepare import prepare
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.run import on_plain_path, run
 from dpo_score.errors import ModelError
+from dpo_score.logprobs import numerics
 from dpo_score.storage.open import open_store
 from tests.families import family
 from tests.run_fixtures import preference_rows, write_rows
@@ -92,9 +93,9 @@ def test_a_worker_that_began_before_reads_the_manifest_again(config: RunConfig) 
     worker = Worker(config, str(Path.cwd()))
     list(worker.work(Assignment.of(job.references[0], (0, 1))))
     refused = Assignment.of(job.references[1], (0, 1))
-    with pytest.raises(FastPathRefusedError):
+    with pytest.raises(FastPathRefusedError) as refusal:
         list(worker.work(refused))
-    job = on_plain_path(context, job, job.references[1], FastPathRefusedError("so it is"))
+    job = on_plain_path(context, job, job.references[1], refusal.value)
     for task in (job.references[1], job.policies[1]):
         assert [r.block for r in worker.work(Assignment.of(task, (0, 1))) if r.block is not None] == [0, 1]
 
@@ -103,7 +104,7 @@ def test_the_runs_own_reference_has_its_numerics_and_says_what_to_do(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: CachedLogprobs, model: Any) -> None:
-        raise FastPathRefusedError("made up for this test")
+        raise FastPathRefusedError("made up for this test", numerics.on_plain_path(self._begun))
 
     monkeypatch.setattr(CachedLogprobs, "_verify", refuse)
     with pytest.raises(ModelError, match="reference: made up for this test"):

@@ -14,6 +14,7 @@ from dpo_score.config.schema import LossSpec, ModelSpec, PolicySpec
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.run import run
 from dpo_score.errors import ModelError, PolicyFailedError
+from dpo_score.logprobs import numerics
 from tests.run_fixtures import preference_rows, write_rows
 from tests.tiny import byte_tokenizer, tiny_model
 
@@ -139,7 +140,7 @@ def test_a_policy_that_needs_the_plain_path_is_scored_on_it_and_resumes(
 
     def refuse_policies(self: CachedLogprobs, model: Any) -> None:
         if self._numerics.path == "fast" and self._source.folder == runner.models["better"]:
-            raise FastPathRefusedError("made up for this test")
+            raise FastPathRefusedError("made up for this test", numerics.on_plain_path(self._begun))
         verify(self, model)
 
     monkeypatch.setattr(CachedLogprobs, "_verify", refuse_policies)

@@ -33,8 +33,6 @@ NEEDED = ("cum_seq_q", "max_q", "is_causal", "scale", "window_size_left", "windo
 """Arguments without which the flash operator cannot do what a segment asks."""
 
 
-KERNELS = (Kernel.VARLEN, Kernel.FLEX, Kernel.BMM)
-"""From the fastest to the one that runs anywhere: what a model does not run with one is tried with the next."""
 FLASH_CAPABILITY = (8, 0)
 """The flash kernel needs Ampere or newer, and is part of the operators of every CUDA build all the same."""
 

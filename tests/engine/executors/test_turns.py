@@ -14,6 +14,7 @@ from dpo_score.engine.executors import job_array as shares
 from dpo_score.engine.model_logprobs import CachedLogprobs, FastPathRefusedError
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import HalfWrittenError
+from dpo_score.logprobs import numerics
 from dpo_score.storage.local import LocalStore
 from dpo_score.storage.manifest import MANIFEST, Manifest, read_manifest
 from dpo_score.storage.open import open_store
@@ -70,7 +71,7 @@ def test_a_policy_that_needs_the_plain_path(
 ) -> None:
     def refuse_policies(self: CachedLogprobs, _: Any) -> None:
         if self._numerics.path == "fast" and self._source.folder == runner.models["better"]:
-            raise FastPathRefusedError("made up for this test")
+            raise FastPathRefusedError("made up for this test", numerics.on_plain_path(self._begun))
 
     monkeypatch.setattr(CachedLogprobs, "_verify", refuse_policies)
     engines.run(runner.config(data, tmp_path / "out", blocks="0/1"), QUIET)

@@ -14,7 +14,7 @@ import torch
 from dpo_score.errors import ModelError
 from dpo_score.logprobs.noise_floor import noise_floor
 from dpo_score.logprobs.scorer import PairScorer
-from dpo_score.logprobs.self_check import verify_fast_path
+from dpo_score.logprobs.self_check import check_model
 from dpo_score.logprobs.types import STATS, SequenceLogps
 from dpo_score.models import parts as anatomy
 from dpo_score.models.loader import LoadedModel, ModelLoader
@@ -111,10 +111,10 @@ def test_ids_that_one_rank_forbids_altogether(loader: ModelLoader, tmp_path: Pat
 
 def test_the_fast_path_is_verified_by_all_ranks(loader: ModelLoader, folders: Mapping[str, Path]) -> None:
     loaded = loader.load(source(folders["gemma2"]), numerics())
-    verdict = verify_fast_path(loaded.model, numerics())
-    assert verdict.ok, verdict.reason
-    assert verdict.max_delta is not None
-    assert verdict.max_delta > 0
+    check = check_model(loaded.model, numerics())
+    assert check.numerics == numerics(), check.reason
+    assert check.max_delta is not None
+    assert check.max_delta > 0
 
 
 def test_a_rank_that_reads_the_wrong_part_of_the_vocabulary_is_found_out(
@@ -128,9 +128,9 @@ def test_a_rank_that_reads_the_wrong_part_of_the_vocabulary_is_found_out(
 
     loaded = loader.load(source(folders["llama"]), numerics())
     monkeypatch.setattr(anatomy, "_shared", shifted)  # in the leader alone
-    verdict = verify_fast_path(loaded.model, numerics())
-    assert not verdict.ok
-    assert "linear head" in verdict.reason
+    check = check_model(loaded.model, numerics())
+    assert check.numerics.path == "plain"
+    assert "linear head" in check.reason
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
