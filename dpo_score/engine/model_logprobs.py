@@ -53,12 +53,23 @@ class BlockLogprobs:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
+COMPUTING_LIBRARIES = ("torch", "transformers", "peft")
+"""Their releases compute differently: what the cache answers for includes those that computed its values."""
+
+
 def cache_fields(source: ModelSource, numerics: Numerics) -> dict[str, Any]:
     """What changes a number for given ids: weights × dtype × path, kernel and compilation × kind and number of
-    devices that a model is dealt out to."""
+    devices that a model is dealt out to × versions of the libraries that compute."""
     kept = ("dtype", "path", "kernel", "compile", "device_kind", "tensor_parallel", "one_row")
     written = numerics.to_json()
-    return {"weights": source.digest, **{name: written[name] for name in kept if name in written}}
+    libraries = {name: version for name in COMPUTING_LIBRARIES if (version := versions(None).get(name)) is not None}
+    if source.adapter is None:
+        libraries.pop("peft", None)
+    return {
+        "weights": source.digest,
+        **{name: written[name] for name in kept if name in written},
+        "libraries": libraries,
+    }
 
 
 def overlaid(stored: Numerics, asked: ComputeSpec) -> Numerics:
@@ -117,6 +128,8 @@ class CachedLogprobs:
         found: dict[bytes, Entry] = dict(self._known(keys))
         missing = {k: s for k, s in zip(keys, sequences, strict=True) if k not in found}
         results = self._compute(list(missing.values())) if missing else []
+        if missing:  # before anything enters the cache: these are the values of the weights that the digest names
+            self._source.refuse_changed()
         fresh = dict(zip(missing, results, strict=True))
         self._keep(name, fresh)
         found |= {key: _entry(result) for key, result in fresh.items()}

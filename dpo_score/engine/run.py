@@ -28,13 +28,13 @@ from dpo_score.engine.resume import missing_of, pending_blocks, refuse_changed_i
 from dpo_score.engine.signals import signal_handlers
 from dpo_score.engine.stages import BlockResult, metadata, part, policy_block, reference_block, write_block
 from dpo_score.engine.threads import background_writer, prefetch
-from dpo_score.errors import ConfigError, HalfWrittenError, ModelError
+from dpo_score.errors import ConfigError, HalfWrittenError, ModelError, WeightsChangedError
 from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
 from dpo_score.report.trackers import check_trackers
 from dpo_score.results.card import CONTRACT
 from dpo_score.storage.base import Store
-from dpo_score.storage.commits import CommitRecord, commit, read_records
+from dpo_score.storage.commits import CommitRecord, commit, discard_stage, read_records
 from dpo_score.storage.fingerprint import digest
 from dpo_score.storage.manifest import Manifest, forget_policy, read_manifest, restart, save_manifest
 from dpo_score.storage.open import open_store
@@ -171,7 +171,11 @@ def _try_policy(context: RunContext, plan: RunPlan, manifest: Manifest, policy: 
 
 
 def _not_scored(context: RunContext, plan: RunPlan, policy: PolicyTask, error: ModelError) -> str | None:
-    """Why not, or None for a checkpoint that waits. Weights of which nothing is stored may be others next time."""
+    """Why not, or None for a checkpoint that waits. Weights of which nothing is stored may be others next time; of
+    weights that changed while they were scored nothing stays stored, since no later run could complete it."""
+    if isinstance(error, WeightsChangedError):
+        context.reopen()
+        discard_stage(context.store, policy.stage, (policy.stage, f"rejects/{policy.name}"))
     if isinstance(error, HalfWrittenError) and not read_records(context.store, policy.stage):
         with context.turn():
             forget_policy(context.store, policy.name)
@@ -193,7 +197,7 @@ def _retry(context: RunContext, plan: RunPlan, manifest: Manifest, policy: Polic
     try:
         run_policy(context, plan, _with_own_numerics(context, manifest, policy))
     except ModelError as error:
-        return str(error)
+        return _not_scored(context, plan, policy, error)
     return None
 
 

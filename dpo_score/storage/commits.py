@@ -153,6 +153,13 @@ def read_records(store: Store, stage: str) -> StoredRecords:
     return StoredRecords(store, (name for name in found if record_stage(name) == stage))
 
 
+def discard_stage(store: Store, stage: str, outputs: Iterable[str]) -> None:
+    """Delete every block of a stage: its records first, so that none ever names a file that is gone."""
+    for folder in (f"{COMMITS}/{stage}", *outputs):
+        for name in list(store.list(folder)):
+            store.remove(name)
+
+
 def record_stage(name: str) -> str | None:
     """The stage a record's name belongs to, None when it is no record's name."""
     match = _NAME.fullmatch(name)
