@@ -85,6 +85,7 @@ class Candidates:
     tied: NDArray[np.bool_]
     judges: Sequence[Judge]
     stored: pl.DataFrame | None = None
+    reference_chosen_logps: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.row_ids)

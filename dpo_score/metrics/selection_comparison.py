@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -179,10 +180,11 @@ def _label_says(own: Mapping[str, Any], whole: Mapping[str, Any]) -> list[str]:
 
 def _mix_says(own: Mapping[str, Any], whole: Mapping[str, Any]) -> list[str]:
     """The subset that is most over its share of the whole set, where chance does not explain it."""
+    z = NormalDist().inv_cdf(1.0 - 0.025 / max(len(own["subsets"]), 1))  # Bonferroni: each subset is a chance to err
     over = []
     for name, share in own["subsets"].items():
         usual = whole["subsets"][name]
-        if share > OVER * usual and wilson(share * own["kept"], own["kept"])[0] > usual:
+        if share > OVER * usual and wilson(share * own["kept"], own["kept"], z)[0] > usual:
             over.append((share / usual, share, name))
     if not over:
         return []
@@ -198,10 +200,8 @@ def diagnose_on_policy(candidates: Candidates) -> dict[str, Any]:
     (likelihood displacement, arXiv 2410.08847; by training step: arXiv 2502.07599).
     saturated: share of pairs with a DPO weight σ(−margin) under SATURATED.
     """
-    if candidates.stored is None or "ref_chosen_logps" not in candidates.stored.columns:
-        reference = np.full(len(candidates), np.nan)
-    else:
-        reference = candidates.stored["ref_chosen_logps"].cast(float).fill_null(float("nan")).to_numpy()
+    known = candidates.reference_chosen_logps
+    reference = np.full(len(candidates), np.nan) if known is None else known
     names = sorted({name for name in candidates.subsets if name is not None})
     groups = {"": np.ones(len(candidates), np.bool_)}
     groups |= {name: np.array([subset == name for subset in candidates.subsets], np.bool_) for name in names}

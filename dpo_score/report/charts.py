@@ -287,3 +287,49 @@ def reliability(series: Sequence[tuple[str, int, Sequence[tuple[float, float, in
         largest = max([n for *_, n in points], default=1)
         body += [marker(frame.x(c), frame.y(a), colour, 2.0 + 3.0 * math.sqrt(n / largest)) for c, a, n in points]
     return _svg(body, title)
+
+
+# --- sets of pairs ---------------------------------------------------------------------------------------------------
+
+
+def heat_map(values: Sequence[Sequence[Number]], names: Sequence[str], title: str) -> Markup:
+    """Shares from 0 to 1 as squares with their number: row name, column number. Columns are numbered as rows are."""
+    size, left = 44, 118
+    width, height = left + size * len(names), 20 + size * len(names)
+    body = [_text(left + size * (i + 0.5), 14, str(i + 1)) for i in range(len(names))]
+    for row, cells in enumerate(values):
+        y = 20 + size * row
+        body.append(_text(left - 8, y + size / 2 + 4, f"{row + 1} {names[row]}", "end"))
+        for column, value in enumerate(cells):
+            x, share = left + size * column, value or 0.0
+            corner = f'x="{x + 1}" y="{y + 1}" width="{size - 2}" height="{size - 2}"'
+            body.append(f'<rect class="bar c0" {corner} fill-opacity="{0.75 * share:.2f}"/>')
+            body.append(_text(x + size / 2, y + size / 2 + 4, "–" if value is None else f"{100 * share:.0f}"))
+    return _svg(body, title, width, height)
+
+
+def scatter(
+    groups: Sequence[tuple[int, Sequence[tuple[float, float]]]], title: str, bounds: tuple[float, float, float, float]
+) -> Markup:
+    """Points of several groups, later ones on top. groups: (colour, [(x, y)]); bounds: x from, x to, y from, y to."""
+    frame = Frame(*bounds)
+    body = [*_y_axis(frame, short)]
+    body += [_text(frame.x(tick), HEIGHT - BOTTOM + 18, short(tick)) for tick in nice_ticks(bounds[0], bounds[1])]
+    if bounds[0] <= 0.0 <= bounds[1]:
+        body.append(_line(frame.x(0), TOP, frame.x(0), HEIGHT - BOTTOM, "across"))
+    if bounds[2] <= 0.0 <= bounds[3]:
+        body.append(_line(LEFT, frame.y(0), WIDTH - RIGHT, frame.y(0), "across"))
+    for colour, points in groups:
+        body += [marker(frame.x(x), frame.y(y), colour, 1.6) for x, y in points]
+    return _svg(body, title)
+
+
+def stacked_bar(shares: Sequence[float], title: str) -> Markup:
+    """Parts of a whole side by side, in order; beyond COLOURS parts the rest is left unfilled."""
+    width, height, at = 300, 18, 0.0
+    body = []
+    for index, share in enumerate(shares[:COLOURS]):
+        corner = f'x="{width * at:.1f}" y="2" width="{max(width * share - 1, 0.5):.1f}" height="{height - 4}"'
+        body.append(f'<rect class="bar c{index}" {corner}/>')
+        at += share
+    return _svg(body, title, width, height, "dots")

@@ -20,6 +20,7 @@ from dpo_score.metrics.diagnostics import DEFINITIONS
 from dpo_score.metrics.sentences import sentences
 from dpo_score.report import diagnostics, examples, sections
 from dpo_score.report.content import Facts, palette
+from dpo_score.report.training_set import training_set
 
 
 def render(facts: Facts) -> str:
@@ -41,6 +42,7 @@ def render(facts: Facts) -> str:
             "length": diagnostics.length(facts, colours),
             "health": diagnostics.health(facts),
             "noise": diagnostics.noise(facts),
+            "training": training_set(facts.aligned),
             "changed": examples.changed(facts),
             "listed": examples.listed(facts),
             "definitions": DEFINITIONS,

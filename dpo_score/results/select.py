@@ -253,6 +253,7 @@ def _candidates(frame: pl.DataFrame, judges: Sequence[Judge]) -> Candidates:
         tied=np.zeros(len(frame), np.bool_) if tied is None else tied.astype(np.bool_),
         judges=judges,
         stored=frame,
+        reference_chosen_logps=_numbers(frame, "ref_chosen_logps"),
     )
 
 

@@ -54,6 +54,7 @@ def pairs(margins: Any = MARGINS, *more: Any, **changes: Any) -> Candidates:
         tied=np.zeros(count, np.bool_),
         judges=judges,
         stored=stored,
+        reference_chosen_logps=np.full(count, -5.0),
     )
     return replace(found, **changes)
 

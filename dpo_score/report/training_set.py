@@ -1,0 +1,155 @@
+"""Which pairs to train on: what each rule of selection would keep, and how near the pairs lie to the policies.
+
+Pure. The numbers are those of `dpo-score select OUT --rule all --keep 25%`, made here from the pairs
+of the page; only the random control is another draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_score.metrics.compare import AlignedPolicies, per_pair
+from dpo_score.metrics.selection import Candidates, Judge, Selection, Settings, comparable_rules, select_pairs
+from dpo_score.metrics.selection_comparison import compare_rules, diagnose_on_policy
+from dpo_score.report import charts
+from dpo_score.report.content import Cell, percent, signed
+
+KEPT = 0.25
+LEAST, MOST = 40, 50_000
+"""Pairs: with fewer a quarter says little; with more the page would wait, and `dpo-score select` says the same."""
+DRAWN = 400
+SUBSETS = charts.COLOURS - 1
+SHOWN = ("margin:high", "difficulty", "on-policy", "random")
+"""Rules whose pairs are drawn as points."""
+
+
+def training_set(aligned: AlignedPolicies) -> dict[str, Any] | None:
+    """What the section shows; None where there are too few or too many pairs, or no policy moves any."""
+    if not LEAST <= len(aligned) <= MOST or not any(np.any(policy.margins != 0.0) for policy in aligned.policies):
+        return None
+    candidates = _candidates(aligned)
+    settings = Settings(keep=round(KEPT * int((~candidates.tied).sum())))
+    rules = comparable_rules(candidates, settings)
+    found = compare_rules(candidates, rules, settings)
+    applied = [rule for rule in found["rules"] if "overlap" in rule]
+    names = [rule["rule"] for rule in applied]
+    return {
+        "keep": settings.keep,
+        "rows": [_row(rule) for rule in applied] + [_row({"rule": "all pairs", "teaches": "", **found["all"]})],
+        "overlap": charts.heat_map(
+            [[rule["overlap"][name] for name in names] for rule in applied],
+            names,
+            "share, in percent, of the pairs of a rule (row) that another rule (column) keeps too",
+        ),
+        "scatters": _scatters(candidates, settings, [rule for rule in rules if rule.name in SHOWN]),
+        **_mix(applied, found["all"]),
+        "near": _near(diagnose_on_policy(candidates)),
+    }
+
+
+def _candidates(aligned: AlignedPolicies) -> Candidates:
+    """The pairs of the page in the form that the rules read."""
+    rows = aligned.first.rows
+    subsets: list[str | None] = [None] * len(rows)
+    if "subset" in rows.labels:
+        names = rows.names["subset"]
+        subsets = [names[code] or None for code in rows.labels["subset"].tolist()]
+    judges = [
+        Judge(
+            policy.name,
+            policy.rows.values["margins_nats"],
+            per_pair(policy.rows, "margins"),
+            policy.rows.values["policy_chosen_logps"],
+            policy.rows.values["policy_rejected_logps"],
+        )
+        for policy in aligned.policies
+    ]
+    keys, prompts = np.unique(rows.clusters, return_inverse=True)
+    return Candidates(
+        row_ids=aligned.first.row_ids,
+        prompts=prompts,
+        prompt_keys=[str(key) for key in keys.tolist()],
+        subsets=subsets,
+        chosen_tokens=rows.values["chosen_tokens"].astype(np.float64),
+        rejected_tokens=rows.values["rejected_tokens"].astype(np.float64),
+        tied=rows.flags["tied"],
+        judges=judges,
+        reference_chosen_logps=rows.values["ref_chosen_logps"],
+    )
+
+
+def _row(rule: Cell) -> dict[str, str]:
+    return {
+        "rule": rule["rule"],
+        "kept": f"{rule['kept']:,}",
+        "accuracy": percent(rule["accuracy"]["value"]),
+        "margin": signed(rule["margins_nats"]["value"]),
+        "length": signed(rule["length_difference"]["value"], 0),
+        "suspect": percent(rule["suspect"]["value"]),
+        "saturated": percent(rule["saturated"]["value"]),
+        "teaches": rule["teaches"],
+    }
+
+
+def _scatters(candidates: Candidates, settings: Settings, rules: Sequence[Any]) -> list[dict[str, Any]]:
+    """Length difference against margin: the kept pairs of a rule over all pairs, an even sample of both."""
+    margin = np.mean(np.stack([judge.margins_nats for judge in candidates.judges]), axis=0)
+    length = candidates.length_difference
+    there = np.flatnonzero(np.isfinite(margin) & np.isfinite(length))
+    if not len(there):
+        return []
+    x, y = np.quantile(length[there], (0.01, 0.99)), np.quantile(margin[there], (0.01, 0.99))
+    bounds = (*charts.padded(x.tolist()), *charts.padded(y.tolist()))
+
+    def points(rows: np.ndarray[Any, np.dtype[np.int64]]) -> list[tuple[float, float]]:
+        drawn = rows[:: max(1, len(rows) // DRAWN)]
+        inside = [(float(length[r]), float(margin[r])) for r in drawn.tolist()]
+        return [(a, b) for a, b in inside if bounds[0] <= a <= bounds[1] and bounds[2] <= b <= bounds[3]]
+
+    found = []
+    for rule in rules:
+        kept: Selection = select_pairs(candidates, rule, settings)
+        own = there[kept.kept[there]]
+        title = f"kept by {rule.name}: margin in nats (up) by tokens of chosen minus rejected (across)"
+        drawn = charts.scatter([(5, points(there)), (0, points(own))], title, bounds)
+        found.append({"rule": rule.name, "keeps": rule.keeps, "svg": drawn})
+    return found
+
+
+def _mix(applied: Sequence[Cell], whole: Cell) -> dict[str, Any]:
+    """Subset shares as bars: the largest subsets of the whole set by colour, the others unfilled."""
+    names = list(whole["subsets"])[:SUBSETS]
+    if len(whole["subsets"]) < 2:
+        return {"mix": [], "mix_legend": []}
+    rows = [*applied, {"rule": "all pairs", **whole}]
+    drawn = [
+        {
+            "rule": rule["rule"],
+            "svg": charts.stacked_bar(
+                [rule["subsets"].get(name, 0.0) for name in names],
+                ", ".join(f"{name} {100 * rule['subsets'].get(name, 0.0):.0f} %" for name in names),
+            ),
+        }
+        for rule in rows
+    ]
+    return {"mix": drawn, "mix_legend": [(name, charts.swatch(index)) for index, name in enumerate(names)]}
+
+
+def _near(found: Mapping[str, Cell]) -> list[dict[str, Any]]:
+    """Distance from the policy, displacement and saturation: a row a policy, and a row a subset of the last one."""
+    rows = [_near_row(name, cell) for name, cell in found.items()]
+    last = list(found)[-1]
+    return rows + [_near_row(f"{last}: {name}", cell) for name, cell in list(found[last]["subsets"].items())[:12]]
+
+
+def _near_row(name: str, cell: Cell) -> dict[str, str]:
+    return {
+        "name": name,
+        "chosen": signed(cell["chosen"]["value"]),
+        "rejected": signed(cell["rejected"]["value"]),
+        "displaced": percent(cell["displaced"]["value"]),
+        "saturated": percent(cell["saturated"]["value"]),
+    }
