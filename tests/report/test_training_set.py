@@ -1,4 +1,4 @@
-"""The section on training sets: the rules' numbers for the pairs of the page, and nothing where they would say nothing."""
+"""The section on training sets: the rules' numbers for the pairs of the page, and no section where it says nothing."""
 
 from __future__ import annotations
 
