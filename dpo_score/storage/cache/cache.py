@@ -2,7 +2,7 @@
 
     CACHE/logps/v1/<namespace>/namespace.json            what changes a number for given ids, readable
     CACHE/logps/v1/<namespace>/<hint>-<digest>.parquet   one block of entries, in row order, never changed
-    CACHE/logps/v1/<namespace>/index/<digest>.idx        where keys lie, sorted, in prefix buckets (`keyindex`)
+    CACHE/logps/v1/<namespace>/index/<digest>.sqlite     where keys lie (`key_index`)
 
 Promises: an entry is only ever answered under the namespace it was computed in (the rest: `space`).
 Not promised: that an entry stays (`gc` may remove it), or numbers equal across namespaces.

@@ -1,208 +1,175 @@
-"""Where a key lies: sorted slots in a file that is searched through a memory map.
+"""Where a key lies: which row of which value file. A SQLite database, one for many value files.
 
-    N slots (24 bytes: high and low half of the key, file, row), sorted by the high half
-    directory: 2^bits + 1 positions, the first slot of each prefix bucket
-    the names of the files, JSON
-    tail: N, bits, length of the names, blake2b-128 of all before it, magic
+    keys   key (16 bytes), file (number), row, without row ids: the table is its own index
+    files  number, name, how many keys it holds
 
-Promises: resident memory is a bounded number of pages however large the index is; an index is derived from the
-Parquet files it names and can be deleted at any time. What it says of a row is checked by whoever reads the row.
+In: the keys of value files, or other indexes to merge. Out: the places of the keys that are asked for. An index is
+written once and named by the digest of its bytes, so a damaged one is known before it is used; it can be deleted at any
+time and is built again from the value files. Resident memory stays that of SQLite's page cache, however large it is.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import mmap
-import struct
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import sqlite3
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_score.errors import DamageError
+from dpo_score.errors import DamageError, StorageError
+from dpo_score.storage.cache.blocks import KEY_BYTES
 from dpo_score.storage.faults import translated
 
-SLOT = np.dtype([("high", "<u8"), ("low", "<u8"), ("file", "<u4"), ("row", "<u4")])
-TAIL = struct.Struct("<QII16s8s")
-MAGIC = b"dpoidx01"
-BUCKET_SLOTS = 512
-QUERIES_AT_ONCE = 256
-MERGE_SLOTS = 1 << 20
-Slots = NDArray[np.void]
-Words = NDArray[np.uint64]
+SUFFIX = ".sqlite"
+QUERIES_AT_ONCE = 500
+ROWS_AT_ONCE = 1 << 16
+MERGED_AT_ONCE = 8
+"""Indexes merged in one statement: SQLite attaches at most ten databases."""
+SCHEMA = """
+CREATE TABLE files (number INTEGER PRIMARY KEY, name TEXT NOT NULL, keys INTEGER NOT NULL);
+CREATE TABLE keys (key BLOB, file INTEGER, row INTEGER, PRIMARY KEY (key, file, row)) WITHOUT ROWID;
+"""
+Place = tuple[bytes, str, int]
+"""A key, the name of a value file that holds it, and its row there."""
 
 
-def halves(keys: NDArray[np.uint8]) -> tuple[Words, Words]:
-    """High and low halves of 16-byte keys, such that the order of the numbers is that of the bytes."""
-    words = np.ascontiguousarray(keys).view(">u8").astype(np.uint64).reshape(-1, 2)
-    return words[:, 0], words[:, 1]
+class IndexGoneError(StorageError):
+    """An index that was open when it was listed is not there any more: another process has merged it."""
 
 
-def slots_of(files: Sequence[NDArray[np.uint8]]) -> Slots:
-    """Sorted slots of the keys of several files; equal keys stay in the order of files and rows."""
-    slots = np.zeros(sum(len(keys) for keys in files), SLOT)
-    if len(slots):
-        slots["high"], slots["low"] = halves(np.concatenate(files))
-        slots["file"] = np.repeat(np.arange(len(files)), [len(keys) for keys in files])
-        slots["row"] = np.concatenate([np.arange(len(keys)) for keys in files])
-    return slots[np.argsort(slots["high"], kind="stable")]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class KeyIndex:
-    """Slots, their directory, and the names that `file` numbers stand for. `source` is the map beneath, if any."""
+    """An open index.
 
-    slots: Slots
-    directory: NDArray[np.uint64]
-    files: tuple[str, ...]
-    source: mmap.mmap | None = None
+    `files`: the names of the value files it covers; `size`: how many keys it holds; `listed`: (number, name, keys) of
+    each of those files; `path`: where it lies, None in memory.
+    """
 
-    def find(self, keys: NDArray[np.uint8]) -> Iterator[tuple[int, int, int]]:
-        """(query, file, row) of every slot whose key equals keys[query]; none, one or more per query."""
-        high, low = halves(keys)
-        order = np.argsort(high, kind="stable")
-        for start in range(0, len(order), QUERIES_AT_ONCE):
-            queries = order[start : start + QUERIES_AT_ONCE]
-            yield from self._found(queries, high[queries], low[queries])
-            if self.source is not None:
-                self.source.madvise(mmap.MADV_DONTNEED)
+    def __init__(self, connection: sqlite3.Connection, path: Path | None = None) -> None:
+        self.path, self._connection = path, connection
+        self.listed: list[tuple[int, str, int]] = connection.execute("SELECT number, name, keys FROM files").fetchall()
+        self.files = tuple(name for _, name, _ in self.listed)
+        self.size = sum(keys for _, _, keys in self.listed)
+        self._names = {number: name for number, name, _ in self.listed}
+        weakref.finalize(self, connection.close)
 
-    def _found(self, queries: NDArray[np.int64], high: Words, low: Words) -> list[tuple[int, int, int]]:
-        first, end = self.position(high, after=False), self.position(high, after=True)
-        lengths = end - first
-        slot = np.repeat(first, lengths) + np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        hits = self.slots[slot]
-        equal = hits["low"] == np.repeat(low, lengths)
-        found = zip(np.repeat(queries, lengths)[equal], hits["file"][equal], hits["row"][equal], strict=True)
-        return [(int(query), int(file), int(row)) for query, file, row in found]
-
-    def position(self, high: Words, after: bool) -> NDArray[np.int64]:
-        """The first slot whose high half is >= each of `high` (with `after`: >), by bisection inside its bucket."""
-        bucket = prefix(high, len(self.directory))
-        low, end = self.directory[bucket].astype(np.int64), self.directory[bucket + 1].astype(np.int64)
-        column = self.slots["high"]
-        while (open_ := low < end).any():
-            middle = (low + end) // 2
-            value = column[np.where(open_, middle, 0)]
-            below = open_ & (value <= high if after else value < high)
-            low = np.where(below, middle + 1, low)
-            end = np.where(open_ & ~below, middle, end)
-        return low
+    def find(self, keys: Collection[bytes]) -> Iterator[Place]:
+        """Every place of every key that is there, in the order of the keys' bytes."""
+        asked = sorted(keys)
+        for start in range(0, len(asked), QUERIES_AT_ONCE):
+            part = asked[start : start + QUERIES_AT_ONCE]
+            marks = ",".join("?" * len(part))
+            query = f"SELECT key, file, row FROM keys WHERE key IN ({marks}) ORDER BY key, file, row"  # noqa: S608
+            for key, file, row in self._connection.execute(query, part):
+                yield key, self._names[file], row
 
 
-def prefix(high: Words, directory_length: int) -> NDArray[np.int64]:
-    """The bucket of each key: its leading bits."""
-    bits = (directory_length - 1).bit_length() - 1
-    return (high >> np.uint64(64 - bits)).astype(np.int64) if bits else np.zeros(len(high), np.int64)
+def in_memory(files: Mapping[str, NDArray[np.uint8]]) -> KeyIndex:
+    """An index of a few value files, without a file of its own. `files`: name → its keys, (N, 16), in row order."""
+    connection = sqlite3.connect(":memory:", check_same_thread=False)
+    _fill(connection, files)
+    return KeyIndex(connection)
 
 
-def directory_bits(slots: int) -> int:
-    return min((slots // BUCKET_SLOTS).bit_length(), 24)
+def write(path: Path, files: Mapping[str, NDArray[np.uint8]]) -> None:
+    """A new index file of value files; all their keys are sorted in memory at once."""
+    with translated(path), closing(_created(path)) as connection:
+        _fill(connection, files)
 
 
-def in_memory(files: Sequence[str], keys: Sequence[NDArray[np.uint8]]) -> KeyIndex:
-    """An index of a few files, without a file of its own."""
-    slots = slots_of(keys)
-    return KeyIndex(slots, _directory([slots], directory_bits(len(slots))), tuple(files))
+def _created(path: Path) -> sqlite3.Connection:
+    """A database that no other process sees before it is whole: nothing is gained by a journal or by syncing."""
+    connection = sqlite3.connect(f"file:{quote(str(path.absolute()))}", uri=True, isolation_level=None)
+    connection.execute("PRAGMA journal_mode=OFF")
+    connection.execute("PRAGMA synchronous=OFF")
+    return connection
 
 
-def _directory(parts: Iterable[Slots], bits: int) -> NDArray[np.uint64]:
-    counts = np.zeros(1 << bits, np.uint64)
-    for part in parts:
-        counts += np.bincount(prefix(part["high"], len(counts) + 1), minlength=len(counts)).astype(np.uint64)
-    return np.concatenate([np.zeros(1, np.uint64), np.cumsum(counts)]).astype(np.uint64)
-
-
-def encoded(parts: Iterable[Slots], files: Sequence[str], total: int) -> Iterator[bytes]:
-    """The bytes of an index file. `parts`: sorted slots, in order, at most `total` of them, read once."""
-    digest, bits, written = hashlib.blake2b(digest_size=16), directory_bits(total), 0
-    directory = np.zeros((1 << bits) + 1, np.uint64)
-    for part in parts:
-        directory += _directory([part], bits)
-        written += len(part)
-        digest.update(data := part.tobytes())
-        yield data
-    listed = json.dumps(list(files)).encode("ascii")
-    digest.update(directory.tobytes() + listed)
-    yield directory.tobytes() + listed + TAIL.pack(written, bits, len(listed), digest.digest(), MAGIC)
+def _fill(connection: sqlite3.Connection, files: Mapping[str, NDArray[np.uint8]]) -> None:
+    """Rows in the order of their keys, so that the tree grows at its end alone."""
+    connection.executescript(SCHEMA)
+    lengths = [len(keys) for keys in files.values()]
+    keys = np.concatenate([np.zeros((0, KEY_BYTES), np.uint8), *files.values()])
+    words = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2)
+    order = np.lexsort((words[:, 1], words[:, 0]))  # stable: equal keys stay in the order of files and rows
+    numbers = np.repeat(np.arange(len(files)), lengths)
+    rows = np.concatenate([np.zeros(0, np.int64), *(np.arange(length) for length in lengths)])
+    connection.execute("BEGIN")
+    listed = [(number, name, len(own)) for number, (name, own) in enumerate(files.items())]
+    connection.executemany("INSERT INTO files VALUES (?, ?, ?)", listed)
+    for start in range(0, len(order), ROWS_AT_ONCE):
+        part = order[start : start + ROWS_AT_ONCE]
+        data = keys[part].tobytes()
+        blobs = [data[i : i + KEY_BYTES] for i in range(0, len(data), KEY_BYTES)]
+        places = zip(blobs, numbers[part].tolist(), rows[part].tolist(), strict=True)
+        connection.executemany("INSERT INTO keys VALUES (?, ?, ?)", places)
+    connection.execute("COMMIT")
 
 
 def opened(path: Path) -> KeyIndex:
-    """Map an index file. DamageError when it is not a whole one."""
-    with translated(path), path.open("rb") as file:
-        source = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else None
-    if source is None or len(source) < TAIL.size:
-        raise DamageError(f"{path}: not an index of keys")
-    count, bits, listed, _, magic = TAIL.unpack(source[-TAIL.size :])
-    start, length = count * SLOT.itemsize, (1 << min(bits, 24)) + 1
-    if magic != MAGIC or start + length * 8 + listed + TAIL.size != len(source):
-        raise DamageError(f"{path}: not a whole index of keys")
-    slots = np.frombuffer(source, SLOT, count)
-    directory = np.frombuffer(source, "<u8", length, start)
-    return KeyIndex(slots, directory, _names(source, start + length * 8, listed, path), source)
-
-
-def _names(source: mmap.mmap, start: int, length: int, path: Path) -> tuple[str, ...]:
+    """An index file, read in place. StorageError when it is not there (any more), DamageError when it is no index."""
+    connection = sqlite3.connect(_where(path), uri=True, check_same_thread=False)
     try:
-        return tuple(str(name) for name in json.loads(source[start : start + length]))
-    except ValueError as error:
-        raise DamageError(f"{path}: the names in this index cannot be read") from error
+        return KeyIndex(connection, path)
+    except sqlite3.Error as error:
+        connection.close()
+        with translated(path):
+            path.stat()
+        raise DamageError(f"{path}: not an index of keys ({error})") from error
+
+
+def _where(path: Path) -> str:
+    """The URI of a file that is only read and never changes."""
+    return f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"
+
+
+def file_name(path: Path) -> str:
+    """The name that the index in `path` is kept under: the digest of its bytes."""
+    with translated(path), path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest() + SUFFIX
+
+
+def merge(path: Path, indexes: Sequence[KeyIndex], keep: Collection[str]) -> None:
+    """A new index file of all that index files hold, in one pass over each.
+
+    Value files outside `keep` are left out, and so is one that an earlier index already covers. IndexGoneError when an
+    index is not there any more.
+    """
+    taken = set[str]()
+    with translated(path), closing(_created(path)) as connection:
+        connection.executescript(SCHEMA + "CREATE TEMP TABLE renamed (source INTEGER, old INTEGER, new INTEGER);")
+        connection.execute("CREATE UNIQUE INDEX temp.by_old ON renamed (source, old)")
+        for start in range(0, len(indexes), MERGED_AT_ONCE):
+            _append(connection, indexes[start : start + MERGED_AT_ONCE], keep, taken)
+
+
+def _append(connection: sqlite3.Connection, group: Sequence[KeyIndex], keep: Collection[str], taken: set[str]) -> None:
+    """Add what `group` holds. SQLite merges its tables as they are read, since each is in the order of its keys."""
+    selects = []
+    for source, index in enumerate(group):
+        assert index.path is not None, "only index files are merged"
+        connection.execute(
+            f"ATTACH ? AS source{source}", [f"file:{quote(str(index.path.absolute()))}?mode=ro&immutable=1"]
+        )
+        for old, name, keys in index.listed:
+            if name in keep and name not in taken:
+                connection.execute("INSERT INTO temp.renamed VALUES (?, ?, ?)", [source, old, len(taken)])
+                connection.execute("INSERT INTO main.files VALUES (?, ?, ?)", [len(taken), name, keys])
+                taken.add(name)
+        rows = f"source{source}.keys CROSS JOIN temp.renamed ON source = {source} AND old = file"
+        selects.append(f"SELECT key, new, row FROM {rows}")  # noqa: S608
+    connection.execute("BEGIN")
+    connection.execute("INSERT INTO main.keys " + " UNION ALL ".join(selects) + " ORDER BY 1")
+    connection.execute("DELETE FROM temp.renamed")
+    connection.execute("COMMIT")
+    for source in range(len(group)):
+        connection.execute(f"DETACH source{source}")
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the digest in the tail matches the bytes before it."""
-    digest = hashlib.blake2b(digest_size=16)
-    with translated(path), path.open("rb") as file:
-        left = path.stat().st_size - TAIL.size
-        while left > 0 and (chunk := file.read(min(left, 1 << 20))):
-            digest.update(chunk)
-            left -= len(chunk)
-        tail = file.read()
-    return len(tail) == TAIL.size and TAIL.unpack(tail)[3] == digest.digest()
-
-
-def merged(indexes: Sequence[KeyIndex], keep: Collection[str]) -> tuple[Iterator[Slots], tuple[str, ...], int]:
-    """Slots of several indexes in order, the files they speak of, and a bound on their number.
-
-    Files outside `keep` are left out, and so is a file that an earlier index already speaks of.
-    """
-    files: dict[str, int] = {}
-    numbers = [_renumbered(index.files, files, keep) for index in indexes]
-    total = sum(len(index.slots) for index in indexes)
-    return _merge(indexes, numbers, total), tuple(files), total
-
-
-def _renumbered(names: Sequence[str], files: dict[str, int], keep: Collection[str]) -> NDArray[np.int64]:
-    """New file number of each name, -1 for those left out; extends `files`."""
-    fresh = [name in keep and name not in files for name in names]
-    for name in (name for name, new in zip(names, fresh, strict=True) if new):
-        files[name] = len(files)
-    return np.array([files[name] if new else -1 for name, new in zip(names, fresh, strict=True)], np.int64)
-
-
-def _merge(indexes: Sequence[KeyIndex], numbers: Sequence[NDArray[np.int64]], total: int) -> Iterator[Slots]:
-    bits = (total // MERGE_SLOTS).bit_length()
-    bounds = np.arange(1, 1 << bits, dtype=np.uint64) << np.uint64(64 - bits) if bits else np.zeros(0, np.uint64)
-    cuts = [np.concatenate([[0], index.position(bounds, after=False), [len(index.slots)]]) for index in indexes]
-    for bucket in range(1 << bits):
-        parts = [
-            _taken(index, int(cut[bucket]), int(cut[bucket + 1]), number)
-            for index, cut, number in zip(indexes, cuts, numbers, strict=True)
-        ]
-        together: Any = np.concatenate(parts)
-        yield together[np.argsort(together["high"], kind="stable")]
-
-
-def _taken(index: KeyIndex, start: int, stop: int, number: NDArray[np.int64]) -> Slots:
-    """A copy of some slots, renumbered, without those left out."""
-    part = index.slots[start:stop].copy()
-    if index.source is not None:
-        index.source.madvise(mmap.MADV_DONTNEED)
-    renamed = number[part["file"]] if len(part) else np.zeros(0, np.int64)
-    part["file"] = np.maximum(renamed, 0)
-    kept: Slots = part[renamed >= 0]
-    return kept
+    """Whether an index file is the one that its name stands for."""
+    return file_name(path) == path.name

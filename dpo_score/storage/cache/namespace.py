@@ -9,7 +9,9 @@ and a snapshot names them for as long as they exist.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,8 @@ from numpy.typing import NDArray
 
 from dpo_score.errors import DamageError, StorageError
 from dpo_score.storage.base import Store, WarningsTo
-from dpo_score.storage.cache import key_index as keyindex
+from dpo_score.storage.cache import key_index
 from dpo_score.storage.cache.blocks import (
-    KEY_BYTES,
     CacheEntry,
     EntryBlock,
     ValueFiles,
@@ -29,7 +30,7 @@ from dpo_score.storage.cache.blocks import (
     to_table,
 )
 from dpo_score.storage.cache.key_index import KeyIndex
-from dpo_score.storage.fingerprint import digest
+from dpo_score.storage.io import BUFFER_BYTES
 
 DESCRIPTION = "namespace.json"
 GROUP_ROWS = 256
@@ -103,40 +104,50 @@ class CacheSpace:
     def compact(self) -> None:
         """Index every value file; merge small indexes into large ones, so that their number grows logarithmically."""
         files = set(self.snapshot())
+        for name in self.store.list(f"{self.folder}/index"):
+            if not name.endswith(key_index.SUFFIX):
+                self.store.remove(name)  # of an earlier release: its files are indexed anew
         indexes = self.indexes()
         covered = {file for index in indexes.values() for file in index.files}
         for group in self._groups(sorted(files - covered)):
-            self._write_index(group, files)
+            self._keep_index(lambda path, group=group: key_index.write(path, group))  # type: ignore[misc]
         stale = {name for name, index in indexes.items() if not files.issuperset(index.files)}
         self._merge_small(files, stale)
 
     def _merge_small(self, files: set[str], stale: set[str]) -> None:
-        ordered = sorted(self.indexes().items(), key=lambda item: -len(item[1].slots))
+        ordered = sorted(self.indexes().items(), key=lambda item: -item[1].size)
         while ordered and ordered[0][0] not in stale and _outweighs(ordered):
             ordered.pop(0)
         if len(ordered) > 1 or (ordered and ordered[0][0] in stale):
-            merged = self._write_index([index for _, index in ordered], files)
+            try:
+                merged = self._keep_index(lambda path: key_index.merge(path, [index for _, index in ordered], files))
+            except key_index.IndexGoneError:
+                return
             for name, _ in ordered:
                 if name != merged:
                     self.store.remove(name)
 
-    def _write_index(self, indexes: Sequence[KeyIndex], files: set[str]) -> str:
-        parts, names, total = keyindex.merged(indexes, files)
-        name = f"{self.folder}/index/{digest(names)[:32]}.idx"
-        if not self.store.exists(name):
-            self.store.write_chunks(name, keyindex.encoded(parts, names, total))
+    def _keep_index(self, build: Callable[[Path], None]) -> str:
+        """An index built in a folder of this machine's own, then written as every file of the cache is."""
+        with tempfile.TemporaryDirectory(prefix="dpo-score-index-") as folder:
+            path = Path(folder) / f"index{key_index.SUFFIX}"
+            build(path)
+            name = f"{self.folder}/index/{key_index.file_name(path)}"
+            if not self.store.exists(name):
+                with path.open("rb") as file:
+                    self.store.write_chunks(name, iter(lambda: file.read(BUFFER_BYTES), b""))
         return name
 
-    def _groups(self, files: Sequence[str]) -> Iterator[list[KeyIndex]]:
-        """Indexes of single files, in groups that are sorted in memory at once."""
-        group: list[KeyIndex] = []
+    def _groups(self, files: Sequence[str]) -> Iterator[dict[str, NDArray[np.uint8]]]:
+        """The keys of value files, in groups that are sorted in memory at once."""
+        group: dict[str, NDArray[np.uint8]] = {}
         for file in files:
             keys = self.keys(file)
             if keys is not None:
-                group.append(keyindex.in_memory([file], [keys]))
-            if sum(len(index.slots) for index in group) >= INDEX_AT_ONCE:
+                group[file] = keys
+            if sum(map(len, group.values())) >= INDEX_AT_ONCE:
                 yield group
-                group = []
+                group = {}
         if group:
             yield group
 
@@ -151,7 +162,7 @@ class CacheSpace:
     def indexes(self) -> dict[str, KeyIndex]:
         """The index files that can be opened; damaged ones are quarantined."""
         found: dict[str, KeyIndex] = {}
-        for name in self.store.list(f"{self.folder}/index"):
+        for name in self._index_names():
             try:
                 found[name] = self._index(name)
             except DamageError as error:
@@ -162,18 +173,21 @@ class CacheSpace:
 
     def _index(self, name: str) -> KeyIndex:
         path = self.store.local_copy(name)
-        if name not in self._whole and not keyindex.is_whole(path):
+        if name not in self._whole and not key_index.is_whole(path):
             raise DamageError(f"{self.store.url(name)}: damaged index of keys")
         self._whole.add(name)
-        return keyindex.opened(path)
+        return key_index.opened(path)
+
+    def _index_names(self) -> list[str]:
+        """Index files of this release; those of an earlier one are left unread until the index is compacted."""
+        return [name for name in self.store.list(f"{self.folder}/index") if name.endswith(key_index.SUFFIX)]
 
     def damaged_indexes(self) -> list[str]:
         """One sentence per index file that is not whole."""
-        names = self.store.list(f"{self.folder}/index")
         return [
             f"{self.store.url(name)}: damaged index of keys"
-            for name in names
-            if not keyindex.is_whole(self.store.local_copy(name))
+            for name in self._index_names()
+            if not key_index.is_whole(self.store.local_copy(name))
         ]
 
     def set_aside(self, name: str, error: DamageError) -> None:
@@ -204,13 +218,11 @@ class CacheView:
 
     def _places(self, keys: Sequence[bytes]) -> dict[bytes, list[tuple[str, int]]]:
         """(file, row) of each key in files of the snapshot, by file name."""
-        asked = list(dict.fromkeys(keys))
-        array = np.frombuffer(b"".join(asked), np.uint8).reshape(len(asked), KEY_BYTES)
         places: dict[bytes, set[tuple[str, int]]] = {}
         for index in self._indexes:
-            for query, file, row in index.find(array):
-                if index.files[file] in self._files:
-                    places.setdefault(asked[query], set()).add((index.files[file], row))
+            for key, file, row in index.find(set(keys)):
+                if file in self._files:
+                    places.setdefault(key, set()).add((file, row))
         return {key: sorted(spots) for key, spots in places.items()}
 
     def _opened(self, space: CacheSpace) -> list[KeyIndex]:
@@ -224,16 +236,14 @@ class CacheView:
             indexes = list(space.indexes().values())
             missing = self._unindexed(indexes)
         read = {file: space.keys(file) for file in missing}
-        held = {file: keys for file, keys in read.items() if keys is not None}
-        return [*indexes, keyindex.in_memory(list(held), list(held.values()))]
+        return [*indexes, key_index.in_memory({file: keys for file, keys in read.items() if keys is not None})]
 
     def _unindexed(self, indexes: Sequence[KeyIndex]) -> list[str]:
         return sorted(self._files.difference(*(index.files for index in indexes)))
 
 
 def _outweighs(ordered: Sequence[tuple[str, KeyIndex]]) -> bool:
-    rest = sum(len(index.slots) for _, index in ordered[1:])
-    return len(ordered[0][1].slots) > OUTWEIGHS * rest
+    return ordered[0][1].size > OUTWEIGHS * sum(index.size for _, index in ordered[1:])
 
 
 _ENDING = ".parquet"

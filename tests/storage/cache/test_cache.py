@@ -317,6 +317,18 @@ def test_a_damaged_index_is_quarantined_and_built_anew(space: CacheSpace, said: 
     assert list(fresh.indexes()) == [name]
 
 
+def test_the_index_of_an_earlier_release_is_replaced_without_a_word(space: CacheSpace, said: list[str]) -> None:
+    space.add("a", block(0, 40))
+    old = f"{space.folder}/index/{'0' * 32}.idx"
+    space.store.write_bytes(old, b"sorted slots of an earlier release")
+    assert agree(lookup(space, [key(n) for n in range(40)]), block(0, 40))
+    assert open_cache(space.store.url()).verify() == ()
+    space.compact()
+    assert not space.store.exists(old)
+    assert len(space.indexes()) == 1
+    assert said == []
+
+
 # processes
 
 

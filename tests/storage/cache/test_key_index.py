@@ -1,4 +1,4 @@
-"""The key index against a dictionary; merged, mapped, damaged."""
+"""The key index against a dictionary; merged, damaged, and one of an earlier release."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dpo_score.errors import DamageError
-from dpo_score.storage.cache import key_index as keyindex
+from dpo_score.storage.cache import key_index
 from dpo_score.storage.cache.key_index import KeyIndex
 from tests.storage import shim
 
@@ -25,7 +25,7 @@ def array(keys: list[bytes]) -> Keys:
 
 
 def as_dict(files: list[list[bytes]]) -> dict[bytes, set[tuple[str, int]]]:
-    """The slow twin: every place of every key."""
+    """The same, slowly: every place of every key."""
     places: dict[bytes, set[tuple[str, int]]] = {}
     for number, keys in enumerate(files):
         for row, key in enumerate(keys):
@@ -35,71 +35,100 @@ def as_dict(files: list[list[bytes]]) -> dict[bytes, set[tuple[str, int]]]:
 
 def found(index: KeyIndex, keys: list[bytes]) -> dict[bytes, set[tuple[str, int]]]:
     places: dict[bytes, set[tuple[str, int]]] = {}
-    for query, file, row in index.find(array(keys)):
-        places.setdefault(keys[query], set()).add((index.files[file], row))
+    for key, file, row in index.find(keys):
+        places.setdefault(key, set()).add((file, row))
     return places
 
 
-def on_disk(path: Path, indexes: list[KeyIndex], keep: set[str]) -> KeyIndex:
-    parts, names, total = keyindex.merged(indexes, keep)
-    path.write_bytes(b"".join(keyindex.encoded(parts, names, total)))
-    assert keyindex.is_whole(path)
-    return keyindex.opened(path)
+def on_disk(folder: Path, files: dict[str, Keys]) -> KeyIndex:
+    path = folder / f"{len(list(folder.iterdir()))}.part"
+    key_index.write(path, files)
+    path = path.rename(folder / key_index.file_name(path))
+    assert key_index.is_whole(path)
+    return key_index.opened(path)
 
 
-@settings(max_examples=200, deadline=None)
+def merged(folder: Path, indexes: list[KeyIndex], keep: set[str]) -> KeyIndex:
+    path = folder / "merged.sqlite"
+    key_index.merge(path, indexes, keep)
+    return key_index.opened(path)
+
+
+@settings(max_examples=100, deadline=None)
 @given(FILES, st.lists(NARROW, max_size=5))
 def test_an_index_finds_what_a_dictionary_finds(files: list[list[bytes]], others: list[bytes]) -> None:
-    names = [f"f{n}" for n in range(len(files))]
     expected = as_dict(files)
     asked = [*dict.fromkeys([*expected, *others])]
-    assert found(keyindex.in_memory(names, [array(keys) for keys in files]), asked) == expected
+    index = key_index.in_memory({f"f{n}": array(keys) for n, keys in enumerate(files)})
+    assert found(index, asked) == expected
+    assert index.size == sum(map(len, files))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(FILES, st.sets(st.integers(0, 3)))
 def test_merging_keeps_exactly_the_files_asked_for(
     tmp_path_factory: pytest.TempPathFactory, files: list[list[bytes]], dropped: set[int]
 ) -> None:
-    parts = [keyindex.in_memory([f"f{n}"], [array(keys)]) for n, keys in enumerate(files)]
+    folder = tmp_path_factory.mktemp("index")
+    parts = [on_disk(folder, {f"f{n}": array(keys)}) for n, keys in enumerate(files)]
     keep = {f"f{n}" for n in range(len(files)) if n not in dropped}
-    index = on_disk(tmp_path_factory.mktemp("index") / "a.idx", [*parts, parts[0]], keep)
+    index = merged(folder, [*parts, parts[0]], keep)
     expected = {key: {p for p in places if p[0] in keep} for key, places in as_dict(files).items()}
     assert found(index, list(expected)) == {key: places for key, places in expected.items() if places}
+    assert set(index.files) == keep
 
 
 def random_keys(count: int, seed: int) -> Keys:
     return np.random.default_rng(seed).integers(0, 256, (count, 16), np.uint8)
 
 
-@pytest.mark.parametrize("size", [1, 511, 512, 513, 5_000])
-def test_buckets_of_every_size(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keyindex, "MERGE_SLOTS", 700)
-    monkeypatch.setattr(keyindex, "QUERIES_AT_ONCE", 37)
+@pytest.mark.parametrize("size", [1, 511, 5_000])
+def test_more_keys_than_go_into_one_statement(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_index, "ROWS_AT_ONCE", 700)
+    monkeypatch.setattr(key_index, "QUERIES_AT_ONCE", 37)
     keys = random_keys(size, 0)
-    halves = [keyindex.in_memory(["a"], [keys[::2]]), keyindex.in_memory(["b"], [keys[1::2]])]
-    index = on_disk(tmp_path / "x", halves, {"a", "b"})
-    assert len(index.slots) == size
-    assert (np.diff(index.slots["high"].astype(object)) >= 0).all()
-    hits = sorted((query, index.files[file], row) for query, file, row in index.find(keys))
-    assert hits == [(n, "ab"[n % 2], n // 2) for n in range(size)]
-    assert list(index.find(random_keys(100, 1))) == []
+    index = merged(tmp_path, [on_disk(tmp_path, {"a": keys[::2]}), on_disk(tmp_path, {"b": keys[1::2]})], {"a", "b"})
+    asked = [key.tobytes() for key in keys]
+    hits = {key: (file, row) for key, file, row in index.find(asked)}
+    assert hits == {key: ("ab"[n % 2], n // 2) for n, key in enumerate(asked)}
+    assert list(index.find([key.tobytes() for key in random_keys(100, 1)])) == []
 
 
-def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
-    on_disk(tmp_path / "x", [keyindex.in_memory(["a"], [random_keys(40, 0)])], {"a"})
-    for bit in range((tmp_path / "x").stat().st_size * 8):
-        shim.flip(tmp_path / "x", bit)
-        if keyindex.is_whole(tmp_path / "x"):
-            with pytest.raises(DamageError):
-                keyindex.opened(tmp_path / "x")
-        shim.flip(tmp_path / "x", bit)
+def test_more_indexes_than_one_statement_merges(tmp_path: Path) -> None:
+    keys = random_keys(40, 0)
+    parts = [on_disk(tmp_path, {f"f{n}": keys[2 * n : 2 * n + 2]}) for n in range(20)]
+    index = merged(tmp_path, parts, {f"f{n}" for n in range(1, 20)})
+    assert found(index, [key.tobytes() for key in keys]) == {
+        keys[row].tobytes(): {(f"f{row // 2}", row % 2)} for row in range(2, 40)
+    }
 
 
-def test_any_truncation_is_found(tmp_path: Path) -> None:
-    on_disk(tmp_path / "x", [keyindex.in_memory(["a"], [random_keys(20, 0)])], {"a"})
-    data = (tmp_path / "x").read_bytes()
-    for length in range(len(data)):
-        (tmp_path / "x").write_bytes(data[:length])
-        with pytest.raises(DamageError, match="index of keys"):
-            keyindex.opened(tmp_path / "x")
+def test_equal_keys_give_equal_bytes(tmp_path: Path) -> None:
+    names = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        index = on_disk(tmp_path / folder, {"x": random_keys(40, 0)})
+        assert index.path is not None
+        names.append(index.path.name)
+    assert names[0] == names[1]
+
+
+def test_any_flipped_bit_and_any_truncation_is_found(tmp_path: Path) -> None:
+    index = on_disk(tmp_path, {"a": random_keys(40, 0)})
+    assert index.path is not None
+    path, data = index.path, index.path.read_bytes()
+    for bit in range(0, len(data) * 8, 1009):
+        shim.flip(path, bit)
+        assert not key_index.is_whole(path)
+        shim.flip(path, bit)
+    for length in range(0, len(data), 997):
+        path.write_bytes(data[:length])
+        assert not key_index.is_whole(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"not a database at all, but long enough to be read as one" * 20])
+def test_what_is_no_database_is_damage(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "x.sqlite"
+    path.write_bytes(data)
+    with pytest.raises(DamageError, match="not an index of keys"):
+        key_index.opened(path)
