@@ -152,9 +152,10 @@ def _append(connection: sqlite3.Connection, group: Sequence[KeyIndex], keep: Col
     selects = []
     for source, index in enumerate(group):
         assert index.path is not None, "only index files are merged"
-        connection.execute(
-            f"ATTACH ? AS source{source}", [f"file:{quote(str(index.path.absolute()))}?mode=ro&immutable=1"]
-        )
+        try:
+            connection.execute(f"ATTACH ? AS source{source}", [_where(index.path)])
+        except sqlite3.OperationalError as error:
+            raise IndexGoneError(f"{index.path}: {error}") from error
         for old, name, keys in index.listed:
             if name in keep and name not in taken:
                 connection.execute("INSERT INTO temp.renamed VALUES (?, ?, ?)", [source, old, len(taken)])
