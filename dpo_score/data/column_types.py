@@ -138,9 +138,10 @@ def is_plain(shape: Shape) -> bool:
         return False
     if shape.kind == "list":
         return shape.item is None or is_plain(shape.item)
-    return shape.kind != "struct" or (
-        shape.fields.keys() == {"role", "content"} and all(map(is_text, shape.fields.values()))
-    )
+    if shape.kind != "struct":
+        return True
+    texts = (is_text(field) and not field.binary for field in shape.fields.values())
+    return shape.fields.keys() == {"role", "content"} and all(texts)
 
 
 def from_arrow(type_: pa.DataType) -> Shape:
