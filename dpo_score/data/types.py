@@ -60,7 +60,7 @@ MARKS: Mapping[str, str] = {
     "identical_pair": "both answers are the same",
     "empty_answer": "an answer is empty",
     "tools_unseen": "the row has tools, but its rendered text is the same without them",
-    "prompt_in_answer": "an answer begins with the prompt, or with something like it, which is scored as if answered",
+    "prompt_in_answer": "answers begin with the prompt, or with something like it, which is scored as part of them",
 }
 """Findings on a scored pair, and what each means. Trainers train on such pairs, so they are marked, not rejected."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_score.data.types import EncodedPair, Ids, Message, Pair, Text
+from dpo_score.data.types import SYSTEM_ROLES, EncodedPair, Ids, Message, Pair, Text
 from dpo_score.escape import seen
 from dpo_score.tokenization.prompt import shared_length
 from dpo_score.tokenization.tokenizer import special_ids
@@ -20,6 +20,9 @@ END_WINDOW = 4
 """An end-of-turn token may be followed by a line break or two."""
 EXAMPLE = 80
 """Characters of a text that a warning shows."""
+LEAD, LONG = 32, 16
+"""Characters of a speaker's name before a repeated question, and of a question that is not repeated by chance."""
+ASKING = (*SYSTEM_ROLES, "user")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -72,6 +75,8 @@ def _message_texts(message: Message) -> Iterator[str]:
     for text in (message.get("content"), reasoning):
         if isinstance(text, str):
             yield text
+    if isinstance(message.get("function_calls"), str):
+        yield message["function_calls"]
     calls = message.get("tool_calls")
     for call in calls if isinstance(calls, Sequence) else ():
         yield from _function_name(call)
@@ -108,7 +113,32 @@ def is_empty(side: Text) -> bool:
     """An answer of white space, with no tool call to make up for it."""
     if isinstance(side, str):
         return not side.strip()
-    return not any(message.get("tool_calls") for message in side) and not last_words(side).strip()
+    return (
+        not any(message.get("tool_calls") or message.get("function_calls") for message in side)
+        and not last_words(side).strip()
+    )
+
+
+def repeats_prompt(pair: Pair) -> bool:
+    """Whether answers begin with what was asked, or with a turn that is not the assistant's.
+
+    Both answers have to begin with the last question; one alone counts where the question is at least LONG characters
+    long, which no answer repeats by chance. White space and a speaker's name before it (at most LEAD characters that
+    do not end in a word) make no difference.
+    """
+    sides = (pair.chosen, pair.rejected)
+    if any(not isinstance(side, str) and side and side[0].get("role") in ASKING for side in sides):
+        return True
+    question = " ".join(last_words(pair.prompt).split())
+    found = [bool(question) and _begins_with(side, question) for side in sides]
+    return all(found) or (any(found) and len(question) >= LONG)
+
+
+def _begins_with(side: Text, question: str) -> bool:
+    first = side if isinstance(side, str) else str(side[0].get("content") or "") if side else ""
+    begun = " ".join(first[: 2 * (len(question) + LEAD)].split())[: len(question) + LEAD]
+    at = begun.find(question)
+    return at == 0 or (at > 0 and not begun[:at].rstrip()[-1].isalnum())
 
 
 class TurnEnds:

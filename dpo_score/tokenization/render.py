@@ -194,6 +194,7 @@ class Renderer:
             "no_eos": not all(self._ends.close(ids[begin:]) for ids in (chosen, rejected_)),
             "double_bos": marks.doubles_bos(chosen, self._bos_id),
             "empty_answer": marks.is_empty(pair.chosen) or marks.is_empty(pair.rejected),
+            "prompt_in_answer": marks.repeats_prompt(pair),
         }
         return [mark for mark, found in seen.items() if found]
 

@@ -10,7 +10,7 @@ import pytest
 
 from dpo_score.config.schema import TextSpec
 from dpo_score.data.types import MARKS, EncodedPair, Pair, Source, TokenIds
-from dpo_score.tokenization.flags import example
+from dpo_score.tokenization.flags import example, repeats_prompt
 from dpo_score.tokenization.render import Renderer
 from tests.data.formats.golden_rows import bot, user
 from tests.tiny import CHATML, byte_tokenizer
@@ -107,6 +107,37 @@ def test_empty_answer_still_scores_its_end() -> None:
     assert marks_of(pair(ASKED, " ")) == {"empty_answer"}
     calling = Pair(HERE, ASKED, ({**bot(""), "tool_calls": [{"function": {"name": ""}}]},), (bot("no"),))
     assert marks_of(calling) == set()
+    named = Pair(HERE, ASKED, ({"role": "assistant", "function_calls": "now()"},), (bot("no"),))
+    assert "empty_answer" not in marks_of(named)
+    assert "content_altered" in marks_of(named), "the template does not show the call"
+
+
+ASKED_LONG = "What is the capital of France?"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "marked"),
+    [
+        ("2 + 2?", "2 + 2? 4", "2  + 2?\n5", True),
+        ("2 + 2?", "User: 2 + 2? 4", "Human:\n2 + 2? 5", True),
+        ("2 + 2?", "2 + 2? 4", "5", False),
+        (ASKED_LONG, f"{ASKED_LONG} Paris", "London", True),
+        ("height of a man", "The height of a man is", "The height of a man was", False),
+        ("", " a", " b", False),
+        ((user("hi"),), (user("hi"), bot("a")), (user("hi "), bot("b")), True),
+        ((user(ASKED_LONG),), (bot(f"{ASKED_LONG} Paris"),), (bot("London"),), True),
+        ((user("hi"),), (bot("a"),), (bot("b"),), False),
+    ],
+)
+def test_an_answer_that_begins_with_its_prompt(prompt: Any, chosen: Any, rejected: Any, marked: bool) -> None:
+    assert repeats_prompt(Pair(HERE, prompt, chosen, rejected)) == marked
+
+
+def test_a_repeated_prompt_is_marked_on_the_scored_row() -> None:
+    asked = (user(ASKED_LONG),)
+    doubled = Pair(HERE, asked, (user(f"{ASKED_LONG}\n"), bot("Paris")), (user(f"{ASKED_LONG}\n"), bot("London")))
+    assert "prompt_in_answer" in marks_of(doubled)
+    assert "prompt_in_answer" not in marks_of(pair(ASKED, "yes"))
 
 
 @pytest.mark.parametrize("answer", ["yes", "yes, it is", " "])
