@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from dpo_score.cli import export, results, run, select
+from dpo_score.cli import doctor, export, results, run, select
 from dpo_score.cli.console import make_encodable
 from dpo_score.cli.options import help_of
 from dpo_score.config.hints import MEANINGS, meant_by
@@ -33,7 +33,7 @@ CPU_RUNTIME = {
 """Read by OpenMP and oneDNN when torch is imported; what the user has set is kept."""
 HELP_FLAGS = {"help_option_names": ["-h", "--help"]}
 COMMANDS = {
-    "Before a run": (results.formats, run.inspect),
+    "Before a run": (doctor.doctor, results.formats, run.inspect),
     "Score": (run.run, run.precompute, results.finish),
     "Look at the results": (
         results.status, results.verify, results.report, results.compare, results.rescore, results.audit,

@@ -15,6 +15,7 @@ from typing import Any
 from dpo_score.config.schema import ComputeSpec, ModelSpec, PolicySpec, RunConfig
 from dpo_score.data.dataset import Dataset, mean_text_bytes, open_data
 from dpo_score.engine.context import RunContext
+from dpo_score.engine.doctor import cuda_settings
 from dpo_score.engine.environment import commit_lines, commits, continued, host, names, now, pinned, versions
 from dpo_score.engine.model_logprobs import cache_fields, overlaid, placed, trusted
 from dpo_score.engine.plan import (
@@ -31,7 +32,7 @@ from dpo_score.engine.plan import (
     with_numerics,
 )
 from dpo_score.errors import ConfigError, ModelError
-from dpo_score.logprobs.numerics import resolve_numerics, ways, with_own_softmax
+from dpo_score.logprobs.numerics import present, resolve_numerics, ways, with_own_softmax
 from dpo_score.losses.parse import parse_loss
 from dpo_score.models.limits import text_limits
 from dpo_score.models.numerics import Numerics
@@ -155,6 +156,9 @@ class Preparation:
     def _environment(self, computes: bool) -> dict[str, str]:
         """Versions and device, held against those that OUT was begun with."""
         here = versions(placed(self.numerics, self.context.device) if computes and self.numerics else None)
+        if computes and self.numerics and self.numerics.device_kind == "cuda" and present(self.numerics.device):
+            for finding in cuda_settings():
+                self.context.progress.warn(f"{finding.what}: {finding.seen}: {finding.way_out}")
         begun = self.found.versions if self.found is not None else here
         return continued(begun, here, self.config.strict_env, self.context.progress.warn)
 
