@@ -35,6 +35,8 @@ from dpo_score.export.dataset import DatasetWriter
 from dpo_score.export.layout import Export, consumer_of, renaming
 from dpo_score.losses.custom import is_custom
 from dpo_score.losses.parse import parse_loss
+from dpo_score.models.limits import context_limit
+from dpo_score.models.resolve import Resolver
 from dpo_score.results.card import CONTRACT, LOADER, README, SUMMARY, card, data_set, described
 from dpo_score.results.run_folder import open_out
 from dpo_score.results.source_text import stored_config
@@ -44,16 +46,23 @@ from dpo_score.storage.manifest import finish_manifest, read_manifest, reopen_ma
 from dpo_score.storage.manifest import restart as discard_results
 
 PIPELINE = "pipeline.yaml"
+TRL_MAX_LENGTH = 1024
+"""The default of DPOConfig.max_length in TRL 1.16."""
 _SHARD = re.compile(r"data/\w+-\d{5,}-of-\d{5,}\.parquet")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PrecomputeOutcome:
     """`out` is None when only the cache was filled. `summary`: rows, scored, rejected by code, marks, splits."""
 
     out: str | None
     summary: Mapping[str, Any]
     max_bad_rows: float | None = None
+    trl: bool = False
+
+    def __repr__(self) -> str:
+        scored, rows = self.summary["scored"], self.summary["rows"]
+        return f"PrecomputeOutcome(out={self.out!r}, {scored:,} of {rows:,} rows scored)"
 
     def lines(self) -> Iterator[str]:
         """What a person reads at the end."""
@@ -66,7 +75,10 @@ class PrecomputeOutcome:
             yield "the values are in the cache; --out DIR writes the data set with them"
             return
         splits = ", ".join(f"{name} ({count:,} rows)" for name, count in self.summary["splits"].items())
-        yield f"{self.out}: {splits}; load_dataset finds it, {LOADER} checks it against a trainer"
+        yield f"{self.out}: {splits}; load_dataset finds it"
+        if self.trl:
+            yield f"train: python {self.out}/{LOADER} --model_name_or_path MODEL --output_dir DIR (trl dpo's options)"
+            yield f"in Python: DPOTrainerWithRefLogps of dpo_score.integrations.trl, train_dataset={self.out!r}"
 
     def raise_failures(self) -> None:
         """BadRowsError when more rows were rejected than --max-bad-rows allows."""
@@ -91,12 +103,27 @@ def precompute(
         refuse_foreign_files(context.store, out, restart)
         if restart:
             _throw_away(context.store)
+        if to == "trl" and "max_length" not in config.text.model_fields_set:
+            config = _with_trl_length(config, context)
         with with_workers(config, context) as config:
             plan, _ = prepare(config, context)
             _refuse_own_input(context.store, plan)
             export = export_of(plan, to, rename)
             run_references(context, plan)
         return _write(context, plan, export)
+
+
+def _with_trl_length(config: RunConfig, context: RunContext) -> RunConfig:
+    """TRL's own default of max_length, or the model's limit where that is less: rows are cut as its trainer does."""
+    spec = config.reference
+    assert spec is not None
+    resolver = Resolver(context.cache_dir, context.digests.sha256, config.allow_pickle, config.trust_remote_code)
+    limit = context_limit(resolver.resolve(spec.model, revision=spec.revision, adapter=spec.adapter).config)
+    length = min(TRL_MAX_LENGTH, limit or TRL_MAX_LENGTH)
+    context.progress.say(
+        f"max_length {length}, the default of TRL's DPOConfig; --max-length N says another, which DPOConfig needs too"
+    )
+    return config.model_copy(update={"text": config.text.model_copy(update={"max_length": length})})
 
 
 def export_run(out: str, to: str, folder: str | None, rename: str | None, progress: Progress) -> PrecomputeOutcome:
@@ -122,8 +149,8 @@ def config_of_run(out: str, to: str, folder: str) -> RunConfig:
             f"--to {to}: {out} was scored with --rewardbench exact, which adds and drops tokens that no trainer would. "
             "Run without it"
         )
-    date = manifest.notes.get("date")
-    text = config.text.model_copy(update={"date": date}) if config.text.date is None else config.text
+    kept = {"max_length": config.text.max_length}  # set, so that it stays what the run scored with
+    text = config.text.model_copy(update=kept | {"date": config.text.date or manifest.notes.get("date")})
     loss = LossSpec() if is_custom(config.loss.name) else config.loss  # code that OUT names is not run; it reads none
     given = {"out": folder, "policies": (), "rewardbench": None, "text": text, "loss": loss}
     return config.model_copy(update=given)
@@ -162,7 +189,7 @@ def _write(context: RunContext, plan: RunPlan, export: Export) -> PrecomputeOutc
     assert plan.config.out is not None
     if due or _unfinished(context.store):
         _finish(context, plan, export, summary)
-    return PrecomputeOutcome(plan.config.out, summary, plan.config.max_bad_rows)
+    return PrecomputeOutcome(plan.config.out, summary, plan.config.max_bad_rows, export.consumer.name == "trl")
 
 
 def _finish(context: RunContext, plan: RunPlan, export: Export, summary: Mapping[str, Any]) -> None:

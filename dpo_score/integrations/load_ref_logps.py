@@ -5,11 +5,14 @@
     data = load()                                       # the splits that lie beside this file
     DPOTrainerWithRefLogps(model, args=DPOConfig(...), train_dataset=data["train"]).train()
 
-Needs trl and datasets alone. Promises: no reference model is loaded; before the first step it is refused to train when
-max_length, truncation, ld_alpha, tokenizer or chat template (with its date) are not those of `dpo_score.json`, or when
-the token ids that TRL makes of any row, after its own cut, are not the ones that were scored. A model that starts with
-the reference's weights must begin with rewards of zero, up to rounding. Does not: check `beta` or the loss, which no
-reference value depends on; accept streamed data sets.
+or `python load_ref_logps.py --config dpo.yaml`, which is `trl dpo` on the data beside this file, or TRL's own trainer:
+after `load()` its DPOTrainer takes the columns where precompute_ref_log_probs=True, and refuses to ignore them.
+
+Needs trl and datasets alone. No reference model is loaded. Before the first step it is refused to train when ld_alpha
+is another, or when the token ids that TRL makes of any row, after its own cut, are not the ones that were scored; the
+message then says which of max_length, truncation, tokenizer and chat template differ. A model that starts with the
+reference's weights must begin with rewards of zero, up to rounding. `beta` and the loss are free: no reference value
+depends on them. Streamed data sets are refused.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import copy
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -35,34 +39,58 @@ IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 NEEDED = ("chosen", "rejected", *VALUES, "pair_digest", "row_id")
 HALF_NOISE, FLOAT32_NOISE = 0.05, 1e-4
 """Nats by which 16-bit and float32 arithmetic may move a token's log-probability, on average over an answer."""
+_LOADED_FROM = "reference log-probs loaded from "
 log = logging.getLogger("dpo_score")
 
 
 def load(folder: str | Path = HERE, **options: Any) -> Any:
-    """The data set in `folder`, as `datasets.load_dataset` gives it."""
-    return load_dataset(str(folder), **options)
+    """The data set in `folder`, as `datasets.load_dataset` gives it; trainers find its contract again.
+
+    TRL's own DPOTrainer then takes its columns, too: see `teach_trl`.
+    """
+    teach_trl()
+    found = load_dataset(str(folder), **options)
+    for part in found.values() if isinstance(found, Mapping) else [found]:
+        part.info.description = _LOADED_FROM + str(Path(folder).absolute())
+    return found
 
 
-def read_contract(where: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the values belong to: from a folder, a file, or as it is; None: from beside this file."""
+def read_contract(where: str | Path | Mapping[str, Any] | None, dataset: Any = None) -> dict[str, Any]:
+    """What the values belong to: from a folder, a file, or as it is; None: from beside the data set or this file."""
     if isinstance(where, Mapping):
         return dict(where)
-    path = Path(where or HERE)
-    path = path / CONTRACT if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no {CONTRACT}, which says what the reference log-probs belong to. Give contract=FOLDER, the "
-            "folder that `dpo-score precompute` wrote"
-        )
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    places = [Path(where)] if where is not None else _beside(dataset)
+    for place in places:
+        path = place / CONTRACT if place.is_dir() else place
+        if path.is_file():
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found
+    looked = ", ".join(str(place / CONTRACT if place.suffix != ".json" else place) for place in places)
+    raise FileNotFoundError(
+        f"no {CONTRACT}, which says what the reference log-probs belong to; looked for {looked}. Give contract=FOLDER, "
+        "the folder that `dpo-score precompute` wrote"
+    )
+
+
+def _beside(dataset: Any) -> list[Path]:
+    """Where the contract of a data set may be: where it was loaded from, beside this file, beside its files."""
+    info = getattr(dataset, "info", None)
+    places = [HERE]
+    if info is not None and (info.description or "").startswith(_LOADED_FROM):
+        places.insert(0, Path(info.description.removeprefix(_LOADED_FROM)))
+    if info is not None and getattr(info, "dataset_name", None):
+        places.append(Path(info.dataset_name))
+    for file in getattr(dataset, "cache_files", ()):
+        places.append(Path(file["filename"]).parent)
+    return list(dict.fromkeys(places))
 
 
 class DPOTrainerWithRefLogps(DPOTrainer):  # type: ignore[misc]
     """TRL's DPOTrainer on a data set with `ref_chosen_logps` and `ref_rejected_logps`.
 
-    `contract`: folder or file of `dpo_score.json`, or what is in it (default: beside this file). Other arguments are
-    DPOTrainer's; `args` is needed, `ref_model` must be left out. Raises `refusal` before the first step.
+    `train_dataset` may be the folder that was written. `contract`: folder or file of `dpo_score.json`, or what is in it
+    (default: where `load` read the data, else beside this file). Other arguments are DPOTrainer's; without `args` it is
+    DPOConfig's defaults; `ref_model` must be left out. Raises `refusal` before the first step.
     """
 
     refusal: type[Exception] = ValueError
@@ -74,31 +102,44 @@ class DPOTrainerWithRefLogps(DPOTrainer):  # type: ignore[misc]
         args: DPOConfig | None = None,
         *more: Any,
         contract: Any = None,
+        train_dataset: Any = None,
         **named: Any,
     ) -> None:
         if ref_model is not None:
             raise self.refusal("ref_model: its log-probs are in the data set already; leave it out")
         if args is None:
             raise self.refusal("args: give a DPOConfig; its max_length must be the one that was scored with")
-        self.contract = read_contract(contract)
-        self._refuse(setting_differences(self.contract, args), "this trainer")
+        if isinstance(train_dataset, str | Path):
+            contract = train_dataset if contract is None else contract
+            train_dataset = load(train_dataset)["train"]
+        try:
+            self.contract = read_contract(contract, train_dataset)
+        except FileNotFoundError as error:
+            raise self.refusal(str(error)) from None
+        differences = value_differences(self.contract, args)
+        if differences:
+            raise self.refusal(_not_of("this trainer", differences))
         args = copy.copy(args)
         args.precompute_ref_log_probs = True  # TRL then takes the values from the data, and loads no reference
         self._unchecked = True
-        super().__init__(model, None, args, *more, **named)
+        super().__init__(model, None, args, *more, train_dataset=train_dataset, **named)
         self._is_reference = has_weights(self.model, self.contract["reference"]["fingerprint"])
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
         if not isinstance(dataset, Dataset):
             raise self.refusal(f"{dataset_name}: streamed data sets cannot be checked; load it without streaming")
-        self._refuse(tokenizer_differences(self.contract, self._tokenizer), "this trainer's tokenizer")
         dataset = self._usable(dataset, dataset_name)
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if len(prepared) != len(dataset):
             lost = len(dataset) - len(prepared)
-            raise self.refusal(f"{dataset_name}: TRL drops {lost} scored rows: their prompts fill max_length here")
-        own_prompt = "prompt" in dataset.column_names
-        self._refuse_other_ids(prepared, args, dataset_name, own_prompt)
+            raise self.refusal(
+                f"{dataset_name}: TRL drops {lost} scored rows: their prompts fill max_length here. "
+                f"{_way_out(self.contract, args)}"
+            )
+        splits_itself = "prompt" not in dataset.column_names
+        problem = other_ids(prepared, self.contract, args, self._tokenizer, dataset_name, splits_itself)
+        if problem:
+            raise self.refusal(problem)
         return prepared
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
@@ -113,13 +154,6 @@ class DPOTrainerWithRefLogps(DPOTrainer):  # type: ignore[misc]
                 self._refuse_moved_start(inputs)
         return result
 
-    def _refuse(self, differences: Sequence[str], who: str) -> None:
-        if differences:
-            raise self.refusal(
-                f"the reference log-probs do not belong to {who}: {'; '.join(differences)}. Change the trainer, or "
-                "compute them again with its settings"
-            )
-
     def _usable(self, dataset: Dataset, name: str) -> Dataset:
         """Only rows that have both values, under the names that TRL reads."""
         back = {new: old for old, new in self.contract["columns"].items() if new in dataset.column_names}
@@ -127,42 +161,17 @@ class DPOTrainerWithRefLogps(DPOTrainer):  # type: ignore[misc]
         absent = [column for column in NEEDED if column not in dataset.column_names]
         if absent:
             raise self.refusal(f"{name}: no column {absent[0]!r}; it has {', '.join(dataset.column_names)}")
-        values = zip(*(dataset[column] for column in VALUES), strict=True)
-        kept = [row for row, pair in enumerate(values) if None not in pair]
-        if len(kept) < len(dataset) and PartialState().is_main_process:
-            log.warning(
-                "%s: %d of %d rows have no reference log-probs and are left out",
-                name,
-                len(dataset) - len(kept),
-                len(dataset),
-            )
-        return dataset.select(kept) if len(kept) < len(dataset) else dataset
-
-    def _refuse_other_ids(self, dataset: Dataset, args: DPOConfig, name: str, own_prompt: bool) -> None:
-        for row_id, expected, ids in rows_of(dataset):
-            found = pair_digest(cut(ids, args.max_length))
-            if found != expected:
-                raise self.refusal(
-                    f"{name} row {row_id}: the token ids that TRL makes of it are not those that were scored "
-                    f"(pair_digest {found} here, {expected} there; {', '.join(str(len(part)) for part in ids)} tokens "
-                    f"of prompt, chosen and rejected here). {self._both_sides(args, own_prompt)}"
-                )
-
-    def _both_sides(self, args: DPOConfig, own_prompt: bool) -> str:
-        text, template = self.contract["text"], _short(template_sha256(self._tokenizer))
-        split = "the prompt column" if own_prompt else "no prompt column, so TRL splits the prompt off itself"
-        return (
-            f"Scored: max_length {text['max_length']}, truncation {text['truncation']}, prompt_split "
-            f"{text['prompt_split']}, template {_short(text['template_sha256'])} of {text['template_date']}. Here: "
-            f"max_length {args.max_length}, truncation {args.truncation_mode}, {split}, template {template} of "
-            f"{date.today()}"
-        )
+        return with_values(dataset, name)
 
     def _refuse_moved_start(self, inputs: Mapping[str, Any]) -> None:
         """Policy = reference: every reward is zero, or the values are not this model's."""
         metrics = self._metrics["train"]
         found = max(abs(metrics[f"rewards/{side}"][-1]) for side in ("chosen", "rejected"))
-        floor = self._noise(inputs)
+        tokens = float(inputs["completion_mask"].sum()) / len(inputs["completion_mask"])
+        narrow = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
+        floor = HALF_NOISE * tokens  # nats that the mean of a batch's log-ratios may be off, in this arithmetic
+        if not narrow and self.contract["noise_floor"] is not None:
+            floor = float(self.contract["noise_floor"]) + FLOAT32_NOISE * tokens
         if not found <= self.beta * floor:
             raise self.refusal(
                 f"the model has the reference's weights, so the first rewards must be 0; they are off by {found:.3g}, "
@@ -170,36 +179,145 @@ class DPOTrainerWithRefLogps(DPOTrainer):  # type: ignore[misc]
                 "this model's: compute them again"
             )
 
-    def _noise(self, inputs: Mapping[str, Any]) -> float:
-        """Nats that the mean of a batch's log-ratios may be off, in this trainer's arithmetic."""
-        tokens = float(inputs["completion_mask"].sum()) / len(inputs["completion_mask"])
-        narrow = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
-        if narrow or self.contract["noise_floor"] is None:
-            return HALF_NOISE * tokens
-        return float(self.contract["noise_floor"]) + FLOAT32_NOISE * tokens
+
+# --- TRL's own trainer ------------------------------------------------------------------------------------------------
 
 
-def setting_differences(contract: Mapping[str, Any], args: DPOConfig) -> list[str]:
-    """The trainer's settings that would put other tokens, or other sums, behind the values."""
+def teach_trl() -> None:
+    """Let TRL's own DPOTrainer take reference log-probs that are in the data, in this process.
+
+    With precompute_ref_log_probs=True it appends the two columns, and fails where they are there; with False it ignores
+    them. Afterwards it takes them, by the same checks as DPOTrainerWithRefLogps, or says how to have them taken.
+    """
+    if getattr(DPOTrainer, "_takes_columns", False):
+        return
+    prepare, precompute = DPOTrainer._prepare_dataset, DPOTrainer._precompute_ref_logps
+
+    def prepare_dataset(self: Any, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
+        columns = getattr(dataset, "column_names", None) or ()
+        if isinstance(self, DPOTrainerWithRefLogps) or not {*VALUES, "pair_digest"} <= set(columns):
+            return prepare(self, dataset, processing_class, args, dataset_name)
+        if not args.precompute_ref_log_probs:
+            raise ValueError(
+                f"{dataset_name}: DPOTrainer would ignore the reference log-probs of this data set: "
+                "DPOConfig(precompute_ref_log_probs=True) or DPOTrainerWithRefLogps uses them; without the columns "
+                f"({', '.join(VALUES)}) it computes its own"
+            )
+        contract = read_contract(None, dataset)
+        differences = value_differences(contract, args)
+        if differences:
+            raise ValueError(_not_of("this trainer", differences))
+        found = prepare(self, with_values(dataset, dataset_name), processing_class, args, dataset_name)
+        problem = other_ids(found, contract, args, self._tokenizer, dataset_name, "prompt" not in columns)
+        if problem:
+            raise ValueError(problem)
+        return found
+
+    def precompute_ref_logps(self: Any, dataset: Any, name: str, batch_size: int) -> Any:
+        if set(VALUES) <= set(dataset.column_names):
+            return dataset
+        return precompute(self, dataset, name, batch_size)
+
+    DPOTrainer._prepare_dataset, DPOTrainer._precompute_ref_logps = prepare_dataset, precompute_ref_logps
+    DPOTrainer._takes_columns = True
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """`trl dpo` with its own options and --config, on the data beside this file unless --dataset_name says another."""
+    import trl
+    from trl.scripts.dpo import main as train
+    from trl.scripts.dpo import make_parser
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = make_parser()
+    parsed = parser.parse_args_and_config(args=given, fail_with_unknown_args=False)
+    script, training, model, mixture = parsed[:4]
+    if script.dataset_name is None and not mixture.datasets:
+        script.dataset_name = str(HERE)
+    folder = Path(script.dataset_name) if script.dataset_name else HERE
+
+    class Trainer(DPOTrainerWithRefLogps):
+        def __init__(self, **named: Any) -> None:
+            super().__init__(contract=folder if folder.is_dir() else None, **named)
+
+    stock, trl.DPOTrainer = trl.DPOTrainer, Trainer
+    try:
+        train(script, training, model, mixture)
+    finally:
+        trl.DPOTrainer = stock
+
+
+# --- what is checked --------------------------------------------------------------------------------------------------
+
+
+def with_values(dataset: Dataset, name: str) -> Dataset:
+    """The rows that have both values; how many have not is said once."""
+    values = zip(*(dataset[column] for column in VALUES), strict=True)
+    kept = [row for row, pair in enumerate(values) if None not in pair]
+    if len(kept) == len(dataset):
+        return dataset
+    if PartialState().is_main_process:
+        lost = len(dataset) - len(kept)
+        log.warning("%s: %d of %d rows have no reference log-probs and are left out", name, lost, len(dataset))
+    return dataset.select(kept)
+
+
+def value_differences(contract: Mapping[str, Any], args: DPOConfig) -> list[str]:
+    """What would put other sums behind the values, whatever the tokens."""
+    checks = (("made_for", contract["made_for"], "trl"), ("ld_alpha", contract["ld_alpha"], args.ld_alpha))
+    return [f"{name} was {scored!s}, here it is {here!s}" for name, scored, here in checks if scored != here]
+
+
+def _not_of(who: str, differences: Sequence[str]) -> str:
+    return (
+        f"the reference log-probs do not belong to {who}: {'; '.join(differences)}. Change the trainer, or compute "
+        "them again with its settings"
+    )
+
+
+def other_ids(
+    prepared: Dataset, contract: Mapping[str, Any], args: DPOConfig, tokenizer: Any, name: str, splits_itself: bool
+) -> str | None:
+    """Which row TRL makes other token ids of than those that were scored, and why; None where there is none."""
+    for row_id, expected, ids in rows_of(prepared):
+        found = pair_digest(cut(ids, args.max_length, args.truncation_mode))
+        if found == expected:
+            continue
+        text, template = contract["text"], _short(template_sha256(tokenizer))
+        why = [*length_differences(contract, args), *tokenizer_differences(contract, tokenizer)]
+        split = "no prompt column, so TRL splits the prompt off itself" if splits_itself else "the prompt column"
+        return (
+            f"{name} row {row_id}: the token ids that TRL makes of it are not those that were scored "
+            f"(pair_digest {found} here, {expected} there; {', '.join(str(len(part)) for part in ids)} tokens "
+            f"of prompt, chosen and rejected here). {'; '.join(why) + '. ' if why else ''}"
+            f"Scored: max_length {text['max_length']}, truncation {text['truncation']}, prompt_split "
+            f"{text['prompt_split']}, template {_short(text['template_sha256'])} of {text['template_date']}. Here: "
+            f"max_length {args.max_length}, truncation {args.truncation_mode}, {split}, template {template} of "
+            f"{date.today()}. {_way_out(contract, args)}"
+        )
+    return None
+
+
+def _way_out(contract: Mapping[str, Any], args: DPOConfig) -> str:
+    scored, here = contract["text"]["max_length"], args.max_length
+    if scored == here:
+        return "Train with the tokenizer and the data set that were scored, or compute the values again"
+    again = "without --max-length" if here is None else f"--max-length {here}"
+    return f"Train with DPOConfig(max_length={scored}), or compute the values again with `dpo-score precompute {again}`"
+
+
+def length_differences(contract: Mapping[str, Any], args: DPOConfig) -> list[str]:
+    """The trainer's settings that may put other tokens behind the values."""
     text = contract["text"]
     lengths = {text["max_length"], text["limit"]} if text["max_length"] is None else {text["max_length"]}
+    length = text["max_length"]
+    shown = str(length) if length is not None else f"None (the model's own limit, {text['limit']})"
+    same_cut = text["truncation"] in ("reject", args.truncation_mode)
     checks = (
-        ("made_for", contract["made_for"], "trl", contract["made_for"] == "trl"),
-        ("max_length", _length(text), args.max_length, args.max_length in lengths),
-        (
-            "truncation",
-            text["truncation"],
-            args.truncation_mode,
-            text["truncation"] in ("reject", args.truncation_mode),
-        ),
-        ("ld_alpha", contract["ld_alpha"], args.ld_alpha, contract["ld_alpha"] == args.ld_alpha),
+        ("max_length", shown, args.max_length, args.max_length in lengths),
+        ("truncation", text["truncation"], args.truncation_mode, same_cut),
     )
     return [f"{name} was {scored!s}, here it is {here!s}" for name, scored, here, same in checks if not same]
-
-
-def _length(text: Mapping[str, Any]) -> str:
-    asked = text["max_length"]
-    return str(asked) if asked is not None else f"None (the model's own limit, {text['limit']})"
 
 
 def tokenizer_differences(contract: Mapping[str, Any], tokenizer: Any) -> list[str]:
@@ -250,12 +368,20 @@ def rows_of(dataset: Dataset) -> Iterator[tuple[str, str, list[list[int]]]]:
             yield row_id, digest, ids
 
 
-def cut(ids: Sequence[list[int]], max_length: int | None) -> list[list[int]]:
-    """The three id lists as TRL's collator leaves them: the first max_length tokens of each sequence."""
-    if max_length is None:
+def cut(ids: Sequence[list[int]], max_length: int | None, mode: str = "keep_start") -> list[list[int]]:
+    """The three id lists as TRL's collator leaves them: the first, or last, max_length tokens of each sequence.
+
+    With "keep_end" a prompt that is cut differs between the two answers; then there are four lists.
+    """
+    prompt, *sides = ids
+    if max_length is None or all(len(prompt) + len(side) <= max_length for side in sides):
         return list(ids)
-    prompt = ids[0][:max_length]
-    return [prompt, *(side[: max_length - len(prompt)] for side in ids[1:])]
+    if mode == "keep_end":
+        whole = [(prompt + side)[-max_length:] for side in sides]
+        starts = [max(len(found) - len(side), 0) for found, side in zip(whole, sides, strict=True)]
+        return [part for found, start in zip(whole, starts, strict=True) for part in (found[:start], found[start:])]
+    prompt = prompt[:max_length]
+    return [prompt, *(side[: max_length - len(prompt)] for side in sides)]
 
 
 def pair_digest(ids: Sequence[list[int]]) -> str:
@@ -297,3 +423,7 @@ def weight_digest(tensor: torch.Tensor) -> str:
         places = torch.linspace(0, flat.numel() - 1, min(8, flat.numel())).long().to(flat.device)
         digest.update(flat[places].float().cpu().numpy().astype("<f4").tobytes())
     return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    main()

@@ -152,6 +152,8 @@ reference model, weights digest `{weights}`.
 the reason. `prompt`, `chosen` and `rejected` are what was scored; where that differs from the input, the input is in \
 `original_*`.
 
-`{contract}` says what the values belong to: tokenizer, template, lengths. `{loader}` checks it against a TRL trainer \
-before the first step: `from load_ref_logps import DPOTrainerWithRefLogps`.
+Training with TRL: `python {loader} --model_name_or_path MODEL --output_dir DIR` is `trl dpo` with these values; in \
+Python, `from load_ref_logps import DPOTrainerWithRefLogps, load`. TRL's own DPOTrainer ignores the two columns, or \
+fails on them; after `load()` it takes them where `precompute_ref_log_probs=True`. `{contract}` says what the values \
+belong to (tokenizer, template, lengths); `{loader}` checks every row against the trainer before the first step.
 """

@@ -67,9 +67,9 @@ def test_it_trains_without_this_package(exported: Path, model: Path, tmp_path: P
 
 
 def test_it_refuses_in_words(exported: Path, model: Path, tmp_path: Path) -> None:
-    done = train([], exported, str(model), str(tmp_path), "64")
+    done = train([], exported, str(model), str(tmp_path), "40")
     assert done.returncode != 0
-    assert "max_length was None (the model's own limit, 4096), here it is 64" in done.stderr
+    assert "max_length was 1024, here it is 40" in done.stderr
 
 
 @pytest.mark.slow

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from trl import DPOConfig
 
 from dpo_score.api import score
 from dpo_score.errors import ConfigError
-from dpo_score.integrations.trl import DPOTrainerWithRefLogps
+from dpo_score.integrations.trl import DPOTrainerWithRefLogps, load
 from tests.exported import chat_rows, export, hh_rows, text_rows, write_rows
 from tests.tiny import save_tiny
 
@@ -182,20 +185,99 @@ def test_tools_and_template_arguments_reach_trl_as_they_were_scored(models: Path
     assert len(made.train_dataset) == 4
 
 
+# --- TRL's own trainer, its command, and where the contract is found ------------------------------------------------
+
+
+def test_a_folder_is_a_data_set_and_its_contract(text_set: Path, models: Path, tmp_path: Path) -> None:
+    made = DPOTrainerWithRefLogps(str(models / "m0"), args=config(tmp_path), train_dataset=text_set)
+    assert (len(made.train_dataset), made.contract["made_for"]) == (ROWS - 1, "trl")
+
+
+def test_a_contract_that_is_not_found_says_what_was_looked_for(text_set: Path, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no dpo_score\.json.*looked for .*integrations/dpo_score\.json.*contract="):
+        DPOTrainerWithRefLogps(str(models / "m0"), args=config(tmp_path), train_dataset=loaded(text_set))
+
+
+@pytest.fixture
+def stock_trainer() -> Any:
+    """TRL's own class, put back afterwards as it was."""
+    import trl
+
+    names = ("_prepare_dataset", "_precompute_ref_logps", "_takes_columns")
+    before = {name: vars(trl.DPOTrainer).get(name, False) for name in names}
+    yield trl.DPOTrainer
+    for name, value in before.items():
+        setattr(trl.DPOTrainer, name, value)
+
+
+def test_the_stock_trainer_takes_the_columns_after_load(
+    stock_trainer: Any, text_set: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five steps of TRL's own trainer on our values and of ours: the same losses, and no reference pass."""
+    data = load(text_set, cache_dir=str(tmp_path / "hf"))["train"]
+    options = {"precompute_ref_log_probs": True, "max_steps": 5, "per_device_train_batch_size": 4}
+    monkeypatch.setattr(stock_trainer, "compute_ref_log_probs", None)
+    losses = []
+    for kind in (stock_trainer, DPOTrainerWithRefLogps):
+        made = kind(str(models / "m0"), args=config(tmp_path, **options), train_dataset=data)
+        made.train()
+        losses.append([entry["loss"] for entry in made.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 5
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_the_stock_trainer_is_not_let_ignore_the_columns(
+    stock_trainer: Any, text_set: Path, models: Path, tmp_path: Path
+) -> None:
+    data = load(text_set, cache_dir=str(tmp_path / "hf"))["train"]
+    with pytest.raises(ValueError, match=r"would ignore the reference log-probs.*precompute_ref_log_probs=True"):
+        stock_trainer(str(models / "m0"), args=config(tmp_path), train_dataset=data)
+    options = {"precompute_ref_log_probs": True, "max_length": 40}
+    with pytest.raises(ValueError, match="max_length was 1024, here it is 40"):
+        stock_trainer(str(models / "m0"), args=config(tmp_path, **options), train_dataset=data)
+
+
+def test_trl_dpo_with_its_own_config_file(text_set: Path, models: Path, tmp_path: Path) -> None:
+    """`python load_ref_logps.py --config dpo.yaml` is `trl dpo` on the data beside it."""
+    settings = {
+        "model_name_or_path": str(models / "m0"), "output_dir": str(tmp_path / "out"), "max_steps": 1, "use_cpu": True,
+        "bf16": False, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False,
+        "per_device_train_batch_size": 2, "dtype": "float32",
+    }  # fmt: skip
+    (tmp_path / "dpo.yaml").write_text(json.dumps(settings))
+    program = [sys.executable, str(text_set / "load_ref_logps.py"), "--config", str(tmp_path / "dpo.yaml")]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "hf")}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "have no reference log-probs" in done.stderr
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
 # --- it refuses, naming field and both values ----------------------------------------------------------------------
 
 
-def test_max_length(text_set: Path, models: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"max_length was None \(the model's own limit, 4096\), here it is 1024"):
-        trainer(models / "m0", text_set, tmp_path, max_length=1024)
+def test_a_cut_that_changes_no_row_is_the_same(text_set: Path, models: Path, tmp_path: Path) -> None:
+    """Rows are shorter than each of these lengths, so every one leaves the tokens that were scored."""
+    for length in (512, 1024, None):
+        trainer(models / "m0", text_set, tmp_path, max_length=length)
 
 
-def test_the_limit_by_its_number_is_the_same(text_set: Path, models: Path, tmp_path: Path) -> None:
-    trainer(models / "m0", text_set, tmp_path, max_length=4096)
+def test_a_cut_that_changes_a_row_names_both_flags(text_set: Path, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"max_length was 1024, here it is 40\..*DPOConfig\(max_length=1024\).*precompute --max-length 40`",
+    ):
+        trainer(models / "m0", text_set, tmp_path, max_length=40)
+
+
+def test_rows_that_trl_drops_are_not_lost_without_a_word(text_set: Path, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"TRL drops \d+ scored rows: .*DPOConfig\(max_length=1024\)"):
+        trainer(models / "m0", text_set, tmp_path, max_length=8)
 
 
 def test_truncation(text_set: Path, models: Path, tmp_path: Path) -> None:
-    made = config(tmp_path)
+    made = config(tmp_path, max_length=40)
     made.truncation_mode = "keep_end"
     with pytest.raises(ConfigError, match="truncation was keep_start, here it is keep_end"):
         DPOTrainerWithRefLogps(str(models / "m0"), args=made, train_dataset=loaded(text_set), contract=text_set)
@@ -254,7 +336,7 @@ def test_transcripts_that_trl_splits_itself(models: Path, tmp_path: Path) -> Non
 
 def test_a_row_that_was_edited(text_set: Path, models: Path, tmp_path: Path) -> None:
     edited = loaded(text_set).map(lambda row: {"chosen": f"{row['chosen']}!"} if row["row_id"] == "0:3" else {})
-    with pytest.raises(ConfigError, match=r"train row 0:3: .*Scored: max_length None.*Here: max_length None"):
+    with pytest.raises(ConfigError, match=r"train row 0:3: .*Scored: max_length 1024.*Here: max_length None"):
         trainer(models / "m0", text_set, tmp_path, dataset=edited)
 
 
