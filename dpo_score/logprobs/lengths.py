@@ -114,8 +114,8 @@ def _lengths(text: Mapping[str, Any], names: Sequence[str]) -> list[int]:
     return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and 0 < v <= most]
 
 
-PROBE_TAIL = 32
-"""Tokens that a row for a probe has beyond the length in question."""
+PROBE_TAIL = 64
+"""Most tokens that a row of a probe has beyond the length in question."""
 
 
 def _as_list(value: Any) -> list[Any]:

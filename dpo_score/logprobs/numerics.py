@@ -7,6 +7,7 @@ asked later, of the loaded model itself (`self_check.py`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -94,8 +95,14 @@ def _uses_attention_interface(model_type: str) -> bool:
         if config_class in auto._model_mapping:
             found = auto._model_mapping[config_class]
             candidates = found if isinstance(found, tuple) else (found,)
-            return any(c._supports_attention_backend and not getattr(c, "_is_stateful", False) for c in candidates)
+            return any(_calls_the_interface(c) and not getattr(c, "_is_stateful", False) for c in candidates)
     return False
+
+
+def _calls_the_interface(model_class: Any) -> bool:
+    """Whether its attention is looked up by name: by what the class says, or by what its module imports for it."""
+    module = sys.modules[model_class.__module__]
+    return bool(model_class._supports_attention_backend or hasattr(module, "ALL_ATTENTION_FUNCTIONS"))
 
 
 def _device(asked: str) -> str:

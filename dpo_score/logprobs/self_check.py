@@ -268,7 +268,9 @@ def probe_rows(config: Any) -> list[TokenSequence]:
     for length in changing_lengths(settings):
         tail = min(SWITCH_TAIL, length)
         prompt = ids.draw(length - tail)
-        rows += [TokenSequence(prompt, ids.draw(tail + more)) for more in (0, 1, PROBE_TAIL - 1)]
+        rows += [
+            TokenSequence(prompt, ids.draw(tail + more)) for more in (0, 1, PROBE_TAIL // 2, PROBE_TAIL - SWITCH_TAIL)
+        ]
     if config.is_encoder_decoder:  # an encoder cannot read an empty prompt
         return [row for row in rows if len(row.prompt)]
     return rows

@@ -1,0 +1,20 @@
+"""A spread of architectures, tiny and random, scored as a run would and held against float64; the rest by
+`python -m tests.parity.architectures`."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.parity.architectures import SPREAD, tried
+
+PLAIN = ("bert", "bloom", "qwen3_next", "mamba", "falcon_h1", "lfm2", "llama4_text")
+ONE_ROW = ("deepseek_v32",)
+REFUSED = ("gemma3_text+bidirectional", "bert+encoder", "cpmant")
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_is_scored_right_or_refused(name):
+    line = tried(name)
+    assert not line.wrong, line
+    way = {**dict.fromkeys(PLAIN, "plain"), **dict.fromkeys(ONE_ROW, "plain, one row")}.get(name, "fast")
+    assert line.way == ("refused" if name in REFUSED else way), line
