@@ -119,6 +119,9 @@ class DataSpec(Spec):
     map: Annotated[Columns, Setting(DATA, "columns by hand: prompt=a,chosen=b,rejected=c; help: all keys")] = Field(
         default_factory=dict
     )
+    ignore_columns: Annotated[
+        Names, Setting(DATA, "columns to leave unread although they look like a part of the question; a comma list")
+    ] = ()
     pairing: Annotated[
         Literal["best-worst", "all", "adjacent", "random"],
         Setting(DATA, "which pairs to make of a list of ranked answers"),

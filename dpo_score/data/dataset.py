@@ -18,17 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_score.config.schema import DataSpec, RunConfig
-from dpo_score.data.column_types import Shape, Shapes, agree, is_plain, refined
+from dpo_score.data.column_types import Shape, Shapes, agree, encoded_messages, is_plain, refined, united
+from dpo_score.data.columns import ColumnAccount, account, unread_context
 from dpo_score.data.files import content_sha256, select
 from dpo_score.data.formats.base import Format, ReadOptions
-from dpo_score.data.formats.detect import SAMPLE_ROWS, carried_columns, detect
+from dpo_score.data.formats.detect import SAMPLE_ROWS, carried_columns, detect, replaced_names
 from dpo_score.data.formats.row import RowReader, rejected
-from dpo_score.data.layout import Located
 from dpo_score.data.row_reader import RawRow, RowFile, open_rows
 from dpo_score.data.types import Pair, Problem, Rejected, Source
 from dpo_score.errors import DataError, nearest
+from dpo_score.escape import seen
 
-PEEK = 16
+SAMPLED_FILES = 8
+SHOWN_FILES = 10
 SIZED_FILES, SIZED_ROWS = 8, 256
 
 
@@ -64,13 +66,19 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A set with its format decided. `schema`: column → shape, of its first file."""
+    """A set with its format decided.
+
+    schema: column → shape, over all files. columns: what becomes of each of them. skipped: name of a data file that is
+    left out → why.
+    """
 
     spec: DataSpec
     files: tuple[DataFile, ...]
     schema: Shapes
     format: Format
     reader: RowReader
+    columns: ColumnAccount
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -85,6 +93,11 @@ class Dataset:
     def is_conversational(self) -> bool:
         """Whether the rows are conversations, which a chat template renders; so is a text with a system text."""
         return self.format.is_conversational(self.reader.columns)
+
+    @property
+    def needed(self) -> list[str]:
+        """The columns to read from a file: those of the reader, and those that are compared with them."""
+        return [*self.reader.needed, *self.columns.repeated]
 
     def reader_of(self, file: DataFile) -> RowReader:
         """The set's reader, made for one of its files."""
@@ -105,6 +118,7 @@ class Dataset:
                 "columns": dict(self.reader.columns),
             },
             "map": dict(spec.map),
+            **({"ignore_columns": sorted(self.columns.ignored)} if self.columns.ignored else {}),
             "pairing": options.pairing,
             "preference": options.preference,
             "keep_ties": options.keep_ties,
@@ -113,15 +127,30 @@ class Dataset:
         }
 
     def summary(self) -> str:
-        """The decision in one line: format, what it reads, which side is better."""
+        """The decision in one line: format, columns read and not read, which side is better, rows and files."""
         columns = ", ".join(
             f"{name} = {column}" if name != column else name for name, column in self.reader.columns.items()
         )
         commit = f"commit {self.commit}; " if self.commit else ""
-        return (
-            f"{self.spec.name}: {commit}format {self.format.full_name} ({self.format.code}), columns {columns}; "
-            f"{self.format.polarity}; {self.rows:,} rows"
+        names = ", ".join(seen(file.name, 80) for file in self.files[:SHOWN_FILES])
+        more = f" and {len(self.files) - SHOWN_FILES:,} more" if len(self.files) > SHOWN_FILES else ""
+        counted = "in " if len(self.files) == 1 else f"in {len(self.files):,} files: "
+        left_out = [f"{seen(name, 80)} ({why})" for name, why in list(self.skipped.items())[:SHOWN_FILES]]
+        parts = (
+            f"{self.format.polarity}; {self.rows:,} rows {counted}{names}{more}",
+            self.columns.sentence(),
+            f"files not read: {', '.join(left_out)}" if left_out else "",
         )
+        decided = f"format {self.format.full_name} ({self.format.code}), columns {seen(columns, 400)}"
+        return f"{self.spec.name}: {commit}{decided}; " + "; ".join(part for part in parts if part)
+
+    def value_kind(self, column: str) -> str:
+        """The kind of the values of a column that is carried to the output; "other" where rows or files differ."""
+        kinds = {file.content.shapes[column].kind for file in self.files if column in file.content.shapes} - {"null"}
+        mixed = any(column in file.content.mixed for file in self.files)
+        if kinds == {"int", "float"}:
+            kinds = {"float"}
+        return "other" if mixed or len(kinds) > 1 else next(iter(kinds), "null")
 
 
 def only_ids(datasets: Sequence[Dataset]) -> bool:
@@ -160,41 +189,49 @@ def open_datasets(
     datasets: list[Dataset] = []
     first_index = 0
     for spec in specs:
-        files = _open_files(spec, first_index, sha256 or content_sha256)
+        located, skipped = select(spec)
+        files = []
+        for index, found in enumerate(located, first_index):
+            content, digest = open_rows(found), found.sha256 or (sha256 or content_sha256)(found.path)
+            file = DataFile(found.path, found.name, index, content.rows, found.size, digest, content, found.commit)
+            files.append(file)
+        if not sum(file.rows for file in files):
+            raise DataError(f"data set {spec.name!r}: {spec.path} holds no rows")
         first_index += len(files)
         pinned = spec.model_copy(update={"revision": files[0].commit or spec.revision})
-        datasets.append(_decided(pinned, files, seed, tuple(keep_columns), keep_nulls))
-    _refuse_unknown_kept(datasets, keep_columns)
+        decided = _decided(pinned, files, seed, tuple(keep_columns), keep_nulls)
+        datasets.append(replace(decided, skipped=skipped))
+    _refuse_unknown(datasets, keep_columns, "to keep")
+    _refuse_unknown(datasets, list(dict.fromkeys(chain.from_iterable(s.ignore_columns for s in specs))), "to ignore")
     return tuple(datasets)
 
 
-def _open_files(spec: DataSpec, first_index: int, sha256: Callable[[str], str]) -> list[DataFile]:
-    files = []
-    located, _ = select(spec)
-    for index, found in enumerate(located, first_index):
-        content = open_rows(found)
-        files.append(_data_file(found, index, content, found.sha256 or sha256(found.path)))
-    if not sum(file.rows for file in files):
-        raise DataError(f"data set {spec.name!r}: {spec.path} holds no rows")
-    return files
-
-
-def _data_file(found: Located, index: int, content: RowFile, digest: str) -> DataFile:
-    return DataFile(found.path, found.name, index, content.rows, found.size, digest, content, found.commit)
-
-
 def _decided(spec: DataSpec, files: list[DataFile], seed: int, kept: tuple[str, ...], keep_nulls: bool) -> Dataset:
-    first = next(file for file in files if file.rows).content
-    shapes = _peeked(first)
-    format_, columns = detect(shapes, spec, lambda names: _head(first, SAMPLE_ROWS, names))
+    """The format of a set, from the columns of all its files and rows spread over them."""
+    filled = [file for file in files if file.rows]
+    sampled = filled[:: max(1, len(filled) // SAMPLED_FILES)]
+    sample = [row for file in sampled for row in file.content.sample(list(file.content.shapes))]
+    every = dict.fromkeys(name for file in filled for name in file.content.shapes)
+    schema = {
+        name: refined(
+            united(file.content.shapes[name] for file in filled if name in file.content.shapes),
+            [row.get(name) for row in sample],
+        )
+        for name in every
+    }
+    shapes = {name: shape for name, shape in schema.items() if name not in spec.ignore_columns}
+    format_, columns = detect(shapes, spec, lambda names: _head(filled[0].content, SAMPLE_ROWS, names))
     carried = carried_columns(shapes, spec)
-    here = tuple(name for name in kept if name in shapes)
+    here = tuple(name for name in kept if name in schema)
     options = ReadOptions(spec.pairing, spec.preference, spec.keep_ties, seed)
-    reader = RowReader(format_, options, columns, carried, here, {}, keep_nulls)
-    _refuse_drift(files, shapes, columns)
+    _refuse_drift(filled, schema, format_, columns)
     if format_.grouped_by:
         files = [_in_groups(file, columns[format_.grouped_by]) for file in files]
-    return Dataset(spec, tuple(files), shapes, format_, reader)
+    reader = RowReader(format_, options, columns, carried, here, {}, keep_nulls)
+    replaced = [name for name in schema if name.replace("-", "_") in replaced_names(spec)]
+    how: dict[str, Any] = {"beside": format_.beside, "replaced": replaced, "complete": format_.holds_ids}
+    accounted = account(spec, schema, reader.needed, sample, **how)
+    return Dataset(spec, tuple(files), schema, format_, reader, accounted)
 
 
 def _in_groups(file: DataFile, column: str) -> DataFile:
@@ -209,15 +246,8 @@ def _in_groups(file: DataFile, column: str) -> DataFile:
     return replace(file, rows=len(starts), starts=np.asarray(starts, dtype=np.int64))
 
 
-def _head(content: RowFile, count: int, columns: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
-    rows = islice(content.stream(0, list(content.shapes) if columns is None else columns), count)
-    return [row for row in rows if not isinstance(row, Problem)]
-
-
-def _peeked(content: RowFile) -> dict[str, Shape]:
-    """The shapes of a file, with JSON columns (which carry no type) read from its first rows."""
-    rows = _head(content, PEEK)
-    return {name: refined(shape, [row.get(name) for row in rows]) for name, shape in content.shapes.items()}
+def _head(content: RowFile, count: int, columns: Sequence[str]) -> list[Mapping[str, Any]]:
+    return [row for row in islice(content.stream(0, columns), count) if not isinstance(row, Problem)]
 
 
 def _unpacked(content: RowFile, decided: Shapes) -> dict[str, Shape]:
@@ -232,24 +262,28 @@ def _unpacked(content: RowFile, decided: Shapes) -> dict[str, Shape]:
     return shapes
 
 
-def _refuse_unknown_kept(datasets: Sequence[Dataset], kept: Sequence[str]) -> None:
-    """A column to keep may be missing from some sets (null there), not from all of them."""
+def _refuse_unknown(datasets: Sequence[Dataset], names: Sequence[str], purpose: str) -> None:
+    """A column that is named may be missing from some sets, not from all of them."""
     columns = {column for dataset in datasets for column in dataset.schema}
-    for name in kept:
+    for name in names:
         if name not in columns:
             sets = ", ".join(repr(dataset.spec.name) for dataset in datasets)
-            raise DataError(f"data set {sets} has no column {name!r} to keep; {nearest(name, columns)}")
+            raise DataError(f"data set {sets} has no column {name!r} {purpose}; {nearest(name, columns)}")
 
 
-def _refuse_drift(files: Sequence[DataFile], shapes: Shapes, columns: Mapping[str, str]) -> None:
-    """Every file must have the columns that are read, of the same kinds."""
-    first = next(file for file in files if file.rows)
-    for file in files:
-        for column in columns.values():
-            expected, found = first.content.shapes[column], file.content.shapes.get(column)
-            if file.rows and (found is None or not agree(expected, found)):
+def _refuse_drift(files: Sequence[DataFile], schema: Shapes, format_: Format, columns: Mapping[str, str]) -> None:
+    """Every file must have the columns that the format needs, of the same kinds; optional ones may be absent."""
+    optional = {column.name for column in format_.needs if column.optional} | {"system"}
+    for name, column in columns.items():
+        expected = next(file for file in files if column in file.content.shapes)
+        for file in files:
+            found = file.content.shapes.get(column)
+            if found is None and name in optional:
+                continue
+            known = expected.content.shapes[column]
+            if found is None or not agree(known if known.kind != "null" else schema[column], found):
                 raise DataError(
-                    f"{file.path}: column {column!r} is {found or 'missing'}, but {expected} in {first.path}. "
+                    f"{file.path}: column {column!r} is {found or 'missing'}, but {known} in {expected.path}. "
                     "The files of one set must have the same columns; give other files as a set of their own."
                 )
 
@@ -279,7 +313,7 @@ class PairReader:
     def _from(self, start: int) -> Iterator[list[Pair | Rejected]]:
         for dataset, file in self._places:
             if start < file.rows:
-                rows = file.content.stream(file.rows_of(start).start, dataset.reader_of(file).needed)
+                rows = file.content.stream(file.rows_of(start).start, dataset.needed)
                 yield from _units(dataset, file, range(start, file.rows), rows)
             start = max(start - file.rows, 0)
 
@@ -289,21 +323,26 @@ def _units(
 ) -> Iterator[list[Pair | Rejected]]:
     """What these units of a file give; `rows` are theirs, in order."""
     reader = dataset.reader_of(file)
+    prose = [name for name in reader.columns.values() if dataset.schema[name] == Shape("text")]
     for unit in units:
         numbers = file.rows_of(unit)
         raw = list(islice(rows, len(numbers)))
         if not raw:
             raise DataError(f"{file.path} ended before row {numbers.start}: it changed while it was read")
-        yield _read_unit(reader, raw, partial(Source, dataset.spec.name, file.name, file.index, numbers.start))
+        source = partial(Source, dataset.spec.name, file.name, file.index, numbers.start)
+        problems = (row if isinstance(row, Problem) else _problem_of(row, dataset, prose) for row in raw)
+        problem = next((problem for problem in problems if problem is not None), None)
+        yield [rejected(source(None), problem)] if problem is not None else reader.read(raw, source)  # type: ignore[arg-type]
 
 
-def _read_unit(reader: RowReader, raw: list[RawRow], source: Callable[[int | None], Source]) -> list[Pair | Rejected]:
-    rows: list[Mapping[str, Any]] = []
-    for row in raw:
-        if isinstance(row, Problem):
-            return [rejected(source(None), row)]
-        rows.append(row)
-    return reader.read(rows, source)
+def _problem_of(row: Mapping[str, Any], dataset: Dataset, prose: Sequence[str]) -> Problem | None:
+    """What the decisions about the whole set got wrong for this row."""
+    for name in prose:
+        value = row.get(name)
+        if isinstance(value, str) and value[:1] in ("[", "{") and encoded_messages(value) is not None:
+            reason = f"{name} holds messages written as text, unlike most rows of the set, where it is plain text"
+            return Problem("encoded_text", reason, name, value)
+    return unread_context(row, dataset.columns) if dataset.columns.repeated else None
 
 
 def read_pairs(datasets: Sequence[Dataset], start: int, stop: int) -> Iterator[Pair | Rejected]:
@@ -327,7 +366,7 @@ def read_rows_at(datasets: Sequence[Dataset], rows: Iterable[int]) -> list[Pair 
 
 def _picked(dataset: Dataset, file: DataFile, units: Sequence[int]) -> Iterator[list[Pair | Rejected]]:
     spans = (file.rows_of(unit) for unit in units)
-    rows = file.content.picked(list(chain.from_iterable(spans)), dataset.reader_of(file).needed)
+    rows = file.content.picked(list(chain.from_iterable(spans)), dataset.needed)
     return _units(dataset, file, units, rows)
 
 

@@ -40,6 +40,12 @@ JSON_SAMPLE = 1000
 SPREAD_SAMPLE = 64
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"\s*")
+_MOST = 1 << 63
+
+
+class _Huge:
+    """The kind of whole numbers that do not fit into 64 bits."""
+
 
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 """What a damaged footer or page can raise."""
@@ -51,11 +57,13 @@ class RowFile(Protocol):
     """A file of rows: how many, of what shapes, and a stream of them.
 
     `padded`: every struct of a column has the same keys, null where a row has none (Arrow), so nulls mean nothing.
+    `mixed`: columns whose values are of several kinds, or are numbers too large for Arrow.
     """
 
     rows: int
     shapes: Shapes
     padded: bool
+    mixed: frozenset[str]
 
     def stream(self, start: int, columns: Sequence[str]) -> Iterator[RawRow]:
         """The rows from `start` on, in order."""
@@ -89,6 +97,7 @@ class ParquetRows:
     """Opened anew for every stream, so that nothing stays open between blocks of other files."""
 
     padded = True
+    mixed: frozenset[str] = frozenset()
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -159,6 +168,7 @@ class ArrowRows:
     """An Arrow IPC file or stream, as the datasets library saves them. Read batch by batch."""
 
     padded = True
+    mixed: frozenset[str] = frozenset()
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -316,7 +326,10 @@ class JsonRows:
             if isinstance(row, Problem):
                 first_problem = first_problem or row.reason
             else:
-                new = [(key, type(value)) for key, value in row.items() if type(value) not in kinds.get(key, ())]
+                found = [
+                    (key, _Huge if type(v) is int and not -_MOST <= v < _MOST else type(v)) for key, v in row.items()
+                ]
+                new = [(key, kind) for key, kind in found if kind not in kinds.get(key, ())]
                 for key, kind in new:
                     kinds.setdefault(key, set()).add(kind)
                 size += len(raw) if isinstance(raw, bytes) else 0
@@ -329,8 +342,10 @@ class JsonRows:
             if len(kinds) > MAX_COLUMNS:
                 raise DataError(f"{path} has more than {MAX_COLUMNS:,} different keys: they are values, not columns")
             self.rows += 1
-        found = from_values(telling)
-        self.shapes: Shapes = found.fields if found.kind == "struct" else {}
+        known = {key: types - {type(None)} for key, types in kinds.items()}
+        self.mixed = frozenset(key for key, of in known.items() if (len(of) > 1 and of != {int, float}) or _Huge in of)
+        common = from_values(telling)
+        self.shapes: Shapes = common.fields if common.kind == "struct" else {}
         self._spread = (*telling[:SPREAD_SAMPLE], *spread)
         if not self.shapes and self.rows:
             why = f" ({first_problem})" if first_problem else ""
@@ -472,6 +487,7 @@ class CsvRows:
     """
 
     padded = False
+    mixed: frozenset[str] = frozenset()
 
     def __init__(self, path: str, name: str) -> None:
         self.path = path

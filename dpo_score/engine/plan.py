@@ -214,7 +214,7 @@ def _kinds(name: str, datasets: Sequence[Dataset]) -> set[str]:
     for dataset in datasets:
         column = name if name in dataset.reader.kept else dataset.reader.carried.get(name)
         if column is not None:
-            found.add(dataset.schema[column].kind)
+            found.add(dataset.value_kind(column))
         elif name == "group_id" and dataset.format.answers is not Answers.PAIR:
             found.add("text")
         elif name == "num_correct" and dataset.format.answers is Answers.RIGHT_AND_WRONG:

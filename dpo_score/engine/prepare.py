@@ -280,7 +280,12 @@ def prepare(
         host=host(),
         versions=preparation.versions,
         cache_snapshots=snapshots(context, plan),
-        notes={"date": preparation.renderer.identity()["date"], "names": names(plan), "commits": commits(plan)},
+        notes={
+            "date": preparation.renderer.identity()["date"],
+            "names": names(plan),
+            "commits": commits(plan),
+            "columns": {dataset.spec.name: dataset.columns.to_json() for dataset in plan.datasets},
+        },
         strict_env=config.strict_env,
         out=config.out or "",
     )

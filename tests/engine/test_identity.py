@@ -144,6 +144,7 @@ REFUSED = {
     "which label": ("preference", option("safer"), 'pairs.preference: null → "safer"'),
     "sample": ("sample", option(20), "text.sample: null → 20"),
     "carried columns": ("keep_columns", option("subset"), 'keep_columns[0]: (absent) → "subset"'),
+    "ignored columns": ("ignore_columns", option("subset"), "pairs.ignore_columns: (absent) → ["),
     "render": ("render", option("raw"), 'text.text.render: "auto" → "raw"'),
     "prompt split": ("prompt_split", option("trl"), 'text.text.prompt_split: "auto" → "trl"'),
     "chat template": ("chat_template", option(DATED + " "), "text.text.template_sha256"),

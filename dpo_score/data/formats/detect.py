@@ -66,6 +66,11 @@ def carried_columns(shapes: Shapes, spec: DataSpec) -> dict[str, str]:
     return {key: names[name] for key, name in found.items() if name is not None}
 
 
+def replaced_names(spec: DataSpec) -> set[str]:
+    """Names of columns that a key of --map puts another column (or none) in the place of."""
+    return {*spec.map, *(SYSTEM.also if "system" in spec.map else ())}
+
+
 def reader_names(shapes: Shapes, spec: DataSpec) -> dict[str, str]:
     """Name that a reader may ask for → column of the file.
 

@@ -1,0 +1,177 @@
+"""Every column of a data set is accounted for: read, said to be unread, or a reason to refuse the set.
+
+In: the shapes of all columns, which ones are read, sampled rows. Out: a `ColumnAccount`. A column that is not read and
+holds media, or looks like context of the question (messages, history, documents, tools, …), is a `DataError` with the
+option that settles it, unless its content only repeats what is read; that is checked again in each row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_score.config.schema import DataSpec
+from dpo_score.data.column_types import Shape, Shapes, encoded_messages, is_messages
+from dpo_score.data.types import Problem
+from dpo_score.errors import DataError
+from dpo_score.escape import seen
+
+_MEDIA = "image images picture pictures photo photos screenshot video videos audio audios speech pixels"
+_CONTEXT = f"""{_MEDIA} message messages conversation conversations conv dialog dialogs dialogue dialogues chat
+    history context contexts trajectory turn turns step steps initial previous prior preceding system developer tool
+    tools function functions document documents docs passage passages prompt question instruction instructions query
+    input inputs problem attachment attachments demonstrations fewshot"""
+_DESCRIPTION = """id ids uuid hash key digest meta metadata count counts num number length len size tokens
+    type kind source origin name names language lang url urls index idx score scores rating ratings label
+    labels category categories tag tags domain topic date time timestamp created status model models judge
+    judgement judgment critique rationale feedback raw generation generations generated labelling labeling
+    annotation annotations annotator annotators difficulty level quality flag flags logps logprobs perplexity
+    embedding order version split fingerprint stats success"""
+_MEDIA_WORDS, _CONTEXT_WORDS = frozenset(_MEDIA.split()), frozenset(_CONTEXT.split())
+_NOT_CONTEXT_WORDS = frozenset(_DESCRIPTION.split())
+"""A name with one of these words tells something about a row or about how its answers were made."""
+_SHORT = 3
+"""Texts of so few characters are part of anything: they are no evidence."""
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnAccount:
+    """What becomes of every column. `repeated`: unread columns whose texts must occur in the columns that are read."""
+
+    read: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, list[str]]:
+        return {"read": list(self.read), "unread": [*self.unread, *self.repeated], "ignored": list(self.ignored)}
+
+    def sentence(self) -> str:
+        """The columns that are not read, in words; empty where all are read."""
+        parts = []
+        names = [*self.unread, *(f"{name} (it repeats what is read)" for name in self.repeated)]
+        if names:
+            parts.append(f"columns not read: {_listed(names)}")
+        if self.ignored:
+            parts.append(f"ignored as asked: {_listed(self.ignored)}")
+        return "; ".join(parts)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(seen(name, 60) for name in names[:20])
+    return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"
+
+
+def account(
+    spec: DataSpec,
+    shapes: Shapes,
+    read: Collection[str],
+    sample: Sequence[Mapping[str, Any]],
+    *,
+    beside: Collection[str] = (),
+    replaced: Collection[str] = (),
+    complete: bool = False,
+) -> ColumnAccount:
+    """What becomes of each column of `shapes`. Raises DataError for an unread one that looks like context or media.
+
+    read: columns that the format reads, that are carried along or kept. beside: unread columns that public sets of
+    this format are known to have. replaced: columns that --map names another column for. complete: the columns read
+    need no context: they are token ids.
+    """
+    ignored = [name for name in shapes if name not in read and (name in spec.ignore_columns or name in replaced)]
+    unread, repeated = [], []
+    for name, shape in shapes.items():
+        if name in read or name in ignored:
+            continue
+        if complete or shape.kind == "null" or not _looks_like_context(name, shape):
+            unread.append(name)
+            continue
+        filled = [row for row in sample if not _is_empty(row.get(name))]
+        new = [row for row in filled if not _is_repeated(row, name, read)]
+        if name.replace("-", "_") in beside and (_holds_media(name, shape) or len(new) < len(filled) or not filled):
+            unread.append(name)
+        elif new:
+            raise DataError(_refusal(spec, name, shape, new[0].get(name)))
+        else:
+            repeated.append(name)
+    return ColumnAccount(tuple(read), tuple(ignored), tuple(unread), tuple(repeated))
+
+
+def unread_context(row: Mapping[str, Any], accounted: ColumnAccount) -> Problem | None:
+    """The problem of a row whose unread columns hold more than the columns that are read."""
+    for name in accounted.repeated:
+        if not _is_empty(row.get(name)) and not _is_repeated(row, name, accounted.read):
+            reason = (
+                f"{name} is not read, and in this row it holds text that no other column has: read it with --map, or "
+                f"leave it out with --ignore-columns {name}"
+            )
+            return Problem("unread_context", reason, name, row.get(name))
+    return None
+
+
+def _refusal(spec: DataSpec, name: str, shape: Shape, example: Any) -> str:
+    what = "holds media" if _holds_media(name, shape) else "looks like a part of the question"
+    return (
+        f"data set {spec.name!r} ({spec.path}): column {name!r} ({str(shape)[:120]}, for example {seen(example, 80)!r})"
+        f" {what}, but it is not read. Say what it is with --map NAME={name} (--map help lists the names), or leave it "
+        f"out with --ignore-columns {name}"
+    )
+
+
+def _looks_like_context(name: str, shape: Shape) -> bool:
+    if _holds_media(name, shape) or is_messages(shape):
+        return not _describes(name) or _holds_media(name, shape)
+    if shape.kind in ("int", "float", "bool"):
+        return False
+    return bool(_words(name) & _CONTEXT_WORDS) and not _describes(name)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower())) - {""}
+
+
+def _describes(name: str) -> bool:
+    return bool(_words(name) & _NOT_CONTEXT_WORDS)
+
+
+def _holds_media(name: str, shape: Shape) -> bool:
+    """Bytes, structs of bytes and path (as the datasets library keeps images), or a name that says so."""
+    item = shape.item if shape.kind == "list" and shape.item is not None else shape
+    if item.kind == "binary" or "bytes" in item.fields:
+        return True
+    named = bool(_words(name) & _MEDIA_WORDS) and not _describes(name)
+    return named and item.kind not in ("int", "float", "bool")
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value in ("", [], {}, "[]", "{}") or not any(text.strip() for text in _texts(value))
+
+
+def _is_repeated(row: Mapping[str, Any], name: str, read: Collection[str]) -> bool:
+    """Whether the texts of an unread cell all occur in those of the cells that are read."""
+    known = "\n".join(text for column in read for text in _texts(row.get(column)))
+    texts = [text.strip() for text in _texts(row.get(name))]
+    return all(text in known for text in [text for text in texts if len(text) > _SHORT] or texts)
+
+
+def _texts(value: Any, depth: int = 0) -> Iterator[str]:
+    """The strings of a cell, but for roles and the like; a cell of encoded messages is decoded."""
+    if isinstance(value, str):
+        decoded = encoded_messages(value) if depth == 0 else None
+        if decoded is not None:
+            yield from _texts(decoded, 1)
+        else:
+            yield value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            if key not in ("role", "from", "type", "name", "id"):
+                yield from _texts(part, depth + 1)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts(part, depth + 1)
+    elif isinstance(value, bytes):
+        yield repr(value[:40])
+    elif value is not None:
+        yield str(value)
