@@ -84,6 +84,11 @@ class Column:
     also: tuple[str, ...] = ()
     optional: bool = False
 
+    def find(self, shapes: Shapes, fixed: Collection[str] = ()) -> str | None:
+        """The name under which a set has this column. `fixed`: names that a person gave with --map."""
+        names = (self.name,) if self.name in fixed else (self.name, *self.also)
+        return next((name for name in names if self.fits(shapes.get(name))), None)
+
 
 @dataclass(frozen=True, slots=True)
 class Format:
@@ -137,8 +142,7 @@ class Format:
             return None
         found: dict[str, str] = {}
         for column in self.needs:
-            names = (column.name,) if column.name in fixed else (column.name, *column.also)
-            name = next((n for n in names if column.fits(shapes.get(n))), None)
+            name = column.find(shapes, fixed)
             if name is not None:
                 found[column.name] = name
             elif not column.optional or column.name in fixed:

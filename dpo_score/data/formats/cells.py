@@ -57,16 +57,12 @@ def checked_text(value: Any, column: str) -> str:
     if len(value) > MAX_CHARACTERS:
         raise Unusable("too_large", f"{column} has {len(value):,} characters (limit {MAX_CHARACTERS:,})", column, value)
     if not value.isascii():
-        _refuse_surrogates(value, column)
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            reason = f"{column} holds a lone surrogate at character {error.start}: not Unicode text"
+            raise Unusable("invalid_utf8", reason, column, value[: error.start]) from None
     return value
-
-
-def _refuse_surrogates(value: str, column: str) -> None:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        reason = f"{column} holds a lone surrogate at character {error.start}: not Unicode text"
-        raise Unusable("invalid_utf8", reason, column, value[: error.start]) from None
 
 
 def optional_text(row: Row, column: str) -> str:
@@ -120,7 +116,8 @@ def list_cell(row: Row, column: str) -> list[Any]:
     if isinstance(value, Mapping) and value and all(isinstance(part, list | tuple) for part in value.values()):
         if len({len(part) for part in value.values()}) != 1:
             raise Unusable("wrong_type", f"the lists in {column} have different lengths", column, value)
-        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+        rows = (zip(value, items, strict=True) for items in zip(*value.values(), strict=True))
+        value = [{key: part for key, part in row if part is not None} for row in rows]
     if not isinstance(value, list | tuple):
         raise Unusable("wrong_type", f"{column} is a {type(value).__name__}, not a list", column, value)
     if len(value) > MAX_CHARACTERS:
@@ -191,16 +188,16 @@ def _content(value: Any, column: str) -> str:
     """Text, or typed parts that are all text (joined: nothing stands between them)."""
     if not isinstance(value, list | tuple):
         return checked_text(value, f"the content of a message of {column}")
-    return "".join(_text_part(part, column) for part in value)
-
-
-def _text_part(part: Any, column: str) -> str:
-    if isinstance(part, str):
-        return checked_text(part, column)
-    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-    if not isinstance(part, Mapping) or kind != "text":
-        raise Unusable("non_text_content", f"a message of {column} holds {seen(kind, 40)}, not text", column, kind)
-    return checked_text(part.get("text"), f"a text part of {column}")
+    texts = []
+    for part in value:
+        if isinstance(part, str):
+            texts.append(checked_text(part, column))
+            continue
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        if not isinstance(part, Mapping) or kind != "text":
+            raise Unusable("non_text_content", f"a message of {column} holds {seen(kind, 40)}, not text", column, kind)
+        texts.append(checked_text(part.get("text"), f"a text part of {column}"))
+    return "".join(texts)
 
 
 def _tool_calls(value: Any, column: str) -> Any:
@@ -208,16 +205,15 @@ def _tool_calls(value: Any, column: str) -> Any:
     calls = decoded_json(value, f"tool_calls of {column}")
     if not isinstance(calls, list | tuple):
         return calls
-    return [_tool_call(call, column) for call in calls]
-
-
-def _tool_call(value: Any, column: str) -> Any:
-    call = decoded_json(value, f"tool_calls of {column}")
-    if not isinstance(call, Mapping):
-        return call
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _with_decoded_arguments(call["function"])}
-    return _with_decoded_arguments(call)
+    decoded = []
+    for item in calls:
+        call = decoded_json(item, f"tool_calls of {column}")
+        if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
+            call = {**call, "function": _with_decoded_arguments(call["function"])}
+        elif isinstance(call, Mapping):
+            call = _with_decoded_arguments(call)
+        decoded.append(call)
+    return decoded
 
 
 def _with_decoded_arguments(function: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -7,11 +7,11 @@ one, is a `DataError` that shows the schema, the candidates, and the option that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dpo_score.config.schema import DataSpec
-from dpo_score.data.column_types import Shape, Shapes, is_messages, is_text
+from dpo_score.data.column_types import Shapes, either, is_messages, is_text
 from dpo_score.data.formats.base import Column, ColumnMap, Format
 from dpo_score.data.formats.cells import Row, plain
 from dpo_score.data.formats.chosen_rejected import (
@@ -29,11 +29,7 @@ from dpo_score.errors import DataError, nearest
 SAMPLE_ROWS = 1000
 
 
-def _is_system(shape: Shape | None) -> bool:
-    return is_text(shape) or is_messages(shape)
-
-
-SYSTEM = Column("system", _is_system, also=("system_prompt", "system_message"))
+SYSTEM = Column("system", either(is_text, is_messages), also=("system_prompt", "system_message"))
 """Read with every format but token ids, and put before the conversation in one place: row.py."""
 CARRIED = ("id", "subset", "group_id", "tools", "chat_template_kwargs")
 _CARRIED_ALSO: Mapping[str, tuple[str, ...]] = {"id": ("id", "prompt_id")}
@@ -51,8 +47,9 @@ def detect(shapes: Shapes, spec: DataSpec, sample: Sample) -> tuple[Format, dict
     view = {name: shapes[column] for name, column in names.items()}
     format_, found = _decided(view, names, spec, sample)
     _refuse_two_prompts(format_, found, view, spec)
-    if not format_.holds_ids and (system := _system(view, spec)) is not None:
-        found["system"] = system
+    system = SYSTEM.find(view, spec.map)
+    if system is not None and not format_.holds_ids:
+        found[SYSTEM.name] = system
     columns = {name: names[column] for name, column in found.items()}
     _refuse_unread_keys(format_, columns, spec)
     _refuse_undecided_preference(spec, columns)
@@ -113,7 +110,8 @@ def _decided(view: Shapes, names: ColumnMap, spec: DataSpec, sample: Sample) -> 
     matches = fitting or others
     if len(matches) == 1:
         return matches[0]
-    raise DataError(_refusal(view, spec, candidates, [format_ for format_, _ in matches or by_rows], bool(matches)))
+    fits, fits_by_columns = [format_ for format_, _ in matches], [format_ for format_, _ in by_rows]
+    raise DataError(_refusal(view, names, spec, candidates, fits, fits_by_columns))
 
 
 def _rows_fit(format_: Format, found: ColumnMap, view: Shapes, names: ColumnMap, sample: Sample) -> bool:
@@ -134,45 +132,61 @@ def _readable(raw: Mapping[str, Any], found: ColumnMap, view: Shapes, names: Col
     return row
 
 
-def _system(view: Shapes, spec: DataSpec) -> str | None:
-    names = (SYSTEM.name,) if spec.map.get("system") else (SYSTEM.name, *SYSTEM.also)
-    return next((name for name in names if SYSTEM.fits(view.get(name))), None)
+ANSWER_NAMES = (
+    *((f"response_{a}", f"response_{b}") for a, b in ("ab", "AB", "01", "12")),
+    *(("response1", "response2"), ("answer_a", "answer_b"), ("answer_0", "answer_1"), ("output_1", "output_2")),
+)
+"""Neutral names of two answers: a set that has them needs a label."""
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
-def _refusal(view: Shapes, spec: DataSpec, candidates: Sequence[Format], matches: Sequence[Format], fits: bool) -> str:
-    schema = ", ".join(f"{name}: {str(shape)[:120]}" for name, shape in list(view.items())[:60]) or "no column"
+def _refusal(
+    view: Shapes,
+    names: ColumnMap,
+    spec: DataSpec,
+    candidates: Sequence[Format],
+    matches: Sequence[Format],
+    by_columns: Sequence[Format],
+) -> str:
+    """Why no format was decided on: `matches` fit, of `by_columns` the columns fit and the rows do not."""
+    schema = ", ".join(f"{names[name]}: {str(shape)[:120]}" for name, shape in list(view.items())[:60]) or "no column"
     head = f"data set {spec.name!r} ({spec.path}) has the columns {schema}. "
-    if fits:
-        names = " or ".join(f"--format {format_.full_name}" for format_ in matches)
-        return f"{head}More than one format fits: say {names}."
     if matches:
-        names = " or ".join(f"--format {format_.full_name}" for format_ in matches)
-        needed = "; or ".join(format_.columns for format_ in matches)
+        options = " or ".join(f"--format {format_.full_name}" for format_ in matches)
+        return f"{head}More than one format fits: say {options}."
+    if by_columns:
+        options = " or ".join(f"--format {format_.full_name}" for format_ in by_columns)
+        needed = "; or ".join(format_.columns for format_ in by_columns)
         return (
             f"{head}The columns would fit {needed}; but the rows do not have that form, so that there would be no "
-            f"prompt. Say {names} to read them so, or name the prompt with --map prompt=COLUMN."
+            f"prompt. Say {options} to read them so, or name the prompt with --map prompt=COLUMN."
         )
     if is_unpaired(view):
         return f"{head}These are single completions with a label (the KTO form); DPO needs pairs."
     if spec.format != "auto":
         needed = "; or ".join(format_.columns for format_ in candidates)
         return f"{head}That is not {spec.format}, which needs {needed}. Rename columns with --map NAME=COLUMN,…"
-    return f"{head}No known format fits (`dpo-score formats` lists them). {_way_out(view)}"
+    return f"{head}No known format fits (`dpo-score formats` lists them). {_way_out(view, names)}"
 
 
-def _way_out(view: Shapes) -> str:
+def _way_out(view: Shapes, names: ColumnMap) -> str:
     """The --map that would read these columns, as far as their names tell."""
     prompts = [name for name in PROMPT_LIKE if name in view]
     if names_its_sides(view) and prompts:
-        return _unusable_prompt(view, prompts[0])
-    sides = _first_present(view, (("response_a", "response_b"), ("response_A", "response_B"), ("response_0",
-                           "response_1"), ("response_1", "response_2"), ("answer_a", "answer_b"),
-                           ("output_1", "output_2"), ("response1", "response2")))  # fmt: skip
-    if sides is not None:
-        first, second = sides
+        name, shape = names[prompts[0]], view[prompts[0]]
+        if is_text(shape) or is_messages(shape):
+            return (
+                f"Column {name!r} looks like the prompt: say --map prompt={name}, or --map prompt=COLUMN for another."
+            )
+        return (
+            f"Column {name!r} looks like the prompt, but it is {str(shape)[:120]}: a prompt is a string or a list of "
+            "messages (role and content). Change the column, or name another with --map prompt=COLUMN."
+        )
+    two = next((two for two in ANSWER_NAMES if all(name in view for name in two)), None)
+    if two is not None:
+        first, second = (names[name] for name in two)
         return (
             f"Say which column tells the better answer: --map response_a={first},response_b={second},winner=COLUMN "
             "where it says model_a, model_b or tie (or A>B); or, where it numbers the better answer, 0 being "
@@ -182,20 +196,6 @@ def _way_out(view: Shapes) -> str:
     return (
         "Say which columns to read, for instance --map prompt=COLUMN,chosen=COLUMN,rejected=COLUMN; "
         "--map help names the keys of every format."
-    )
-
-
-def _first_present(view: Shapes, pairs: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
-    return next((two for two in pairs if all(name in view for name in two)), None)
-
-
-def _unusable_prompt(view: Shapes, name: str) -> str:
-    shape = view[name]
-    if is_text(shape) or is_messages(shape):
-        return f"Column {name!r} looks like the prompt: say --map prompt={name}, or --map prompt=COLUMN for another."
-    return (
-        f"Column {name!r} looks like the prompt, but it is {str(shape)[:120]}: a prompt is a string or a list of "
-        "messages (role and content). Change the column, or name another with --map prompt=COLUMN."
     )
 
 
