@@ -202,6 +202,8 @@ class CachedLogprobs:
         loaded = context.shelf.load(self._source, self._numerics)
         self._verify(loaded.model)
         self._model = loaded.model
+        for note in loaded.notes:
+            context.progress.warn(f"{self._source.name}: {note}")
         if self._upcoming is not None:
             context.shelf.prefetch(self._upcoming)
         return PairScorer(

@@ -56,10 +56,14 @@ class Placement(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """A transformers model holding exactly the weights of `source` (an unmerged adapter's layers included)."""
+    """A transformers model holding exactly the weights of `source` (an unmerged adapter's layers included).
+
+    `notes`: what whoever scores it should be told, such as an adapter that changes nothing.
+    """
 
     model: Any
     source: ModelSource
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -127,7 +131,7 @@ class ModelLoader:
         source.refuse_changed()
         if attn_implementation is not None and slot.model.config._attn_implementation != attn_implementation:
             slot.model.set_attn_implementation(attn_implementation)
-        return LoadedModel(slot.model, source)
+        return LoadedModel(slot.model, source, slot.notes)
 
     def prefetch(self, source: ModelSource) -> None:
         """Start reading what `load(source, …)` will need and is not loaded yet; returns at once."""

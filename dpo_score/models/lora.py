@@ -19,15 +19,23 @@ from dataclasses import dataclass, field
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dpo_score.errors import ModelError
+from dpo_score.models.adapter_files import PREFIX, module_of, whole_rows
+from dpo_score.models.memory import is_out_of_memory
 from dpo_score.models.quantized import refuse_packed
 from dpo_score.models.resolve import ModelSource
 from dpo_score.models.weights import brief
 
-PREFIX = "base_model.model."
-INPUT_DEPENDENT = frozenset({"XLORA", "POLY", "ADAPTION_PROMPT", "CPT", "MULTITASK_PROMPT_TUNING"})
+INPUT_DEPENDENT = frozenset({"XLORA", "POLY", "SHADOW", "ADAPTION_PROMPT", "CPT", "MULTITASK_PROMPT_TUNING"})
+KEPT_APART = frozenset({"RANDLORA", "DELORA"})
+"""Kinds whose merged weights round more of the adapter away than float32 log-probs may lose."""
+WITHOUT_EFFECT = (
+    "the adapter {adapter} changes nothing: every lora_B in it is zero, as before any training step. Its scores are "
+    "those of its base"
+)
 PLAIN_INITS = (True, False, "gaussian", "orthogonal")
 CONFIG_FIELDS = ("vocab_size", "tie_word_embeddings", "pretraining_tp")
 
@@ -60,10 +68,11 @@ class _Structure:
 
 @dataclass(slots=True, eq=False)
 class AdapterSlot:
-    """A base model and the adapter it wears at the moment, if any."""
+    """A base model and the adapter it wears at the moment, if any; `notes`: what a user should know of that one."""
 
     model: Any
     merge: bool
+    notes: tuple[str, ...] = ()
     _worn: str | None = None
     _structure: _Structure | None = None
     _changed: list[nn.Parameter] = field(default_factory=list)
@@ -78,13 +87,15 @@ class AdapterSlot:
         if source.adapter is None:
             return
         refuse_packed(self.model, source.name)
-        self._structure = _Structure.of(self.model)
+        config, weights = read_config(source), read_weights(source)
+        merge = self.merge and config.peft_type.value not in KEPT_APART
         try:
-            self._put_on(source)
-        except BaseException:
+            self._put_on(source, config, weights, merge)
+        except _NotMergeableError:
             self._take_off()
-            raise
+            self._put_on(source, config, weights, merge=False)
         self._worn = source.digest
+        self.notes = (WITHOUT_EFFECT.format(adapter=source.adapter),) if is_without_effect(weights) else ()
 
     def _take_off(self) -> None:
         """The base as it was read: modules and parameters where they stood, changed weights from their clones."""
@@ -99,21 +110,23 @@ class AdapterSlot:
                 parameter.data = clone.to(parameter.device, copy=True)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
-        self._structure, self._worn, self._changed = None, None, []
+        self._structure, self._worn, self._changed, self.notes = None, None, [], ()
 
-    def _put_on(self, source: ModelSource) -> None:
-        config = read_config(source)
-        weights = read_weights(source)
-        self._keep(_touched(self.model, weights, every=self.merge or starts_from_base(config)))
-        _resize(self.model, weights, source)
-        wrapped = _inject(self.model, config, weights, source)
-        if self.merge:
-            _untie_targets(wrapped)
-            with warnings.catch_warnings():
-                # peft tells that embeddings are untied now: they are, on purpose, until the adapter is taken off.
-                warnings.simplefilter("ignore", UserWarning)
-                wrapped.base_model.merge_and_unload()
-        self.model.eval().requires_grad_(False)
+    def _put_on(self, source: ModelSource, config: Any, weights: dict[str, Tensor], merge: bool) -> None:
+        """Inject the adapter's layers and, with `merge`, fold them into the weights. The base is as it was after any
+        error. Raises _NotMergeableError for a kind of adapter that has no merged form."""
+        self._structure = _Structure.of(self.model)
+        try:
+            self._keep(_touched(self.model, weights, every=merge or starts_from_base(config)))
+            _resize(self.model, weights, source)
+            wrapped = _inject(self.model, config, weights, source)
+            if merge:
+                _untie_targets(wrapped)
+                _merge(wrapped)
+            self.model.eval().requires_grad_(False)
+        except BaseException:
+            self._take_off()
+            raise
 
     def _keep(self, parameters: Iterable[nn.Parameter]) -> None:
         """Clone, once per base and in host memory, what an adapter may change."""
@@ -123,6 +136,29 @@ class AdapterSlot:
                 self._pristine[id(parameter)] = parameter.detach().to("cpu", copy=True)
 
 
+class _NotMergeableError(Exception):
+    """peft cannot fold this kind of adapter into the weights; it can be computed beside them."""
+
+
+def _merge(wrapped: Any) -> None:
+    with warnings.catch_warnings():
+        # peft tells that embeddings are untied now: they are, on purpose, until the adapter is taken off.
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            wrapped.base_model.merge_and_unload()
+        except (NotImplementedError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise _NotMergeableError from error
+
+
+def is_without_effect(weights: Mapping[str, Tensor]) -> bool:
+    """Whether an adapter is plain LoRA whose second factors are all zero."""
+    seconds = [tensor for key, tensor in weights.items() if ".lora_B" in key or ".lora_embedding_B" in key]
+    firsts = sum(".lora_A" in key or ".lora_embedding_A" in key for key in weights)
+    return len(seconds) > 0 and firsts + len(seconds) == len(weights) and not any(bool(b.any()) for b in seconds)
+
+
 def read_config(source: ModelSource) -> Any:
     if importlib.util.find_spec("peft") is None:
         raise ModelError(f'{source.name} needs peft to read its adapter: `pip install "dpo-score[adapters]"`')
@@ -130,7 +166,9 @@ def read_config(source: ModelSource) -> Any:
     from peft import PeftConfig
 
     try:
-        config = PeftConfig.from_pretrained(str(source.adapter))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # how a kind of adapter is best saved is its author's affair
+            config = PeftConfig.from_pretrained(str(source.adapter))
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{source.adapter}: peft does not read its adapter_config.json ({brief(error)})") from error
     kind = getattr(config.peft_type, "value", str(config.peft_type))
@@ -150,8 +188,6 @@ def read_weights(source: ModelSource) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         return dict(load_file(path))
-    import torch
-
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except (UnpicklingError, RuntimeError, EOFError) as error:
@@ -171,9 +207,9 @@ def _touched(model: nn.Module, weights: Mapping[str, Tensor], every: bool) -> li
     modules = dict(model.named_modules())
     found: dict[int, nn.Parameter] = {}
     for key in weights:
-        path = key.removeprefix(PREFIX)
-        while path and path not in modules:
-            path = path.rpartition(".")[0]
+        path = module_of(key, modules)
+        if not path and every:  # a tensor that all layers share: peft changes more than the names say
+            return list(model.parameters())
         rest = key.removeprefix(f"{PREFIX}{path}.").removeprefix("base_layer.")
         if path and (every or rest in modules[path]._parameters):
             found.update((id(p), p) for p in modules[path].parameters())
@@ -184,9 +220,10 @@ def _resize(model: Any, weights: Mapping[str, Tensor], source: ModelSource) -> N
     """Bring the embeddings to the adapter's number of rows, when the adapter carries whole embeddings."""
     names = {id(module): name for name, module in model.named_modules()}
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    rows = _saved_rows(weights, names[id(inputs)])
+    shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    rows = whole_rows(shapes, names[id(inputs)])
     tied = outputs is None or outputs.weight is inputs.weight
-    head_rows = rows if tied else _saved_rows(weights, names[id(outputs)])
+    head_rows = rows if tied else whole_rows(shapes, names[id(outputs)])
     wanted = rows or head_rows
     if wanted is None or wanted == inputs.weight.shape[0]:
         return
@@ -196,15 +233,6 @@ def _resize(model: Any, weights: Mapping[str, Tensor], source: ModelSource) -> N
             "adapter) but saves only one of the two embeddings; save it with save_embedding_layers=True"
         )
     model.resize_token_embeddings(wanted, mean_resizing=False)
-
-
-def _saved_rows(weights: Mapping[str, Tensor], module: str) -> int | None:
-    """Rows of a whole embedding that the adapter saves for `module`, in any of peft's spellings."""
-    for middle in ("", ".base_layer", ".modules_to_save", ".original_module"):
-        tensor = weights.get(f"{PREFIX}{module}{middle}.weight")
-        if tensor is not None:
-            return int(tensor.shape[0])
-    return None
 
 
 def _inject(model: Any, config: Any, weights: dict[str, Tensor], source: ModelSource) -> Any:
@@ -223,24 +251,62 @@ def _inject(model: Any, config: Any, weights: dict[str, Tensor], source: ModelSo
             raise ModelError(
                 f"{source.name}: the adapter does not fit its base {source.folder}: {brief(error)}"
             ) from error
-    for what, keys in (
-        ("lacks", _absent(wrapped, result.missing_keys)),
-        ("has, without a place in the base,", result.unexpected_keys),
-    ):
-        if keys:
-            raise ModelError(
-                f"{source.name}: the adapter {source.adapter} {what} {len(keys)} tensors ({', '.join(keys[:5])}): "
-                "it belongs to another base, or its folder is damaged"
-            )
+    absent = _absent(wrapped, result.missing_keys)
+    surplus = [key for key in result.unexpected_keys if not _is_copy(wrapped, key, weights)]
+    if absent or surplus:
+        raise ModelError(_misfit(source, model, absent, surplus))
     return wrapped
 
 
-def _absent(wrapped: nn.Module, missing: Iterable[str]) -> list[str]:
-    """Adapter tensors that were not in the file; one that is tied to a tensor of the file is there."""
+def _absent(wrapped: Any, missing: Iterable[str]) -> list[str]:
+    """Adapter tensors that the file should hold and does not.
+
+    What peft would not write itself (buffers that it derives, projections that layers share) is not missed; nor is a
+    tensor that is tied to one of the file.
+    """
+    from peft import get_peft_model_state_dict
+
+    written = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
     absent = {key for key in missing if ".default." in f"{key}."}
-    named = dict(wrapped.named_parameters(remove_duplicate=False))
-    present = {id(parameter) for name, parameter in named.items() if name not in absent}
-    return sorted(key for key in absent if id(named.get(key)) not in present)
+    named = dict(wrapped.named_parameters(remove_duplicate=False)) | dict(wrapped.named_buffers(remove_duplicate=False))
+    present = {id(tensor) for name, tensor in named.items() if name not in absent}
+    return sorted(key for key in absent if key.replace(".default", "") in written and id(named.get(key)) not in present)
+
+
+def _is_copy(wrapped: nn.Module, key: str, weights: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor for which peft has no place repeats another one.
+
+    Where the vocabulary was resized, peft writes trained embeddings both as what they are and by the name of its
+    wrapper, and tied embeddings by the names of both. Its own loader passes such copies over.
+    """
+    for middle in (".modules_to_save.", ".original_module.", ".token_adapter.base_layer.", ".base_layer."):
+        module, found, leaf = key.partition(middle)
+        twin = weights.get(f"{module}.{leaf}") if found else None
+        if twin is not None:
+            return middle == ".original_module." or torch.equal(twin, weights[key])
+    leaf = ".token_adapter." + key.partition(".token_adapter.")[2]
+    alike = [twin for name, twin in weights.items() if name != key and name.endswith(leaf)]
+    return leaf != ".token_adapter." and any(torch.equal(twin, weights[key]) for twin in alike)
+
+
+def _misfit(source: ModelSource, model: nn.Module, absent: list[str], surplus: list[str]) -> str:
+    """What to say of an adapter whose tensors are not those that its settings ask for on this base."""
+    parts = [
+        f"{what} {len(keys)} tensors ({', '.join(keys[:5])})"
+        for what, keys in (("lacks", absent), ("has, without a place in the base,", surplus))
+        if keys
+    ]
+    modules = dict(model.named_modules())
+    named = next((module for key in surplus if (module := key.removeprefix(PREFIX).partition(".lora_")[0])), "")
+    inner = [name for name in modules if name.endswith(named.removeprefix("model.")) and "language_model" in name]
+    if named and named not in modules and inner:
+        cause = (
+            f"its tensors are named as in the text-only class ({named}), while this base is a multimodal wrapper whose "
+            f"text model has them as {inner[0]}. Score it over the text model, or rename its tensors"
+        )
+    else:
+        cause = "it belongs to another base, or its folder is damaged"
+    return f"{source.name}: the adapter {source.adapter} {' and '.join(parts)}: {cause}"
 
 
 def _untie_targets(wrapped: Any) -> None:

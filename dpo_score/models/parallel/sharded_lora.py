@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dpo_score.errors import ModelError
-from dpo_score.models.lora import PREFIX, read_config, read_weights, starts_from_base
+from dpo_score.models.adapter_files import PREFIX
+from dpo_score.models.lora import read_config, read_weights, starts_from_base
 from dpo_score.models.resolve import ModelSource
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class ShardedSlot:
     """A base model in parts and the adapter beside it at the moment, if any."""
 
     model: Any
+    notes: tuple[str, ...] = ()
     _worn: str | None = None
     _handles: list[Any] = field(default_factory=list)
 
