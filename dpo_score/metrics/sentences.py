@@ -185,10 +185,10 @@ def _nothing_in_common(found: Found) -> str:
 
 
 def _few_pairs(found: Found) -> list[str]:
-    """Where the mean margin of the best lies outside of the middle half of its own margins."""
+    """Where the mean margin of the best lies outside of the middle 90 % of its own margins."""
     margins = _policy(found, found["best"])["margins"]
     quantiles = margins["quantiles"]
-    if not quantiles or quantiles["p25"] <= margins["mean"] <= quantiles["p75"]:
+    if not quantiles or quantiles["p5"] <= margins["mean"] <= quantiles["p95"]:
         return []
     return [
         f"The median margin of {found['best']} is {signed(quantiles['p50'])}; few pairs carry its mean of "
@@ -207,7 +207,7 @@ def _resolution(found: Found) -> list[str]:
     if not spoken:
         return []
     sizes = " and ".join(f"{size} to {name}" for name, size in spoken)
-    return [f"A true difference of {sizes} would be found four times in five; a smaller one is easily missed."]
+    return [f"These pairs show a true difference of {sizes} four times in five; a smaller one is easily missed."]
 
 
 def _clusters(found: Found) -> list[str]:
