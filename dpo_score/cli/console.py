@@ -344,8 +344,10 @@ def summary_lines(found: Cell) -> Iterator[str]:
     yield str(found["sentence"])
     note = f"{found['pairs']:,} pairs in common"
     if found["groups"] < found["pairs"]:
-        note += f", in {found['groups']:,} groups that share a prompt or group (intervals allow for it)"
+        note += f", in {found['groups']:,} groups that share a prompt or group (intervals allow for it"
+        note += f"; they count as about {found['effective_groups']:.1f} of equal size)"
     yield note
+    yield from found.get("notes", ())
     for side in found["one_sided"]:
         name = side["policy"]
         only = len(found["policies"]) == 2

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dpo_score.losses.ops import Floats
-from dpo_score.metrics.groups import LENGTH, Grouping, by_length, group_field, numbered
+from dpo_score.metrics.groups import BUILT_IN, DATA, DATASET, LENGTH, Grouping, by_length, group_field, numbered
 from dpo_score.metrics.intervals import connected_clusters, repeats
 
 FLOATS = (
@@ -35,7 +35,7 @@ FLOATS = (
 )
 TOKENS = ("chosen_tokens", "rejected_tokens")
 FLAGS = ("truncated", "tied", "overflow")
-LABELS = ("dataset", "subset")
+LABELS = (DATASET, "subset")
 """Columns that rows are always grouped by, each value being a group; a slice of one is these same groups."""
 AS_LABELLED = "each of its values; pairs without one are in none"
 VOCABULARY = ("status", "marks")
@@ -48,8 +48,8 @@ Rejects = Counter[tuple[str, str]]
 class ScoreArrays:
     """Scored rows as arrays of one length. `labels[name]` holds an index into `names[name]` for every row.
 
-    `values`: FLOATS, and TOKENS kept as float32, NaN where null. `flags`: FLAGS. `cuts`: how each slice was cut, in
-    words; the names of a slice stand in the order to show them in. `quoting`: slices whose names are texts of the data.
+    `values`: FLOATS, and TOKENS kept as float32, NaN where null. `flags`: FLAGS. `groupings`: how each slice was made,
+    in words; the names of a slice are in the order to show them in. `quoting`: slices whose names are the data's texts.
     """
 
     values: dict[str, Floats]
@@ -58,7 +58,7 @@ class ScoreArrays:
     names: dict[str, tuple[str, ...]]
     clusters: NDArray[np.int64]
     rejected: Rejects = field(default_factory=Counter)
-    cuts: Mapping[str, str] = field(default_factory=dict)
+    groupings: Mapping[str, str] = field(default_factory=dict)
     quoting: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
@@ -77,7 +77,7 @@ class ScoreArrays:
             names=self.names,
             clusters=self.clusters[rows],
             rejected=self.rejected,
-            cuts=self.cuts,
+            groupings=self.groupings,
             quoting=self.quoting,
         )
 
@@ -91,30 +91,42 @@ class ScoreArrays:
 def collect(tables: Iterable[pa.Table], *, rejects: Iterable[pa.Table] = (), slices: Sequence[str] = ()) -> ScoreArrays:
     """Read score tables (and reject tables, for their counts) once, in order.
 
-    `slices`: columns to group by besides LABELS, grouped as groups.py says; "length" needs no column.
+    `slices`: columns to group by besides LABELS, grouped as groups.py says; "length" and "data" need no column.
     """
-    coders = {name: _Coder() for name in LABELS}
-    columns: dict[str, list[pa.Table]] = {name: [] for name in slices if name not in LABELS}
+    names: dict[str, dict[str, int]] = {label: {} for label in LABELS}
+    sliced: dict[str, list[pa.Table]] = {name: [] for name in slices if name not in LABELS}
     parts: list[dict[str, NDArray[Any]]] = []
     rejected: Rejects = Counter()
     seen = 0
     for table in tables:
         table, refused = _split_scored(table)
         rejected.update(refused)
-        parts.append(_arrays(table, coders, seen))
-        for name, found in columns.items():
-            found.append(_column(table, name))
+        parts.append(_arrays(table, names, seen))
+        for name, found in sliced.items():
+            column = table.select([name]) if name in table.column_names else pa.table({name: pa.nulls(table.num_rows)})
+            found.append(column.replace_schema_metadata(None))
         seen += table.num_rows
     for table in rejects:
         rejected.update(zip(_texts(table, "dataset"), table.column("code").to_pylist(), strict=True))
-    rows = _join(parts, coders, rejected)
-    cuts = {name: _cut(name, found, rows) for name, found in columns.items()}
+
+    def joined(name: str, dtype: Any) -> NDArray[Any]:
+        return np.concatenate([np.empty(0, dtype), *(part[name] for part in parts)])
+
+    rows = ScoreArrays(
+        values={name: joined(name, np.float32 if name in TOKENS else np.float64) for name in (*FLOATS, *TOKENS)},
+        flags={name: joined(name, np.bool_) for name in FLAGS},
+        labels={label: joined(f"label:{label}", np.int32) for label in LABELS},
+        names={label: tuple(codes) for label, codes in names.items()},
+        clusters=connected_clusters(joined("prompt", np.uint64), joined("group", np.uint64)),
+        rejected=rejected,
+    )
+    groupings = {name: _grouping(name, found, rows) for name, found in sliced.items()}
     return replace(
         rows,
-        labels=rows.labels | {name: found.codes for name, found in cuts.items()},
-        names=rows.names | {name: found.names for name, found in cuts.items()},
-        cuts={name: cuts[name].how if name in cuts else AS_LABELLED for name in slices},
-        quoting=frozenset(name for name, found in cuts.items() if found.quotes and name not in VOCABULARY),
+        labels=rows.labels | {name: found.codes for name, found in groupings.items()},
+        names=rows.names | {name: found.names for name, found in groupings.items()},
+        groupings={name: groupings[name].how if name in groupings else AS_LABELLED for name in slices},
+        quoting=frozenset(name for name, found in groupings.items() if found.quotes and name not in VOCABULARY),
     )
 
 
@@ -123,46 +135,19 @@ def without_texts(rows: ScoreArrays) -> ScoreArrays:
     return replace(
         rows,
         names=rows.names | {name: numbered(rows.names[name]) for name in rows.quoting},
-        cuts={name: f"{how}; numbered" if name in rows.quoting else how for name, how in rows.cuts.items()},
+        groupings={name: f"{how}; numbered" if name in rows.quoting else how for name, how in rows.groupings.items()},
         quoting=frozenset(),
     )
 
 
-def _column(table: pa.Table, name: str) -> pa.Table:
-    """The column alone, null where the table has none."""
-    kept = table.select([name]) if name in table.column_names else pa.table({name: pa.nulls(table.num_rows)})
-    return kept.replace_schema_metadata(None)
-
-
-def _cut(name: str, columns: list[pa.Table], rows: ScoreArrays) -> Grouping:
+def _grouping(name: str, columns: list[pa.Table], rows: ScoreArrays) -> Grouping:
+    """Groups of a column; where no table has it, of what is built in under its name."""
     table = pa.concat_tables(columns or [pa.table({name: pa.nulls(0)})], promote_options="permissive")
     if name == LENGTH and pa.types.is_null(table.field(0).type):
         return by_length(np.fmax(rows.values["chosen_tokens"], rows.values["rejected_tokens"]))
+    if name == DATA and pa.types.is_null(table.field(0).type):
+        return Grouping(rows.labels[DATASET], rows.names[DATASET], BUILT_IN[DATA])
     return group_field(table.column(0), table.field(0))
-
-
-def _join(parts: list[dict[str, NDArray[Any]]], coders: dict[str, _Coder], rejected: Rejects) -> ScoreArrays:
-    def joined(name: str, dtype: Any) -> NDArray[Any]:
-        return np.concatenate([np.empty(0, dtype), *(part[name] for part in parts)])
-
-    return ScoreArrays(
-        values={name: joined(name, np.float32 if name in TOKENS else np.float64) for name in (*FLOATS, *TOKENS)},
-        flags={name: joined(name, np.bool_) for name in FLAGS},
-        labels={name: joined(f"label:{name}", np.int32) for name in coders},
-        names={name: tuple(coder.codes) for name, coder in coders.items()},
-        clusters=connected_clusters(joined("prompt", np.uint64), joined("group", np.uint64)),
-        rejected=rejected,
-    )
-
-
-class _Coder:
-    """Numbers names in the order they first occur, over all tables."""
-
-    def __init__(self) -> None:
-        self.codes: dict[str, int] = {}
-
-    def encode(self, texts: Iterable[str]) -> NDArray[np.int32]:
-        return np.fromiter((self.codes.setdefault(text, len(self.codes)) for text in texts), dtype=np.int32)
 
 
 def _split_scored(table: pa.Table) -> tuple[pa.Table, Rejects]:
@@ -183,14 +168,18 @@ def _texts(table: pa.Table, name: str, missing: str = "") -> list[str]:
     return [missing if value is None else str(value) for value in table.column(name).to_pylist()]
 
 
-def _arrays(table: pa.Table, coders: dict[str, _Coder], seen: int) -> dict[str, NDArray[Any]]:
+def _arrays(table: pa.Table, names: dict[str, dict[str, int]], seen: int) -> dict[str, NDArray[Any]]:
     arrays: dict[str, NDArray[Any]] = {name: _numbers(table, name) for name in FLOATS}
     arrays |= {name: _numbers(table, name).astype(np.float32) for name in TOKENS}  # exact up to 16 million tokens
     arrays["truncated"] = _flag(table, "chosen_truncated", "rejected_truncated")
     arrays["tied"] = _flag(table, "tied")
     arrays["overflow"] = np.array([code == "overflow" for code in _texts(table, "loss_code")], np.bool_)
-    for name, coder in coders.items():
-        arrays[f"label:{name}"] = coder.encode(_texts(table, name))
+    for label, codes in names.items():
+        texts = pa.array(_texts(table, label), pa.string()).dictionary_encode()
+        numbers = [
+            codes.setdefault(text, len(codes)) for text in texts.dictionary.to_pylist()
+        ]  # in order of first sight
+        arrays[f"label:{label}"] = np.array(numbers, np.int32)[texts.indices.to_numpy(zero_copy_only=False)]
     for name, column in (("prompt", "prompt_digest"), ("group", "group_id")):
         arrays[name] = _hashes(table, column, seen)
     return arrays

@@ -217,7 +217,7 @@ def compare_policies(aligned: AlignedPolicies, baseline: str | None = None) -> d
         "subsets": {label: _by_group(aligned, label, anchor, baseline) for label in ("dataset", "subset")},
         "slices": {
             name: {"cut": how, "groups": _by_group(aligned, name, anchor, baseline)}
-            for name, how in aligned.first.rows.cuts.items()
+            for name, how in aligned.first.rows.groupings.items()
         },
     }
     found["collapses"] = _collapses(found)

@@ -233,7 +233,9 @@ def _measured(
 def _named(group: str, aligned: AlignedPolicies) -> NDArray[np.bool_]:
     """The pairs of a subset, a data set or a group of a slice."""
     sliced = {
-        f"{label}={name}": mask for label in aligned.first.rows.cuts for name, mask in aligned.groups(label).items()
+        f"{label}={name}": mask
+        for label in aligned.first.rows.groupings
+        for name, mask in aligned.groups(label).items()
     }
     groups = {**sliced, **aligned.groups("dataset"), **aligned.groups("subset")}
     if group not in groups:

@@ -4,6 +4,7 @@
     everything else   each value; beyond MOST of them the rarer ones are pooled
     length            built in: scored tokens of the longer answer, in doubling bins
     turns             built in: messages of prompt and answer (who reads the pairs counts them)
+    data              built in: the data set that a pair is from
 
 Pairs without a value are a group of their own, so groups always add up to all pairs. Groups of texts are named by
 those texts; `numbered` gives them names without.
@@ -26,7 +27,10 @@ from numpy.typing import NDArray
 from dpo_score.losses.ops import Floats
 
 LENGTH, TURNS = "length", "turns"
+DATA, DATASET = "data", "dataset"
+"""What the option that names data sets is called, and the column that holds them."""
 BUILT_IN = {
+    DATA: "the data set that a pair is from",
     LENGTH: "scored tokens of the longer answer",
     TURNS: "messages of prompt and answer, system texts not counted",
 }
@@ -40,7 +44,7 @@ NO_VALUE, EMPTY, OTHERS = OWN_NAMES = ("(no value)", "(empty)", "(other values)"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grouping:
-    """`codes`: for every row an index into `names`, which stand in the order to show them in. `how`: in words.
+    """`codes`: for every row an index into `names`, in the order to show them in. `how`: in words.
 
     `quotes`: whether the names are texts of the data.
     """

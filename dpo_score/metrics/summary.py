@@ -50,7 +50,7 @@ def summarise(
         "datasets": datasets,
         "subsets": subsets,
         "slices": sliced,
-        "slice_cuts": {name: {"how": how, "groups": list(sliced[name])} for name, how in rows.cuts.items()},
+        "slice_cuts": {name: {"how": how, "groups": list(sliced[name])} for name, how in rows.groupings.items()},
         "diagnosis": diagnose(rows),
         "macro": {
             "datasets": _macro(list(datasets.values())),

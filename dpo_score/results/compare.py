@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from dpo_score.errors import ConfigError, FailIfError, UsageError, nearest
+from dpo_score.errors import FailIfError, UsageError, nearest
 from dpo_score.metrics.compare import AlignedPolicies, ScoredPolicy, align_policies, compare_policies
-from dpo_score.metrics.gate import failed_conditions, needs_baseline, parse_condition
+from dpo_score.metrics.gate import failed_conditions, gate_notes, needs_baseline, parse_condition
 from dpo_score.results.groups import read_sliced
 from dpo_score.results.run_folder import chosen_names, open_out, read_scored
 
@@ -28,17 +28,20 @@ def compare(
     """The comparison as strict JSON; `failed` holds a sentence for each condition that holds.
 
     outs: one folder or two. baseline: a policy's name; of two folders the first one's only policy by default.
-    slices: columns to group pairs by, as the first folder has them.
+    slices: columns to group pairs by, as the first folder has them. A condition that speaks of a baseline takes the
+    first policy where none is named; `notes` says so, and what a condition overlooks.
     """
     conditions = [parse_condition(text) for text in fail_if]
     scored = _scored(outs, policies, baseline, slices)
     aligned = _joined(scored)
     baseline = _baseline(aligned, baseline, outs, scored)
+    notes = [note for condition in conditions for note in gate_notes(condition)]
     if baseline is None and any(needs_baseline(condition) for condition in conditions):
-        raise ConfigError("--fail-if speaks of a baseline: say --baseline NAME, or compare two folders")
+        baseline = aligned.names[0]
+        notes.append(f"the baseline is {baseline}, the first policy; name another with --baseline")
     found = compare_policies(aligned, baseline)
     failed = [sentence for condition in conditions for sentence in failed_conditions(condition, aligned, baseline)]
-    return found | {"folders": list(outs), "failed": failed}
+    return found | {"folders": list(outs), "notes": notes, "failed": failed}
 
 
 def raise_failed(found: dict[str, Any]) -> None:

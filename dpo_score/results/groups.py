@@ -2,7 +2,7 @@
 
 Promises: a column of the scores wins, then what is built in (length, turns), then a column of the data; the data is
 read again only for what scores lack, in one pass without a model, and only while it is what was scored; a column that
-is nowhere is refused with those that are there. Cutting a column into groups is scores/slices.py.
+is nowhere is refused with those that are there. How a column makes groups is in metrics/groups.py.
 """
 
 from __future__ import annotations
@@ -19,17 +19,23 @@ from dpo_score.data.formats.transcripts import message_count
 from dpo_score.data.types import Pair
 from dpo_score.errors import ConfigError, UsageError
 from dpo_score.escape import safe
+from dpo_score.losses.columns import DERIVED
 from dpo_score.metrics.arrays import FLOATS, without_texts
 from dpo_score.metrics.compare import AlignedPolicies, ScoredPolicy
-from dpo_score.metrics.groups import BUILT_IN, LENGTH, TURNS, means, text_of
+from dpo_score.metrics.groups import BUILT_IN, DATA, DATASET, LENGTH, TURNS, means, text_of
 from dpo_score.results.run_folder import as_scored, scored_rows
-from dpo_score.results.schemas import COUNT_FIELDS, TEXT_FIELDS
+from dpo_score.results.schemas import COUNT_FIELDS, SIDES, TEXT_FIELDS
 from dpo_score.results.source_text import text_source
 from dpo_score.storage.base import Store
 from dpo_score.storage.manifest import Manifest
 
 STORED = (*(field.name for field in (*TEXT_FIELDS, *COUNT_FIELDS)), *FLOATS, "margins", "accuracy")
 """Columns that every score table has and that make sense to group by."""
+INTERNAL = frozenset(
+    (*STORED, *DERIVED, *(f"{role}_{side}_logps_shared" for role in ("policy", "ref") for side in SIDES), "tied")
+)
+OFFERED = (DATASET, "subset", "status", "chosen_truncated", "rejected_truncated", "prompt_tokens", "margins", "loss")
+"""Of these the ones that a message names: what somebody would group by."""
 LISTED = 40
 GAP = 256
 """Rows between two wanted ones up to which reading on is cheaper than beginning anew."""
@@ -47,8 +53,13 @@ def _refuse_unless_there(name: str, datasets: Sequence[Dataset], carried: Iterab
     if name not in columns:
         raise ConfigError(
             f"--slice {safe(name, 80)}: no such column. Columns of the data: {_listed(columns)}; built in: "
-            f"{', '.join(BUILT_IN)}; of the scores: {_listed([*carried, *STORED])}"
+            f"{', '.join(BUILT_IN)}; of the scores: {_listed(_offered(carried))}"
         )
+
+
+def _offered(columns: Iterable[str]) -> list[str]:
+    """Columns of the scores without those that only the program reads."""
+    return list(dict.fromkeys([*(name for name in columns if name in OFFERED or name not in INTERNAL), *OFFERED]))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -60,14 +71,14 @@ def columns_of_data(
     slices: Sequence[str], datasets: Sequence[Dataset], carried: Sequence[str], rows: Sequence[int]
 ) -> pa.Table | None:
     """The columns of `slices` that scores lack, by row_id, of the rows of these numbers; None if they lack none."""
-    names = [name for name in slices if name not in (*carried, *STORED) and name != LENGTH]
+    names = [name for name in slices if name not in (*carried, *STORED) and name not in (LENGTH, DATA)]
     return from_data(datasets, rows, names) if names else None
 
 
 def read_sliced(store: Store, manifest: Manifest, policy: str, names: Sequence[str]) -> ScoredPolicy:
     """All scored rows of one policy with `names` to group by. UsageError where a column cannot be had."""
     table = scored_rows(store, policy)
-    lacking = [name for name in names if name not in table.column_names and name != LENGTH]
+    lacking = [name for name in names if name not in table.column_names and name not in (LENGTH, DATA)]
     if lacking:
         table = joined(table, _of_folder(store, manifest, table, lacking))
     return as_scored(manifest, policy, table, names)
@@ -84,8 +95,9 @@ def _of_folder(store: Store, manifest: Manifest, table: pa.Table, names: Sequenc
     source = text_source(store, manifest)
     if isinstance(source, str):
         raise UsageError(
-            f"--slice {safe(names[0], 80)}: the scores have no such column (they have {_listed(table.column_names)}), "
-            f"and {source}. To have a column of the data in the scores, score with --keep-columns"
+            f"--slice {safe(names[0], 80)}: the scores have no such column (they can be grouped by "
+            f"{_listed(_offered(table.column_names))}), and {source}. "
+            "To have a column of the data in the scores, score with --keep-columns"
         )
     for name in names:
         if name not in BUILT_IN:

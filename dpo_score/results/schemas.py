@@ -6,6 +6,7 @@ here: float64, in token order, from the float32 values that a model returned. No
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -74,6 +75,27 @@ def text_table(encoded: Sequence[EncodedPair], extra: Sequence[pa.Field]) -> pa.
     return pa.table(columns, schema=text_schema(extra))
 
 
+def prompt_digest(encoded: EncodedPair) -> str:
+    """blake2b-128 (hex) of the prompt's text and tools without regard to case and spaces; of its ids if without text.
+
+    Pairs of one digest are one cluster for every interval, so prompts that are nearly the same get the same digest.
+    """
+    pair = encoded.pair
+    if not pair.prompt or pair.tokens is not None:
+        return TokenSequence(encoded.tokens.prompt, encoded.tokens.prompt[:0]).key.hex()
+    content = json.dumps(_folded([pair.prompt, pair.tools]), sort_keys=True, default=str)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def _folded(value: Any) -> Any:
+    """The same value with every text in it in one case and with single spaces."""
+    if isinstance(value, str):
+        return " ".join(value.casefold().split())
+    if isinstance(value, Mapping):
+        return {str(key): _folded(item) for key, item in value.items()}
+    return [_folded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def _text_row(encoded: EncodedPair, extra: Sequence[pa.Field]) -> dict[str, Any]:
     source, pair = encoded.pair.source, encoded.pair
     return {
@@ -83,7 +105,7 @@ def _text_row(encoded: EncodedPair, extra: Sequence[pa.Field]) -> dict[str, Any]
         "source_row": source.row,
         "pair_id": pair.pair_id,
         "pair_digest": encoded.pair_digest,
-        "prompt_digest": TokenSequence(encoded.tokens.prompt, encoded.tokens.prompt[:0]).key.hex(),
+        "prompt_digest": prompt_digest(encoded),
         **{field.name: _carried(pair, field) for field in extra},
         "status": "scored",
         "prompt_tokens": len(encoded.tokens.prompt),

@@ -70,5 +70,5 @@ def test_groups_of_texts_can_be_had_without_the_texts() -> None:
         "marks": ["(empty)", "no_eos", "(no value)"],
     }
     assert rows.present("subset") == ["a", "b"]
-    assert rows.cuts["said"] == "each of its values; numbered"
+    assert rows.groupings["said"] == "each of its values; numbered"
     assert rows.labels["said"].tolist() == policy.rows.labels["said"].tolist()

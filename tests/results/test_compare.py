@@ -50,10 +50,13 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
         compare([out], baseline="step-1")
 
 
-def test_a_gate_needs_a_baseline_only_when_it_speaks_of_one() -> None:
+def test_a_gate_that_speaks_of_a_baseline_takes_the_first_policy_and_says_so() -> None:
     out = str(small_run().out)
-    with pytest.raises(ConfigError, match="--baseline"):
-        compare([out], fail_if=["diff.accuracy < 0"])
+    found = compare([out], fail_if=["diff.accuracy.high < 0"])
+    assert found["baseline"] == "step-10"
+    assert found["notes"] == ["the baseline is step-10, the first policy; name another with --baseline"]
+    assert any("the baseline is step-10" in line for line in summary_lines(found))
+    assert compare([out], fail_if=["accuracy.low < 1"])["baseline"] is None
     found = compare([out], fail_if=["accuracy.low < 1"])
     with pytest.raises(FailIfError, match="step-10"):
         raise_failed(found)
