@@ -29,7 +29,8 @@ PATTERNS = (
     r"\((?P<a>[\d.]+ %) against (?P<b>[\d.]+ %), adjusted p (?P<p>[\d.< ]+)\), though "
     r"(?P<overall>higher|not told apart from it) over all pairs(?:, and so in (?P<more>\d+) more)?\.",
     r"(?:(?P<all>.+) cannot be told apart by accuracy: )?(?P<best>\w+) ranks (?P<share>[\d.]+ %) of "
-    r"(?P<n>[\d,]+) pairs as labelled(?:, (?P<ties>[\d,]+) ties left out)?(?: \(95 % interval (?P<low>[\d.]+) to (?P<high>[\d.]+)\))?"
+    r"(?P<n>[\d,]+) pairs as labelled(?:, (?P<ties>[\d,]+) ties left out)?"
+    r"(?: \(95 % interval (?P<low>[\d.]+) to (?P<high>[\d.]+)\))?"
     r"(?:, the highest of (?P<count>\d+)(?: with (?P<equal>[\w, ]+?))?)?"
     r"(?P<chance>; it cannot be told from guessing|; guessing would do better)?"
     r"(?:; (?P<leader>\w+) has the highest mean margin)?\.",
