@@ -24,6 +24,10 @@ _TRAINERS = re.compile(
     r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states|custom_checkpoint)(_\d+)*\.\w+"
 )
 _PARTS = re.compile(r"adapter_model\.\w+|.+-\d{5}-of-\d{5}\.\w+")
+_SHARED_NAMES = frozenset(
+    {"policy", "model", "pytorch_model", "adapter_model", "consolidated", "weights", "state_dict", "checkpoint"}
+    | {"pytorch_model_fsdp", "mp_rank_00_model_states"}
+)
 _OF_A_FOLDER = re.compile(r"(model|pytorch_model)\.\w+")
 
 
@@ -54,6 +58,17 @@ def expanded(policy: Mapping[str, Any]) -> list[dict[str, Any]]:
 def natural(text: str) -> list[tuple[int, int, str]]:
     """Sort key: runs of digits count as numbers."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
+
+
+def policy_stem(path: str) -> str:
+    """A name for a checkpoint: the last part of its path, but for a file whose name many checkpoints share
+    (step-10/policy.pt) that of its folder."""
+    place = Path(path.rstrip("/"))
+    shared = place.suffix in STATE_SUFFIXES and place.stem in _SHARED_NAMES
+    folder = re.search(r"[A-Za-z0-9]", place.parent.name) is not None
+    if not shared:
+        return stem(path)
+    return stem(place.parent.name) if folder else place.stem
 
 
 def stem(path: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dpo_score.config.checkpoint_glob import expanded, stem
+from dpo_score.config.checkpoint_glob import expanded, policy_stem
 from dpo_score.config.hints import meant_by
 from dpo_score.config.schema import BY_NAME, OPTIONS, RunConfig, Spec, section_of
 from dpo_score.errors import ConfigError
@@ -137,7 +137,7 @@ def _entries(value: Any, target: str, kind: str) -> list[Tree]:
         path = entry.pop(_TARGET, None)
         if path is not None:
             entry |= _base_and_adapter(path) if kind == "policies" else {target: path}
-        entry.setdefault("name", stem(str(entry.get("adapter") or entry.get(target) or "")))
+        entry.setdefault("name", policy_stem(str(entry.get("adapter") or entry.get(target) or "")))
     return entries
 
 

@@ -1,6 +1,7 @@
 """Checkpoints of other tools: state dicts without a model folder, read over a base's configuration.
 
     policy.pt         {"step_idx", "state", "metrics"} of the reference DPO implementation
+    mp_rank_00_model_states.pt   {"module": …} of DeepSpeed, where it holds the whole model (ZeRO 1 and 2)
     *.pt *.pth *.bin  a torch or accelerate state dict, bare or nested ("state_dict", "model", "module", …)
     a DCP folder      .metadata and *.distcp, as torch.distributed.checkpoint and FSDP write them
     a folder          model.safetensors without config.json, as accelerate's save_state writes it
@@ -23,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from dpo_score.errors import ModelError
-from dpo_score.models.weights import DCP_METADATA, brief
+from dpo_score.models.weights import DCP_METADATA, ZERO_MODEL, brief, zero_in_parts, zero_way_out
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
 DCP_CLASSES = frozenset(
@@ -48,7 +49,10 @@ def read_state(files: tuple[Path, ...], expected: Collection[str]) -> dict[str, 
     if files[0].name == DCP_METADATA:
         return _read_dcp(files[0].parent, expected)
     stored = {name: tensor for path in files for name, tensor in _open(path).items()}
-    return {name: stored[key] for name, key in own_names(stored, expected, files[0]).items()}
+    found = {name: stored[key] for name, key in own_names(stored, expected, files[0]).items()}
+    if any(tensor.numel() == 0 for tensor in found.values()):
+        raise zero_in_parts(files[0].parent)
+    return found
 
 
 def _open(path: Path) -> dict[str, Tensor]:
@@ -60,7 +64,8 @@ def _open(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ModelError(f"{path} is not a pickle of tensors alone: {brief(error)}") from error
+        way_out = zero_way_out(path.parent.parent, ". Convert it") if path.match(ZERO_MODEL) else ""
+        raise ModelError(f"{path} is not a pickle of tensors alone: {brief(error)}{way_out}") from error
     return dict(_flat(content))
 
 

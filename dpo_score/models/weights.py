@@ -296,7 +296,7 @@ def _refuse_unwritten(found: WeightFiles) -> WeightFiles:
     if empty:
         raise ModelError(
             f"{place} holds {len(empty)} empty tensors (first: {empty[0]}): DeepSpeed ZeRO-3 saved the model without "
-            f"gathering its parts. {_zero_way_out(place)}, or set stage3_gather_16bit_weights_on_model_save"
+            f"gathering its parts. {zero_way_out(place)}, or set stage3_gather_16bit_weights_on_model_save"
         )
     if flat:
         raise ModelError(
@@ -409,16 +409,22 @@ def _as_state(path: Path, allow_pickle: bool) -> WeightFiles:
         return _refuse_unwritten(WeightFiles((path,), pickle=False, as_state=True))
     zero = path.is_dir() and _is_zero(path)
     if not allow_pickle:
-        kind = "a DeepSpeed ZeRO checkpoint" if zero else "a checkpoint"
+        kind, way_out = "a checkpoint", "save the model with safetensors"
+        if zero:
+            kind, way_out = "a DeepSpeed ZeRO checkpoint", zero_way_out(path.parent, "convert it")
+        elif path.is_dir():
+            kind, way_out = "a distributed checkpoint", f"convert it with `accelerate merge-weights {path} OUT`"
         raise ModelError(
             f"{path} is {kind} in pickle, a format that can run code when it is read: nothing was opened. Pass "
-            "--allow-pickle to read its tensors (and nothing else in it), or "
-            + (_zero_way_out(path.parent, "convert it") if zero else "save the model with safetensors")
+            f"--allow-pickle to read its tensors (and nothing else in it), or {way_out}"
         )
     if zero:
         return WeightFiles(_zero_files(path), pickle=True, as_state=True)
     if path.is_dir():
-        return WeightFiles((path / DCP_METADATA, *sorted(path.glob("*.distcp"))), pickle=True, as_state=True)
+        parts = sorted(path.glob("*.distcp"))
+        if not parts:
+            raise HalfWrittenError(f"{path} is half written: it has {DCP_METADATA} but no *.distcp files", path)
+        return WeightFiles((path / DCP_METADATA, *parts), pickle=True, as_state=True)
     check_pickle(path)
     return WeightFiles((path,), pickle=True, as_state=True)
 
@@ -437,11 +443,11 @@ def zero_in_parts(folder: Path) -> ModelError:
     """The refusal of a ZeRO checkpoint that no single file holds."""
     return ModelError(
         f"{folder} is a DeepSpeed ZeRO checkpoint whose parameters lie in parts in several files: "
-        f"{_zero_way_out(folder.parent, 'convert it')}"
+        f"{zero_way_out(folder.parent, 'convert it')}"
     )
 
 
-def _zero_way_out(folder: Path, what: str = "Convert its ZeRO checkpoint") -> str:
+def zero_way_out(folder: Path, what: str = "Convert its ZeRO checkpoint") -> str:
     return (
         f"{what} with the script that DeepSpeed leaves beside it (`python zero_to_fp32.py {folder} OUT "
         "--safe_serialization`)"

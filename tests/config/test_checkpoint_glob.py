@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_score.config.checkpoint_glob import expanded, is_state_name
+from dpo_score.config.checkpoint_glob import expanded, is_state_name, policy_stem
+from dpo_score.config.load import load_config
 from dpo_score.errors import ConfigError
 
 
@@ -91,3 +92,27 @@ def test_files_that_are_no_checkpoint(name: str, tmp_path: Path) -> None:
 def test_a_pattern_that_can_match_nothing(pattern: str) -> None:
     with pytest.raises(ConfigError, match="policy 'p': no folder matches"):
         expanded({"name": "p", "model": pattern})
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("runs/step-*/policy.pt", "step"),
+        ("runs/step-10/policy.pt", "step-10"),
+        ("runs/checkpoint-5/model.safetensors", "checkpoint-5"),
+        ("runs/mine.pt", "mine.pt"),
+        ("runs/*/policy.pt", "policy"),
+        ("policy.pt", "policy"),
+        ("runs/checkpoint-5", "checkpoint-5"),
+    ],
+)
+def test_a_file_whose_name_many_checkpoints_share_is_called_by_its_folder(path: str, name: str) -> None:
+    assert policy_stem(path) == name
+
+
+def test_a_glob_without_a_name_takes_the_folders_name(tmp_path: Path) -> None:
+    for step in (9, 10):
+        (tmp_path / f"step-{step}").mkdir()
+        (tmp_path / f"step-{step}/policy.pt").touch()
+    config = load_config(None, {"policy": [f"{tmp_path}/step-*/policy.pt"], "data": ["x.jsonl"]}, environment={})
+    assert [policy.name for policy in config.policies] == ["step-9", "step-10"]

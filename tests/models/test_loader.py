@@ -153,6 +153,29 @@ def test_names_that_a_wrapper_prefixed_are_read(prefix: str, folder: Path) -> No
     assert torch.equal(logits(ModelLoader().load(source(folder), Fp32()).model), logits(tiny_model(**TIED)))
 
 
+def sharded(folder: Path) -> dict[str, Any]:
+    """The model in shards; returns its index."""
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder / "shards", max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    for path in (folder / "shards").glob("model*"):
+        path.rename(folder / path.name)
+    return dict(json.loads((folder / "model.safetensors.index.json").read_text()))
+
+
+@pytest.mark.parametrize("fault", ["a stub beside the shards", "an index without a shard", "an index without a tensor"])
+def test_weights_that_are_whole_beside_a_wrong_index_or_stub_are_read(fault: str, folder: Path) -> None:
+    index = sharded(folder)
+    if fault == "a stub beside the shards":
+        save_file({"model.norm.weight": torch.zeros(32)}, folder / "model.safetensors", {"format": "pt"})
+    elif fault == "an index without a shard":
+        shard = index["weight_map"]["model.norm.weight"]
+        index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != shard}
+    else:
+        del index["weight_map"]["model.norm.weight"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(logits(ModelLoader().load(source(folder), Fp32()).model), logits(tiny_model(**TIED)))
+
+
 # What was digested is what is computed with
 
 

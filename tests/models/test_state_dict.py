@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from dpo_score.config.schema import PolicySpec
-from dpo_score.errors import ModelError
+from dpo_score.errors import HalfWrittenError, ModelError
 from dpo_score.models.loader import ModelLoader
 from dpo_score.models.resolve import ModelSource, Resolver, resolve_policy
 from dpo_score.models.state_dict import own_names
@@ -72,6 +73,21 @@ def folder_with(path: Path, write: Callable[[Path], object]) -> Path:
     return path
 
 
+def zero_folder(folder: Path, state: State) -> Path:
+    """What DeepSpeed leaves under ZeRO 1 or 2, with the file names that the Trainer leaves beside it."""
+    for step in (9, 10):
+        inside = folder / f"global_step{step}"
+        inside.mkdir(parents=True)
+        shapes = [{name: tensor.shape for name, tensor in state.items()}]
+        content = state if step == 10 else {name: tensor + 1 for name, tensor in state.items()}
+        torch_save({"module": content, "param_shapes": shapes, "ds_version": "0.18"}, inside / ZERO)
+        torch_save({"optimizer_state_dict": {"a": torch.ones(2)}}, inside / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    (folder / "latest").write_text("global_step10")
+    (folder / "zero_to_fp32.py").write_text("raise SystemExit('never run')")
+    return folder
+
+
+ZERO = "mp_rank_00_model_states.pt"
 FORMS: dict[str, Callable[[State, Path], Path]] = {
     "the reference implementation's policy.pt": lambda s, p: torch_save(
         {"step_idx": 7, "state": s, "metrics": {"loss/eval": 0.5}}, p / "policy.pt"
@@ -92,6 +108,13 @@ FORMS: dict[str, Callable[[State, Path], Path]] = {
     "a safetensors file": lambda s, p: (
         folder_with(p / "x", lambda f: save_file(s, f / "w.safetensors")) / "w.safetensors"
     ),
+    "accelerate's FSDP checkpoint in parts": lambda s, p: folder_with(
+        p / "checkpoint-5", lambda f: save_dcp(f / "pytorch_model_fsdp_0", {"model": s})
+    ),
+    "accelerate's FSDP checkpoint in one file": lambda s, p: folder_with(
+        p / "checkpoint-5", lambda f: torch_save(wrapped(s, "_fsdp_wrapped_module"), f / "pytorch_model_fsdp.bin")
+    ),
+    "a DeepSpeed folder": lambda s, p: zero_folder(p / "checkpoint-5", s),
     "a DCP folder": lambda s, p: save_dcp(p / "dcp", {"model": s, "optimizer": {"m": torch.ones(3), "lr": 0.1}}),
     "a bare DCP folder": lambda s, p: save_dcp(p / "dcp", dict(s)),
 }
@@ -107,6 +130,42 @@ def test_a_checkpoint_gives_the_logits_of_the_model_it_was_saved_from(
     assert found.folder == base
     assert found.digest == found.base_digest != source(base).digest
     assert torch.equal(logits(ModelLoader().load(found, Fp32()).model), trained())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("form", ["accelerate's FSDP checkpoint in parts", "a DeepSpeed folder"])
+def test_a_trainers_folder_with_a_configuration_needs_no_base(
+    form: str, base: Path, state: State, tmp_path: Path
+) -> None:
+    folder = FORMS[form](state, tmp_path)
+    shutil.copy(base / "config.json", folder)
+    found = source(folder, allow_pickle=True)
+    assert found.state
+    assert torch.equal(logits(ModelLoader().load(found, Fp32()).model), trained())
+    way_out = "zero_to_fp32.py" if form == "a DeepSpeed folder" else "accelerate merge-weights"
+    with pytest.raises(ModelError, match=rf"nothing was opened.*{way_out}") as caught:
+        source(folder)
+    assert not isinstance(caught.value, HalfWrittenError)
+
+
+def test_zero_3_is_refused_by_its_name_with_the_command_that_converts_it(
+    base: Path, state: State, tmp_path: Path
+) -> None:
+    folder = zero_folder(tmp_path / "empty", {name: torch.ones(0) for name in state})
+    with pytest.raises(ModelError, match=r"in parts in several files: convert it with .*zero_to_fp32\.py") as caught:
+        ModelLoader().load(policy(folder, base), Fp32())
+    assert not isinstance(caught.value, HalfWrittenError)
+    (folder / "global_step10" / ZERO).rename(folder / "global_step10" / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    with pytest.raises(ModelError, match=r"DeepSpeed ZeRO checkpoint whose parameters lie in parts"):
+        policy(folder, base)
+
+
+def test_a_distributed_checkpoint_without_its_parts_is_half_written(base: Path, state: State, tmp_path: Path) -> None:
+    folder = save_dcp(tmp_path / "dcp", {"model": state})
+    for part in folder.glob("*.distcp"):
+        part.unlink()
+    with pytest.raises(HalfWrittenError, match=r"but no \*\.distcp files"):
+        policy(folder, base)
 
 
 def test_a_checkpoint_and_its_base_are_two_sets_of_weights(base: Path, state: State, tmp_path: Path) -> None:
