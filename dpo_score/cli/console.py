@@ -456,7 +456,10 @@ def formats(found: Sequence[Mapping[str, Any]], as_json: bool = False) -> None:
     if as_json:
         print_json(list(found))
         return
-    rows = [[item["name"], item["code"], item["columns"], item["polarity"]] for item in found]
+    rows = [
+        ["/".join(filter(None, (item["name"], item["variant"]))), item["code"], item["columns"], item["polarity"]]
+        for item in found
+    ]
     console().print(table(("format", "", "columns", "which side is better"), rows, left=4))
 
 

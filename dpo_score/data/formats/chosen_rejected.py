@@ -170,9 +170,8 @@ def _begins_with(prompt: Any, chosen: Any, rejected: Any) -> bool:
     needs=(PROMPT, *_sides(is_text), HISTORY),
     unless=lambda shapes: _is_alpaca(shapes) or _has_steps(shapes),
     sample_fits=_repeat_the_prompt,
-    columns="prompt, chosen, rejected: strings; in (nearly) every row both answers begin with the prompt, "
-    "which is cut off",
-    polarity=CHOSEN_IS_BETTER,
+    columns="prompt, chosen, rejected: strings; in (nearly) every row both answers begin with the prompt",
+    polarity=f"{CHOSEN_IS_BETTER}; the prompt that both begin with is cut off from them",
     beside=_BESIDE,
 )
 def pair_text_repeated(row: Row, options: ReadOptions) -> Found:

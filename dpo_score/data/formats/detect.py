@@ -137,6 +137,7 @@ ANSWER_NAMES = (
     *(("response1", "response2"), ("answer_a", "answer_b"), ("answer_0", "answer_1"), ("output_1", "output_2")),
 )
 """Neutral names of two answers: a set that has them needs a label."""
+LABEL_NAMES = ("winner", "label", "labels", "preference", "preferred", "choice", "better", "best", "score", "vote")
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -187,10 +188,14 @@ def _way_out(view: Shapes, names: ColumnMap) -> str:
     two = next((two for two in ANSWER_NAMES if all(name in view for name in two)), None)
     if two is not None:
         first, second = (names[name] for name in two)
+        prompt = next((names[name] for name in PROMPT_NAMES if name in view), "COLUMN")
+        label = next((names[name] for name in LABEL_NAMES if name in view), "COLUMN")
+        sides = f"response_0={first},response_1={second}"
         return (
-            f"Say which column tells the better answer: --map response_a={first},response_b={second},winner=COLUMN "
-            "where it says model_a, model_b or tie (or A>B); or, where it numbers the better answer, 0 being "
-            f"{first}, --map response_0={first},response_1={second},better_response_id=COLUMN. "
+            f"What says which answer is better? If {label} holds words (model_a, B, tie, A>B): --map prompt={prompt},"
+            f"response_a={first},response_b={second},winner={label}. If it numbers the better answer, 0 being {first}: "
+            f"--map prompt={prompt},{sides},better_response_id={label}. If it is 1 where {first} is better: --map "
+            f"history={prompt},human_ref_A={first},human_ref_B={second},labels={label}. "
             "--map help names the keys of every format."
         )
     return (

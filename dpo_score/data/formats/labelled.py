@@ -44,7 +44,7 @@ from dpo_score.data.formats.cells import (
     text_cell,
     text_inside,
 )
-from dpo_score.data.formats.chosen_rejected import names_its_sides
+from dpo_score.data.formats.chosen_rejected import PROMPT, names_its_sides
 from dpo_score.data.formats.transcripts import nemo_messages
 from dpo_score.data.types import Message, Unusable
 from dpo_score.escape import seen
@@ -102,7 +102,7 @@ def helpsteer3(row: Row, options: ReadOptions) -> Found:
     name="better-id",
     code="F6",
     needs=(
-        Column("prompt", is_text),
+        PROMPT,
         Column("response_0", is_text),
         Column("response_1", is_text),
         Column("better_response_id", is_number, optional=True),
@@ -296,7 +296,7 @@ def _judged(row: Row) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     variant="text",
     code="F7",
     needs=(
-        Column("prompt", is_text, also=("question", "instruction", "input", "query")),
+        PROMPT,
         Column("response_a", is_text, also=("response_A", "response_1", "answer_a", "completion_a", "output_1")),
         Column("response_b", is_text, also=("response_B", "response_2", "answer_b", "completion_b", "output_2")),
         Column("winner", is_text, also=("label", "preference", "preferred")),
