@@ -95,6 +95,12 @@ class Dataset:
         return self.format.is_conversational(self.reader.columns)
 
     @property
+    def carried(self) -> list[str]:
+        """The columns that go along with each pair (id, subset, tools, kept ones), beside those of the format."""
+        own = self.reader.columns.values()
+        return [seen(name, 60) for name in self.columns.read if name not in own]
+
+    @property
     def needed(self) -> list[str]:
         """The columns to read from a file: those of the reader, and those that are compared with them."""
         return [*self.reader.needed, *self.columns.repeated]
@@ -138,6 +144,7 @@ class Dataset:
         left_out = [f"{seen(name, 80)} ({why})" for name, why in list(self.skipped.items())[:SHOWN_FILES]]
         parts = (
             f"{self.format.polarity}; {self.rows:,} rows {counted}{names}{more}",
+            f"carried along: {', '.join(self.carried)}" if self.carried else "",
             self.columns.sentence(),
             f"files not read: {', '.join(left_out)}" if left_out else "",
         )

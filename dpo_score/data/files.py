@@ -18,7 +18,17 @@ from typing import Any, Literal, TypeAlias
 
 from dpo_score.config.schema import DataSpec
 from dpo_score.data.hub import fetch
-from dpo_score.data.layout import Entry, Listing, Located, card_head, is_hidden, kind_of_name, wanted, without_packing
+from dpo_score.data.layout import (
+    Entry,
+    Listing,
+    Located,
+    Place,
+    card_head,
+    is_hidden,
+    kind_of_name,
+    wanted,
+    without_packing,
+)
 from dpo_score.errors import DataError, client_errors
 from dpo_score.escape import seen
 
@@ -44,7 +54,7 @@ def select(spec: DataSpec) -> tuple[list[Located], Mapping[str, str]]:
     except (ValueError, ImportError) as error:
         raise DataError(f"data set {spec.name!r}: cannot open {spec.path}: {error}") from None
     try:
-        found, base, config, is_glob = _found(fs, str(root))
+        place, found, base, config = _found(fs, str(root))
         if found is None and _HUB_ID.match(spec.path) and kind_of_name(spec.path) is None:
             return fetch(spec)
         if found is None:
@@ -55,7 +65,7 @@ def select(spec: DataSpec) -> tuple[list[Located], Mapping[str, str]]:
     except client_errors(OSError) as error:
         why = getattr(error, "strerror", None) or error
         raise DataError(f"data set {spec.name!r}: cannot read {spec.path}: {why}") from None
-    chosen = wanted(replace(listing, glob=is_glob), spec, config)
+    chosen = wanted(replace(listing, place=place), spec, config)
     if not chosen.entries:
         raise DataError(
             f"data set {spec.name!r}: no .parquet, .jsonl or .json file in {spec.path} (nor .arrow, .csv or .tsv)"
@@ -63,18 +73,18 @@ def select(spec: DataSpec) -> tuple[list[Located], Mapping[str, str]]:
     return [Located(paths[entry.name], entry.name, entry.size) for entry in chosen.entries], chosen.skipped
 
 
-def _found(fs: Any, root: str) -> tuple[Iterable[dict[str, Any]] | None, str, str | None, bool]:
-    """What is there (None: nothing), the folder above, a configuration (`FOLDER:NAME`), is it a glob."""
+def _found(fs: Any, root: str) -> tuple[Place, Iterable[dict[str, Any]] | None, str, str | None]:
+    """What the path is, the files there (None: nothing is), the folder above them, a configuration (`FOLDER:NAME`)."""
     if any(c in root for c in "*?[") and not fs.exists(root):
-        return fs.glob(root, detail=True).values(), _fixed_part(root), None, True
+        return "glob", fs.glob(root, detail=True).values(), _fixed_part(root), None
     if fs.isfile(root):
-        return [fs.info(root)], root.rpartition("/")[0], None, False
+        return "file", [fs.info(root)], root.rpartition("/")[0], None
     if fs.isdir(root):
-        return fs.find(root, detail=True).values(), root, None, False
+        return "folder", fs.find(root, detail=True).values(), root, None
     folder, colon, config = root.rpartition(":")
     if colon and config and "/" not in config and fs.isdir(folder):
-        return fs.find(folder, detail=True).values(), folder, config, False
-    return None, root, None, False
+        return "folder", fs.find(folder, detail=True).values(), folder, config
+    return "folder", None, root, None
 
 
 def _fixed_part(pattern: str) -> str:
@@ -103,7 +113,7 @@ def _listing(fs: Any, base: str, infos: Iterable[dict[str, Any]], spec: DataSpec
     texts = {name: _text(fs, prefix + name) for name in paths if PurePosixPath(name).name in ("state.json",)}
     texts |= {name: _text(fs, prefix + name) for name in ("README.md", "dataset_dict.json") if name in paths}
     card = card_head(texts.get("README.md", "")) if len(entries) > 1 else {}
-    return paths, Listing("", tuple(entries), card, local=True, saved=_saved_splits(texts))
+    return paths, Listing("", tuple(entries), card, place="folder", saved=_saved_splits(texts))
 
 
 def _text(fs: Any, path: str) -> str:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from dpo_score.config.schema import DataSpec
 from dpo_score.errors import DataError
@@ -36,6 +36,8 @@ _PACKED = (".gz", ".bz2", ".xz", ".zst")
 _METADATA = frozenset(
     {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json", "manifest.json"}
 )
+Place: TypeAlias = Literal["hub", "folder", "glob", "file"]
+"""What a path is: a data set of the hub, a folder, a pattern that chose the folders already, or one file."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -67,7 +69,7 @@ class Listing:
     """What a folder or repository holds.
 
     commit: of a repository, else "". card: the YAML head of README.md. whole: False for what a half-filled hub cache
-    holds. local: a folder, glob or URL instead of a hub data set. glob: a pattern chose the folders already.
+    holds. place: one file is read whatever its name says; only a hub data set is limited to HUB_KINDS.
     saved: split → file names, for a folder that `save_to_disk` of the datasets library wrote.
     """
 
@@ -75,8 +77,7 @@ class Listing:
     entries: tuple[Entry, ...]
     card: Mapping[str, Any]
     whole: bool = True
-    local: bool = False
-    glob: bool = False
+    place: Place = "hub"
     saved: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -109,7 +110,7 @@ def wanted(listing: Listing, spec: DataSpec, config: str | None) -> Selection:
             "others, but the hub cannot be reached: say --split NAME"
         )
     chosen = _of_splits(by_split, spec)
-    if not listing.local or len(listing.entries) > 1:
+    if listing.place != "file":
         _refuse_partial(chosen, spec)
     return Selection(tuple(chosen), skipped)
 
@@ -212,7 +213,7 @@ def _by_card(listing: Listing, config: str | None, spec: DataSpec, skipped: dict
     found: dict[str, list[Entry]] = {}
     for split, pattern in _patterns(chosen.get("data_files") or "**"):
         matching = _matching(listing.entries, f"{folder}/{pattern}" if folder else pattern)
-        for entry in _rows_of_one_kind(matching, listing.local, skipped):
+        for entry in _rows_of_one_kind(matching, listing.place != "hub", skipped):
             found.setdefault(split or _split(entry.name) or "", []).append(entry)
     return found
 
@@ -259,9 +260,9 @@ def _matching(entries: Iterable[Entry], pattern: str) -> list[Entry]:
 
 def _by_names(listing: Listing, config: str | None, spec: DataSpec, skipped: dict[str, str]) -> dict[str, list[Entry]]:
     """Split → files, from names alone."""
-    rows = _rows_of_one_kind(listing.entries, listing.local, skipped)
+    rows = _rows_of_one_kind(listing.entries, listing.place != "hub", skipped)
     folders = {entry: _folder(entry.name) for entry in rows}
-    if listing.glob or (listing.local and config is None and not _hold_splits(folders)):
+    if listing.place == "glob" or (listing.place != "hub" and config is None and not _hold_splits(folders)):
         folders = dict.fromkeys(rows, None)  # plain parts of one set, as a cluster writes them
     known = sorted({folder for folder in folders.values() if folder is not None})
     loose = [entry for entry in rows if folders[entry] is None]

@@ -44,6 +44,7 @@ REJECT_CODES = frozenset(
         "invalid_ids",
         "wrong_type",
         "template_error",
+        "tokenizer_error",
         "nonfinite_logp",
         "no_reference_value",
         "not_hh_transcript",
@@ -59,6 +60,7 @@ MARKS: Mapping[str, str] = {
     "double_bos": "the prompt begins with two BOS tokens",
     "identical_pair": "both answers are the same",
     "empty_answer": "an answer is empty",
+    "empty_prompt": "the prompt, or a message of it, is empty",
     "tools_unseen": "the row has tools, but its rendered text is the same without them",
     "prompt_in_answer": "answers begin with the prompt, or with something like it, which is scored as part of them",
 }

@@ -113,7 +113,7 @@ def summary_of(context: RunContext, plan: RunPlan, failures: Mapping[str, str]) 
     }
 
 
-WORTH_A_WARNING = ("content_altered", "no_eos", "double_bos", "boundary_shift", "identical_pair", "special_in_text")
+WORTH_A_WARNING = frozenset(MARKS) - {"empty_answer"}
 MARKED_SHARE = 0.01
 
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,10 @@ class ChatTemplate:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     date: str | None = None
     """ISO date that the template prints; None if it prints none."""
+
+    def without_tools(self, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> str | Problem:
+        """The prompt as the template for tools writes it when there are none: what shows whether it reads them."""
+        return replace(self, plain=self.with_tools).render(messages, None, kwargs, to_answer=True)
 
     def render(
         self, messages: Sequence[Message], tools: Any, kwargs: Mapping[str, Any], to_answer: bool = False

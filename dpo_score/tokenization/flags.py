@@ -141,6 +141,14 @@ def _begins_with(side: Text, question: str) -> bool:
     return at == 0 or (at > 0 and not begun[:at].rstrip()[-1].isalnum())
 
 
+def has_empty_turn(prompt: Text) -> bool:
+    """Whether a prompt is empty, or has a message that says nothing and calls nothing; a system text may be empty."""
+    if isinstance(prompt, str):
+        return not prompt.strip()
+    turns = (turn for turn in prompt if turn.get("role") not in SYSTEM_ROLES)
+    return not all(str(turn.get("content") or "").strip() or turn.get("tool_calls") for turn in turns)
+
+
 class TurnEnds:
     """How a tokenizer's texts close a turn. Remembers which tokens it found to be white space."""
 

@@ -11,6 +11,7 @@ TRL keeps the row: rows that TRL drops are rejected here with a code.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -22,10 +23,11 @@ from dpo_score.tokenization import flags as marks
 from dpo_score.tokenization.chat_template import chat_template, refuses_system, system_refusal
 from dpo_score.tokenization.loss_mask import response_masks
 from dpo_score.tokenization.prompt import arranged
-from dpo_score.tokenization.tokenizer import BatchEncoder, special_texts, tokenizer_digest
+from dpo_score.tokenization.tokenizer import BatchEncoder, TokenizerFailedError, special_texts, tokenizer_digest
 from dpo_score.tokenization.truncation import boundary, cut, scored_count
 
 VERSION = 1
+_FAILED = Problem("tokenizer_error", "the tokenizer gave up on a text of the row", None)
 Part: TypeAlias = tuple[Literal["text", "chat", "labels"], str]
 """A text and how it becomes ids: with the tokenizer's special tokens, as a template wrote it, as a decoder's labels."""
 PartIds: TypeAlias = Mapping[Part, Ids]
@@ -96,7 +98,8 @@ class Renderer:
         ids = self._ids([item for item in rendered if isinstance(item, Rendered)])
         results: list[EncodedPair | Rejected] = []
         for pair, item in zip(pairs, rendered, strict=True):
-            found = self._encoded(pair, item, ids) if not isinstance(item, Problem) else item
+            lost = isinstance(item, Rendered) and not all(part in ids for part in item.parts)
+            found = _FAILED if lost else item if isinstance(item, Problem) else self._encoded(pair, item, ids)
             if isinstance(found, Problem):
                 results.append(rejected(pair.source, found))
             else:
@@ -150,12 +153,17 @@ class Renderer:
     # --- texts → ids --------------------------------------------------------------------------------------------
 
     def _ids(self, rendered: Sequence[Rendered]) -> PartIds:
-        """The ids of every different text of a block."""
+        """The ids of every different text of a block; those that the tokenizer gives up on are missing."""
         parts = list(dict.fromkeys(part for item in rendered for part in item.parts))
         found: dict[Part, Ids] = {}
         for how in dict.fromkeys(how for how, _ in parts):
             same = [part for part in parts if part[0] == how]
-            found.update(zip(same, self._tokenised(how, [text for _, text in same]), strict=True))
+            try:
+                found.update(zip(same, self._tokenised(how, [text for _, text in same]), strict=True))
+            except TokenizerFailedError:  # one by one, so that only the rows with the text that fails are lost
+                for part in same:
+                    with suppress(TokenizerFailedError):
+                        [found[part]] = self._tokenised(how, [part[1]])
         return found
 
     def _tokenised(self, how: str, texts: Sequence[str]) -> list[Ids]:
@@ -195,8 +203,16 @@ class Renderer:
             "double_bos": marks.doubles_bos(chosen, self._bos_id),
             "empty_answer": marks.is_empty(pair.chosen) or marks.is_empty(pair.rejected),
             "prompt_in_answer": marks.repeats_prompt(pair),
+            "empty_prompt": marks.has_empty_turn(pair.prompt),
+            "tools_unseen": bool(pair.tools) and not self._shows_tools(pair, item.prompt),
         }
         return [mark for mark, found in seen.items() if found]
+
+    def _shows_tools(self, pair: Pair, prompt_text: str) -> bool:
+        """Whether the text of the prompt depends on the tools of the row."""
+        if self._template is None or not pair.is_conversation:
+            return False
+        return self._template.without_tools(_messages(pair.prompt), pair.chat_template_kwargs) != prompt_text
 
     def _cut(self, pair: Pair, tokens: TokenIds, found: list[str]) -> EncodedPair | Problem:
         """Nothing to score is said of the whole answer first, then of what the cut left of it."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from dpo_score.errors import ModelError
 
 _PROBES = ("", "a", " The quick  brown\n\nfox 1234567.\t", "naïve — 東京 🙂", "<s>[INST] x </s>")
 BATCH_CHARACTERS = 1 << 20
+T = TypeVar("T")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
 """Any of these files in a folder means that it holds a tokenizer."""
 _NO_PROGRAM_STATE = ("truncation", "padding")
@@ -135,6 +136,24 @@ class Encoded:
     ends: NDArray[np.int64]
 
 
+class TokenizerFailedError(Exception):
+    """A tokenizer gave up on a text, as regular expressions do that backtrack without end."""
+
+
+def _guarded(call: Callable[[], T]) -> T:
+    """What `call` returns.
+
+    The tokenizers library reports a failure as a bare `Exception`, or as a panic of its Rust code, which is no
+    `Exception` at all.
+    """
+    try:
+        return call()
+    except BaseException as error:
+        if type(error) is Exception or type(error).__name__ == "PanicException":
+            raise TokenizerFailedError(" ".join(str(error).split())[:120]) from None
+        raise
+
+
 class BatchEncoder:
     """Texts → ids, a block at a time, straight through the fast backend.
 
@@ -147,7 +166,7 @@ class BatchEncoder:
         self._direct = all(self._agrees(special) for special in (True, False))
 
     def ids(self, texts: Sequence[str], add_special_tokens: bool) -> list[Ids]:
-        """The ids of each text, as `tokenizer(text, add_special_tokens=…)` gives them."""
+        """The ids of each text, as `tokenizer(text, add_special_tokens=…)` gives them. Raises TokenizerFailedError."""
         if not texts:
             return []
         if self._direct:
@@ -182,12 +201,12 @@ class BatchEncoder:
         backend.no_padding()
         found: list[Ids] = []
         for part in _portions(texts):
-            encodings = backend.encode_batch_fast(part, add_special_tokens=add_special_tokens)
+            encodings = _guarded(partial(backend.encode_batch_fast, part, add_special_tokens=add_special_tokens))
             found += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         return found
 
     def _called(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        found = self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)
+        found = _guarded(partial(self.tokenizer, texts, add_special_tokens=add_special_tokens, verbose=False))
         ids: list[list[int]] = found["input_ids"]
         return ids
 
