@@ -143,7 +143,7 @@ def _numerics(config: RunConfig, context: RunContext, models: Mapping[str, Model
     common = None
     if named:
         asked = resolve_numerics(config.compute, named[0].config, parameters(named[0]))
-        common = trusted(context, named[0], asked)
+        common = trusted(context, named[0], asked, any_dtype=config.compute.dtype == "auto")
     return {
         name: model.numerics(config.compute) if isinstance(model, InMemoryModel) else cast(Numerics, common)
         for name, model in models.items()

@@ -23,12 +23,13 @@ from dpo_score.logprobs.types import SequenceLogps, Unscored
 from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
 from dpo_score.results import noise
-from dpo_score.storage.cache.cache import CacheEntry, CacheSpace
+from dpo_score.storage.cache.cache import CacheEntry, CacheSpace, CacheView
 from dpo_score.storage.fingerprint import digest
 from dpo_score.storage.open import open_store
 
 if TYPE_CHECKING:
     from dpo_score.logprobs.scorer import PairScorer
+    from dpo_score.logprobs.self_check import SelfCheck
 
 Entry = CacheEntry | Unscored
 
@@ -126,6 +127,8 @@ class CachedLogprobs:
         on the first `sample` sequences."""
         keys = [sequence.key for sequence in sequences]
         found: dict[bytes, Entry] = dict(self._known(keys))
+        again = self._known_redone([key for key in keys if key not in found])
+        found |= again
         missing = {k: s for k, s in zip(keys, sequences, strict=True) if k not in found}
         results = self._compute(list(missing.values())) if missing else []
         if missing:  # before anything enters the cache: these are the values of the weights that the digest names
@@ -133,7 +136,8 @@ class CachedLogprobs:
         fresh = dict(zip(missing, results, strict=True))
         self._keep(name, fresh)
         found |= {key: _entry(result) for key, result in fresh.items()}
-        redone = frozenset(i for i, key in enumerate(keys) if key in fresh and _was_redone(fresh[key]))
+        again_keys = {*again, *(key for key, result in fresh.items() if _was_redone(result))}
+        redone = frozenset(i for i, key in enumerate(keys) if key in again_keys)
         entries = [found[key] for key in keys]
         notes = self._notes(len(missing))
         if sample:
@@ -173,15 +177,31 @@ class CachedLogprobs:
             self._context.progress.warn(f"{self._source.name}: {note}")
         return results
 
+    @cached_property
+    def _redone_space(self) -> CacheSpace:
+        """Where values go whose packs overflowed 16 bits: the same weights, computed in fp32."""
+        fields = {**cache_fields(self._source, self._numerics), "redone": "float32"}
+        return self._context.cache.namespace(fields)
+
+    @cached_property
+    def _redone_view(self) -> CacheView:
+        return self._redone_space.view(self._redone_space.snapshot())
+
+    def _known_redone(self, keys: Sequence[bytes]) -> dict[bytes, CacheEntry]:
+        if not keys or self._begun.dtype == "float32":
+            return {}
+        return self._redone_view.lookup(list(dict.fromkeys(keys)), wanted=self._stats)
+
     def _keep(self, name: str, fresh: Mapping[bytes, SequenceLogps | Unscored]) -> None:
-        """Into the cache, except what was redone in another dtype: its namespace would be a lie."""
-        entries = {
-            key: CacheEntry(result.token_logps, dict(result.stats))
-            for key, result in fresh.items()
-            if isinstance(result, SequenceLogps) and result.redone_dtype is None
-        }
-        if entries:
-            self._own_space.add(name, entries)
+        """Into the cache, each value under what computed it."""
+        for redone in (False, True):
+            entries = {
+                key: CacheEntry(result.token_logps, dict(result.stats))
+                for key, result in fresh.items()
+                if isinstance(result, SequenceLogps) and _was_redone(result) == redone
+            }
+            if entries:
+                (self._redone_space if redone else self._own_space).add(name, entries)
 
     def _notes(self, computed: int) -> dict[str, Any]:
         """What a commit record says of how its values came about."""
@@ -249,11 +269,18 @@ def _was_redone(result: SequenceLogps | Unscored) -> bool:
 # --- fast path check ------------------------------------------------------------
 
 
-def trusted(context: RunContext, source: ModelSource, numerics: Numerics) -> Numerics:
-    """`numerics` as they are where they give right values on the model, else slower ones that do, with a warning."""
-    found = _remembered(context, source, numerics) or _find_out(context, source, numerics)
-    way, reason = found
-    if way != numerics:
+def trusted(context: RunContext, source: ModelSource, numerics: Numerics, any_dtype: bool = False) -> Numerics:
+    """`numerics` as they are where they give right values on the model, else slower ones that do, with a warning.
+
+    `any_dtype`: nobody asked for this dtype. Then float16 is kept only for a model whose weights and probe stay finite
+    in it; others are computed in bfloat16.
+    """
+    may_widen = any_dtype and numerics.dtype == "float16"
+    remembered = _remembered(context, source, numerics, may_widen)
+    way, reason = remembered or _find_out(context, source, numerics, may_widen)
+    if way.dtype != numerics.dtype:
+        context.progress.warn(f"{source.name}: computed in {way.dtype}: {reason}")
+    elif way != numerics:
         context.progress.warn(f"{source.name}: {way_in_words(way)}, which is slower: {reason}")
     return way
 
@@ -267,8 +294,9 @@ def way_in_words(numerics: Numerics) -> str:
     return f"scored with the kernel {numerics.kernel}" + ("" if numerics.compile else ", not compiled")
 
 
-def _name(source: ModelSource, numerics: Numerics) -> str:
+def _name(source: ModelSource, numerics: Numerics, may_widen: bool) -> str:
     asked = {
+        "may_widen": may_widen,
         "weights": source.base_digest,
         "numerics": numerics.to_json(),
         "versions": versions(numerics),
@@ -281,8 +309,10 @@ CHECKED = "causal, alone and beside others"
 """What the check asks of a model; results of an earlier check, which asked less, have other names."""
 
 
-def _remembered(context: RunContext, source: ModelSource, numerics: Numerics) -> tuple[Numerics, str] | None:
-    store, name = open_store(context.cache_dir), _name(source, numerics)
+def _remembered(
+    context: RunContext, source: ModelSource, numerics: Numerics, may_widen: bool
+) -> tuple[Numerics, str] | None:
+    store, name = open_store(context.cache_dir), _name(source, numerics, may_widen)
     if not store.exists(name):
         return None
     try:
@@ -292,13 +322,29 @@ def _remembered(context: RunContext, source: ModelSource, numerics: Numerics) ->
         return None
 
 
-def _find_out(context: RunContext, source: ModelSource, numerics: Numerics) -> tuple[Numerics, str]:
-    from dpo_score.logprobs.self_check import check_model
+def _find_out(context: RunContext, source: ModelSource, numerics: Numerics, may_widen: bool) -> tuple[Numerics, str]:
+    from dpo_score.logprobs.self_check import WeightsOverflowError, check_model
 
-    context.progress.say(f"loading {source.name} ({numerics.dtype} on {numerics.device}) to check how it may be scored")
-    check = check_model(context.shelf.load(source, numerics).model, numerics)
-    reason = "" if check.numerics == numerics else check.reason
+    def checked(numerics: Numerics) -> SelfCheck:
+        where = f"{numerics.dtype} on {numerics.device}"
+        context.progress.say(f"loading {source.name} ({where}) to check how it may be scored")
+        return check_model(context.shelf.load(source, numerics).model, numerics)
+
+    overflow = ""
+    try:
+        check = checked(numerics)
+        if check.overflows:
+            overflow = f"a few tokens of a check already overflow {numerics.dtype}"
+    except WeightsOverflowError as error:
+        if not may_widen:
+            raise
+        overflow = str(error)
+    if overflow and may_widen:
+        check = checked(replace(numerics, dtype="bfloat16"))
+        reason = overflow
+    else:
+        reason = "" if check.numerics == numerics else check.reason
     delta = check.max_delta if check.max_delta is not None and math.isfinite(check.max_delta) else None
     found = {"numerics": check.numerics.to_json(), "refused": reason, "delta": delta}
-    open_store(context.cache_dir).write_json(_name(source, numerics), found)
+    open_store(context.cache_dir).write_json(_name(source, numerics, may_widen), found)
     return check.numerics, reason

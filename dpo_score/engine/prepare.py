@@ -151,7 +151,7 @@ class Preparation:
         numerics = resolve_numerics(self.config.compute, model.config, parameters(model), rows_hint=rows)
         if self.config.rewardbench == "exact":
             numerics = with_own_softmax(numerics)
-        return trusted(self.context, model, numerics)
+        return trusted(self.context, model, numerics, any_dtype=self.config.compute.dtype == "auto")
 
     def _environment(self, computes: bool) -> dict[str, str]:
         """Versions and device, held against those that OUT was begun with."""

@@ -69,11 +69,17 @@ PROBE_TOKENS = 1024
 class SelfCheck:
     """`numerics`: those that give right values, as asked or a slower way. `max_delta`: largest |difference| of a token
     from the ordinary way in nats (None if the way that was asked for could not run at all). `reason`: what was found,
-    a sentence; of the way that was asked for where it is not used."""
+    a sentence; of the way that was asked for where it is not used. `overflows`: the probe is not finite in 16 bits,
+    so that packs would be computed twice."""
 
     numerics: Numerics
     max_delta: float | None
     reason: str
+    overflows: bool = False
+
+
+class WeightsOverflowError(ModelError):
+    """Weights that float16 cannot hold: they were infinite before anything was computed."""
 
 
 def check_model(model: Any, numerics: Numerics) -> SelfCheck:
@@ -85,6 +91,7 @@ def check_model(model: Any, numerics: Numerics) -> SelfCheck:
 
 
 def _checked(model: Any, numerics: Numerics) -> SelfCheck:
+    _refuse_infinite_weights(model, numerics.dtype)
     probe = Probe.of(model, numerics)
     probe.refuse_if_not_causal()
     refused: list[Outcome] = []
@@ -92,13 +99,26 @@ def _checked(model: Any, numerics: Numerics) -> SelfCheck:
         outcome = probe.tried(candidate)
         if outcome.ok:
             first = (refused or [outcome])[0]
-            return SelfCheck(candidate, first.max_delta, first.sentence)
+            overflows = numerics.dtype != "float32" and not bool(np.isfinite(probe.ordinary).all())
+            return SelfCheck(candidate, first.max_delta, first.sentence, overflows)
         refused.append(outcome)
     raise ModelError(
         f"{type(probe.model).__name__} cannot be scored: even one at a time, rows do not get the values that its own "
         f"logits give them ({refused[-1].sentence}). Its forward depends on what was computed before, or makes logits "
         "in a way that is not known here"
     )
+
+
+def _refuse_infinite_weights(model: Any, dtype: str) -> None:
+    if dtype != "float16":
+        return
+    names = [name for name, p in model.named_parameters() if p.dtype == torch.float16 and not p.isfinite().all()]
+    if names:
+        more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+        raise WeightsOverflowError(
+            f"{type(model).__name__} has weights beyond what float16 holds (65504): {names[0]}{more} became infinite. "
+            "Say --dtype bfloat16, or --dtype float32"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,21 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dpo_score.config.schema import ComputeSpec
 from dpo_score.engine.context import RunContext
-from dpo_score.engine.model_logprobs import CachedLogprobs, overlaid, placed
+from dpo_score.engine.model_logprobs import CachedLogprobs, overlaid, placed, trusted
 from dpo_score.engine.progress import Progress
-from dpo_score.errors import ConfigError
+from dpo_score.errors import ConfigError, ModelError
 from dpo_score.logprobs import matmul as gemm
 from dpo_score.logprobs import numerics as settings
 from dpo_score.models.loader import ModelLoader
-from dpo_score.models.numerics import Numerics
+from dpo_score.models.numerics import Kernel, Numerics
 from dpo_score.models.resolve import Resolver
 from dpo_score.storage.cache.cache import open_cache
 from dpo_score.storage.manifest import read_manifest
 from dpo_score.storage.open import open_store
 from tests.run_fixtures import preference_rows, write_rows
+from tests.tiny import byte_tokenizer, tiny_model
 
 ON_GPU = Numerics("cuda:0", "cuda", "float16", "plain", "model", False, 4096, 1)
 
@@ -35,6 +37,38 @@ def test_which_of_several_gpus_computes_is_no_other_identity_but_it_does_compute
         assert placed(ON_GPU, asked) == ON_GPU
     on_cpu = replace(ON_GPU, device="cpu", device_kind="cpu")
     assert placed(on_cpu, "cuda:1") == on_cpu
+
+
+def hot_model(folder: Path, factor: float) -> Path:
+    """A model with weights that are `factor` times as large in one place: beyond float16, or so that a row is."""
+    model = tiny_model(seed=0)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(factor)
+        model.model.layers[0].mlp.gate_proj.weight.mul_(1e2)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("factor", "why"), [(1e6, "weights beyond what float16 holds"), (3e4, "overflow float16")])
+def test_float16_that_nobody_asked_for_gives_way_to_bfloat16(tmp_path: Path, factor: float, why: str) -> None:
+    context = RunContext(open_store(tmp_path / "out"), tmp_path / "cache", Progress(quiet=True))
+    model = hot_model(tmp_path / "hot", factor)
+    source = Resolver(context.cache_dir, context.digests.sha256).resolve(str(model))
+    half = Numerics("cpu", "cpu", "float16", "fast", Kernel.SDPA, False, 4096, 1)
+    for _ in range(2):  # found out, then remembered
+        assert trusted(context, source, half, any_dtype=True).dtype == "bfloat16"
+    [said] = context.progress.warnings
+    assert said.startswith(f"{source.name}: computed in bfloat16")
+    assert why in said
+
+
+def test_weights_that_float16_cannot_hold_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    context = RunContext(open_store(tmp_path / "out"), tmp_path / "cache", Progress(quiet=True))
+    source = Resolver(context.cache_dir, context.digests.sha256).resolve(str(hot_model(tmp_path / "hot", 1e6)))
+    half = Numerics("cpu", "cpu", "float16", "fast", Kernel.SDPA, False, 4096, 1)
+    with pytest.raises(ModelError, match=r"down_proj\.weight became infinite\. Say --dtype bfloat16"):
+        trusted(context, source, half)
 
 
 class Loaded(Exception):

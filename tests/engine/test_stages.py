@@ -55,7 +55,7 @@ def test_packs_that_were_split_are_counted_in_the_record_of_their_block(
     assert difference.abs().max() < 1e-4  # type: ignore[operator]
 
 
-def test_rows_redone_in_float32_say_so_and_are_not_kept_as_float16(
+def test_rows_redone_in_float32_say_so_and_are_kept_apart_from_those_in_float16(
     runner: Runner, tmp_path: Path, forwards: list[int]
 ) -> None:
     """The reference leaves fp16's range on "~", which only the first rows hold; packs are smaller than two rows."""
@@ -78,7 +78,10 @@ def test_rows_redone_in_float32_say_so_and_are_not_kept_as_float16(
         assert difference[:3].max() < 1e-3, "of the same weights rounded to float16"  # type: ignore[operator]
     forwards.clear()
     runner(data, tmp_path / "again", dtype="float16", **options)
-    assert forwards == [6], "what was redone is not answered by the cache of float16 values"
+    assert forwards == [], "what was redone is kept apart from float16 values, and found there"
+    again = scores(tmp_path / "again")
+    assert again["compute_dtype"].to_list() == half["compute_dtype"].to_list()
+    assert again["ref_chosen_logps"].to_list() == half["ref_chosen_logps"].to_list()
 
 
 # --- reference values in the data -----------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from dpo_score.models.numerics import Numerics
 VOCAB = 260
 WINDOW = 16
 SECONDS = 120
+LARGEST = 10**7
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "dim", "embedding_size"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dff", "d_ff"), 64),
@@ -168,8 +169,13 @@ def tiny(name: str) -> Any:
     if getattr(text, "layer_types", None):
         kinds = list(dict.fromkeys(text.layer_types))
         given["layer_types"] = (kinds * 2)[:2] if len(kinds) < 3 else kinds[:2]
+    config = _config(kind, given, changes)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size} parameters: its parts for pictures or sound are not known here")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(_config(kind, given, changes), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
