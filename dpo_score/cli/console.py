@@ -331,7 +331,9 @@ def compared(found: Cell, as_json: bool = False) -> None:
     for heading, differences in _difference_tables(found):
         screen.print(Text(f"\n{safe(heading)}", style="bold"))
         fitted_table(screen, _DIFFERENCES, differences, spare=("detectable", "p", "won", "lost"), elsewhere=elsewhere)
-    for column, one in found["slices"].items():
+    by_dataset = {"dataset": {"cut": "each by itself; above they are pooled", "groups": found["subsets"]["dataset"]}}
+    shown = by_dataset if len(found["subsets"]["dataset"]) > 1 and "dataset" not in found["slices"] else {}
+    for column, one in (shown | found["slices"]).items():
         screen.print()
         screen.print(Text(safe(f"by {column} ({one['cut']})"), style="bold"))
         groups = [row for item in one["groups"].items() for row in _group_rows(*item)]

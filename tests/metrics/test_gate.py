@@ -17,6 +17,7 @@ from dpo_score.metrics.gate import (
     Test,
     estimate,
     failed_conditions,
+    gate_notes,
     parse_condition,
 )
 from tests.metrics.scored import SETTINGS, policies, scored
@@ -221,3 +222,41 @@ def test_a_group_of_a_slice_can_be_named() -> None:
     assert failed_conditions(parse_condition('accuracy["lang=a]b"].high < 0.9'), aligned, None)
     with pytest.raises(ConfigError, match="depth=0 to 9"):
         failed_conditions(parse_condition("accuracy[depth=0 to 8] < 0.5"), aligned, None)
+
+
+def test_a_claim_about_many_policies_is_adjusted_for_their_number_and_a_proof_is_not() -> None:
+    base = np.repeat([1.0, -1.0], [140, 60])
+    worse = np.where(np.arange(200) < 22, -base, base)
+    worse[150:163] = 1.0
+    pair = [scored("old", base), scored("new", worse)]
+    many = [*pair, *(scored(f"same {i}", base) for i in range(11))]
+    claim, proof = parse_condition("diff.accuracy.high < 0"), parse_condition("diff.accuracy.low < -0.083")
+    assert [bool(failed_conditions(claim, align_policies(made), "old")) for made in (pair, many)] == [False, False]
+    high = [
+        estimate("accuracy", [(x > 0) * 1.0 for x in (worse, base)], np.arange(200), tests).high for tests in (1, 12)
+    ]
+    assert high[0] < high[1]
+    for made in (pair, many):
+        line = f"diff.accuracy.high < {high[0] + 1e-9}"
+        assert bool(failed_conditions(parse_condition(line), align_policies(made), "old")) is (made is pair)
+    assert (
+        failed_conditions(proof, align_policies(pair), "old")
+        == failed_conditions(proof, align_policies(many), "old")[:1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "careful"),
+    [
+        ("accuracy[worst_subset] < 0.6", "accuracy[worst_subset].high < 0.6"),
+        ("diff.accuracy[worst_subset] < 0", "diff.accuracy[worst_subset].high < 0"),
+        ("loss[worst_subset] > baseline", "loss[worst_subset].low > baseline"),
+    ],
+)
+def test_a_bare_number_of_the_worst_subset_is_said_to_ignore_noise(text: str, careful: str) -> None:
+    (note,) = gate_notes(parse_condition(text))
+    assert "ignores noise" in note
+    assert f"`{careful}`" in note
+    assert parse_condition(careful)
+    assert gate_notes(parse_condition(careful)) == []
+    assert gate_notes(parse_condition("accuracy < 0.6")) == []

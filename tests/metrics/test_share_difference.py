@@ -85,14 +85,17 @@ def test_prompts_that_were_all_lost_count_once_each() -> None:
     assert none.p == 1.0
 
 
-@given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 200))
-def test_interval_and_p_of_shares_say_the_same(won: int, lost: int, same: int) -> None:
-    """But for four flips of one kind and no other, and for bounds a hair's breadth from 0."""
-    if not won + lost + same or (min(won, lost), max(won, lost)) == (0, 4):
+@given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 200), st.sampled_from([0.9, 0.95, 0.99]))
+def test_interval_and_p_of_shares_never_contradict_each_other(won: int, lost: int, same: int, level: float) -> None:
+    if not won + lost + same:
         return
-    found = share_difference(*flipped(won, lost, same))
-    if abs(found.low) > 1e-3 and abs(found.high) > 1e-3:
-        assert (found.low > 0.0 or found.high < 0.0) == (found.p < 0.05)
+    found = share_difference(*flipped(won, lost, same), level=level)
+    assert (found.low > 0.0 or found.high < 0.0) == (found.p < 1.0 - level)
+
+
+def test_four_flips_of_one_kind_are_not_told_from_none() -> None:
+    found = share_difference(*flipped(4, 0, 0))
+    assert (found.p, found.low) == (0.0625, 0.0)
 
 
 def test_few_and_rare_flips_are_covered() -> None:
