@@ -20,7 +20,7 @@ from dpo_score.data.dataset import Dataset, PairReader, only_ids, open_data
 from dpo_score.data.types import EncodedPair, Pair, Rejected, TokenSequence, row_place
 from dpo_score.engine.block_inputs import BlockText
 from dpo_score.engine.context import RunContext
-from dpo_score.engine.limits import TokenGuard, refuse_long, refuse_other_kind
+from dpo_score.engine.limits import TokenGuard, refuse_long, refuse_other_kind, warn_of_lengths
 from dpo_score.engine.model_logprobs import (
     BlockLogprobs,
     CachedLogprobs,
@@ -152,6 +152,8 @@ def _numerics(config: RunConfig, context: RunContext, models: Mapping[str, Model
 
 def _tokenizer(config: RunConfig, context: RunContext, datasets: Sequence[Dataset], models: Mapping[str, Model]) -> Any:
     """As a run chooses it; a held model says by name where its own is."""
+    sources = [model if isinstance(model, ModelSource) else model.source for model in models.values()]
+    warn_of_lengths(sources, config.text.max_length, context.progress.warn)
     homes = [(name or REFERENCE, _home(model)) for name, model in models.items()]
     if not (config.text.tokenizer or homes[0][1] or only_ids(datasets)):
         raise ModelError("the loaded model does not say where its tokenizer is: give tokenizer=…")
@@ -167,6 +169,7 @@ def _home(model: Model) -> str:
 
 
 def _plan(config: RunConfig, datasets: tuple[Dataset, ...], taking_part: Participants, tokenizer: Any) -> RunPlan:
+    length = config.text.max_length
     source, spec, rows = taking_part.source(""), config.reference, sum(dataset.rows for dataset in datasets)
     first = taking_part.source(next(iter(taking_part.models), ""))
     reference = ReferenceTask("", source, spec.columns if spec else None, taking_part.numerics.get(""), {}, "")
@@ -176,7 +179,7 @@ def _plan(config: RunConfig, datasets: tuple[Dataset, ...], taking_part: Partici
         datasets=datasets,
         rows=RowBlocks(rows, max(rows, 1)),
         tokenizer=tokenizer,
-        renderer=renderer_of(config, tokenizer, config.text, text_limits(first.config) if first else None),
+        renderer=renderer_of(config, tokenizer, config.text, text_limits(first.config, length) if first else None),
         extra=extra_fields(datasets, _kept(config)),
         references=(reference,),
         policies=tuple(policies),
@@ -212,9 +215,9 @@ def _values(context: RunContext, plan: RunPlan, taking_part: Participants, name:
     model, numerics, stats = taking_part.models[name], taking_part.numerics[name], [STATS[s] for s in plan.stats]
     refuse_other_kind(plan.renderer, taking_part.source(name))
     if isinstance(model, InMemoryModel):
-        refuse_long(model.source, text.table)
+        refuse_long(model.source, text.table, plan.config.text.max_length)
         return InMemoryLogprobs(model, numerics, stats)
-    TokenGuard(plan.tokenizer, model).check(text.table)
+    TokenGuard(plan.tokenizer, model, plan.config.text.max_length).check(text.table)
     return CheckedLogprobs(context, model, numerics, stats)
 
 

@@ -1,12 +1,12 @@
 """Whether a model can take the rows of a run: they were cut to the reference's limit, and a policy's may be shorter.
 
-Promises: no model is given more tokens than its positions allow. Learned positions would fail inside it, and rotary
-ones would score places that it was never trained on.
+Promises: no model is given more tokens than its positions allow, unless a `--max-length` beyond what it is made for was
+asked for by name and it can compute them: that is said, with what it means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,23 +18,32 @@ from dpo_score.engine.context import RunContext
 from dpo_score.engine.plan import PolicyTask, RunPlan
 from dpo_score.engine.stages import part
 from dpo_score.errors import ModelError
-from dpo_score.models.limits import context_limit, embedding_rows, side_limits
+from dpo_score.models.limits import embedding_rows, length_warning, text_limits
 from dpo_score.models.resolve import ModelSource
 from dpo_score.results.schemas import ID_NAMES, SIDES
 from dpo_score.storage.commits import read_records, record_name
 from dpo_score.tokenization.encoder_decoder import EncoderDecoderRenderer
 from dpo_score.tokenization.render import Renderer
 from dpo_score.tokenization.tokenizer import load_tokenizer, same_ids
+from dpo_score.tokenization.truncation import SideLimits
 
 COUNTS = ("row_id", "prompt_tokens", "chosen_tokens", "rejected_tokens")
 
 
-def bounds(source: ModelSource) -> Mapping[str, int | None]:
-    """What a model bounds in a row, and by how many tokens: the keys are those of its renderer's `bounds`."""
-    if not source.is_encoder_decoder:
-        return {"prompt and answer": context_limit(source.config)}
-    own = side_limits(source.config)
-    return {"prompt": own.prompt, "answer": own.answer}
+def bounds(source: ModelSource, max_length: int | None = None) -> Mapping[str, int | None]:
+    """What a model bounds in a row, and by how many tokens: the keys are those of its renderer's `bounds`.
+
+    `max_length`: as asked for by name; rows of that length are scored where the model can compute them.
+    """
+    own = text_limits(source.config, max_length)
+    return {"prompt": own.prompt, "answer": own.answer} if isinstance(own, SideLimits) else {"prompt and answer": own}
+
+
+def warn_of_lengths(sources: Iterable[ModelSource], max_length: int | None, warn: Callable[[str], object]) -> None:
+    """Say, once for each model, what a `--max-length` beyond its own limit means."""
+    for text in dict.fromkeys(length_warning(source, max_length) for source in sources):
+        if text is not None:
+            warn(text)
 
 
 def refuse_other_kind(renderer: Renderer, source: ModelSource | None) -> None:
@@ -46,10 +55,10 @@ def refuse_other_kind(renderer: Renderer, source: ModelSource | None) -> None:
         )
 
 
-def refuse_long(source: ModelSource, table: pa.Table) -> None:
+def refuse_long(source: ModelSource, table: pa.Table, max_length: int | None = None) -> None:
     """ModelError naming the longest row of `table` where it is more than the model takes."""
     sizes = _sizes(table)
-    for what, limit in bounds(source).items():
+    for what, limit in bounds(source, max_length).items():
         longest = int(np.argmax(sizes[what])) if table.num_rows else -1
         if limit is None or longest < 0 or sizes[what][longest] <= limit:
             continue
@@ -77,12 +86,14 @@ def refuse_unfit(context: RunContext, plan: RunPlan, policy: PolicyTask) -> None
     if source is None or policy.equals_reference:
         return
     refuse_other_kind(plan.renderer, source)
-    if not _shorter(bounds(source), plan.renderer.bounds):
+    asked = plan.config.text.max_length
+    if not _shorter(bounds(source, asked), plan.renderer.bounds):
         return
     done, blocks = read_records(context.store, policy.stage), plan.rows.blocks
     for block in context.stop.between(plan.rows):
         if record_name(policy.stage, block, blocks) not in done:
-            refuse_long(source, context.store.read_table(part(policy.reference.stage, block, blocks), list(COUNTS)))
+            table = context.store.read_table(part(policy.reference.stage, block, blocks), list(COUNTS))
+            refuse_long(source, table, asked)
 
 
 def _shorter(own: Mapping[str, int | None], cut_to: Mapping[str, int | None]) -> bool:
@@ -94,8 +105,8 @@ def _shorter(own: Mapping[str, int | None], cut_to: Mapping[str, int | None]) ->
 class TokenGuard:
     """Checks each block against one model: the length of its rows, and their ids, each id once."""
 
-    def __init__(self, tokenizer: Any, source: ModelSource | None) -> None:
-        self._tokenizer, self._source = tokenizer, source
+    def __init__(self, tokenizer: Any, source: ModelSource | None, max_length: int | None = None) -> None:
+        self._tokenizer, self._source, self._max_length = tokenizer, source, max_length
         self._rows = embedding_rows(source) if source else 0
         self._seen: set[int] = set()
         self._own: Any = None
@@ -104,7 +115,7 @@ class TokenGuard:
         """ModelError naming the first three ids that do not fit, or the row that is too long."""
         if self._source is None:
             return
-        refuse_long(self._source, table)
+        refuse_long(self._source, table, self._max_length)
         new = used_ids(table) - self._seen
         beyond = sorted(i for i in new if i >= self._rows)[:3]
         if beyond:

@@ -17,6 +17,7 @@ from dpo_score.data.dataset import Dataset, mean_text_bytes, open_data
 from dpo_score.engine.context import RunContext
 from dpo_score.engine.doctor import cuda_settings
 from dpo_score.engine.environment import commit_lines, commits, continued, host, names, now, pinned, versions
+from dpo_score.engine.limits import warn_of_lengths
 from dpo_score.engine.model_logprobs import cache_fields, overlaid, placed, trusted
 from dpo_score.engine.plan import (
     PolicyTask,
@@ -130,7 +131,10 @@ class Preparation:
         models = {REFERENCE: self.reference, **self.policies}
         homes = ((name, str(m.tokenizer_folder)) for name, m in models.items() if isinstance(m, ModelSource))
         self.tokenizer = choose_tokenizer(self.config, text, self.datasets, homes, self.context.progress.say)
-        return renderer_of(self.config, self.tokenizer, text, text_limits(first.config) if first else None)
+        sources = [model for model in models.values() if isinstance(model, ModelSource)]
+        warn_of_lengths(sources, text.max_length, self.context.progress.warn)
+        limits = text_limits(first.config, text.max_length) if first else None
+        return renderer_of(self.config, self.tokenizer, text, limits)
 
     def _text_model(self) -> ModelSource | None:
         """Whose tokenizer and context limit hold for all: the reference's, else the first policy's that resolves."""

@@ -131,7 +131,7 @@ def run_reference(context: RunContext, plan: RunPlan, reference: ReferenceTask) 
 def reference_work(context: RunContext, plan: RunPlan, reference: ReferenceTask) -> tuple[Stage, Compute]:
     """What is done with each block of stage one."""
     values = _model_values(context, plan, reference.source, reference.numerics)
-    guard = TokenGuard(plan.tokenizer, reference.source)
+    guard = TokenGuard(plan.tokenizer, reference.source, plan.config.text.max_length)
 
     def compute(text: BlockText) -> BlockResult:
         guard.check(text.table)
@@ -221,7 +221,7 @@ def policy_work(context: RunContext, plan: RunPlan, policy: PolicyTask) -> tuple
     """What is done with each block of stage two."""
     blocks = plan.rows.blocks
     values = None if policy.equals_reference else _model_values(context, plan, policy.source, policy.numerics)
-    guard = TokenGuard(plan.tokenizer, policy.source)
+    guard = TokenGuard(plan.tokenizer, policy.source, plan.config.text.max_length)
 
     def compute(text: BlockText) -> BlockResult:
         guard.check(text.table)

@@ -11,6 +11,16 @@ from dpo_score.models import weights as files
 from dpo_score.models.resolve import ModelSource
 from dpo_score.tokenization.truncation import SideLimits
 
+STRETCHING = frozenset({"linear", "dynamic", "ntk", "yarn"})
+"""Scalings of rotary positions whose factor counts on top of `max_position_embeddings`. With llama3 and longrope that
+number is what the model was made for already."""
+STRETCHED_ALREADY = ("gemma3",)
+"""Families with such a scaling on some layers, whose `max_position_embeddings` includes it."""
+TABLES = frozenset(
+    {"gpt2", "gpt_bigcode", "gpt_neo", "gptj", "codegen", "openai-gpt", "opt", "biogpt", "ctrl", "xlm", "bert"}
+    | {"roberta", "electra", "xlnet", "imagegpt"}
+)
+"""Families that look positions up in a table: none beyond it can be computed."""
 RELATIVE_POSITIONS = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "bloom"})
 
 
@@ -23,14 +33,39 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def context_limit(config: Mapping[str, Any]) -> int | None:
-    """The longest sequence (tokens) that a model's positions allow, or None where none is stated or none exists."""
+    """The longest sequence (tokens) that a model is made for, or None where none is stated or none exists.
+
+    Model cards that extend a context by YaRN, linear or dynamic scaling leave `max_position_embeddings` as it was and
+    add a factor (Qwen2.5's card: 32,768 and 4): the limit is their product.
+    """
     config = config.get("text_config") or config
     if config.get("model_type") in RELATIVE_POSITIONS:
         return None
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"):
         if isinstance(config.get(name), int) and config[name] > 0:
-            return int(config[name])
+            return max(int(config[name]), _stretched(config, int(config[name])))
     return None
+
+
+def _stretched(config: Mapping[str, Any], stated: int) -> int:
+    """The length that a scaling of rotary positions reaches, 0 where there is none that counts."""
+    if str(config.get("model_type", "")).startswith(STRETCHED_ALREADY):
+        return 0
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = config.get(name)
+        if not isinstance(rope, Mapping):
+            continue
+        kind, factor = rope.get("rope_type") or rope.get("type"), rope.get("factor")
+        if kind in STRETCHING and isinstance(factor, int | float):
+            original = rope.get("original_max_position_embeddings") if kind == "yarn" else None
+            return int(factor * (original if isinstance(original, int) and original > 0 else stated))
+    return 0
+
+
+def runs_beyond(config: Mapping[str, Any]) -> bool:
+    """Whether a model computes positions beyond its `context_limit`: rotary ones it does, a table has an end."""
+    config = config.get("text_config") or config
+    return config.get("model_type") not in TABLES and not any(name in config for name in ("n_positions", "n_ctx"))
 
 
 def side_limits(config: Mapping[str, Any]) -> SideLimits:
@@ -43,9 +78,27 @@ def side_limits(config: Mapping[str, Any]) -> SideLimits:
     return SideLimits(found["encoder"], found["decoder"])
 
 
-def text_limits(config: Mapping[str, Any]) -> int | SideLimits | None:
-    """What a renderer has to keep to for a model with this configuration: one limit, or one for each side."""
-    return side_limits(config) if config.get("is_encoder_decoder") else context_limit(config)
+def text_limits(config: Mapping[str, Any], max_length: int | None = None) -> int | SideLimits | None:
+    """What a renderer has to keep to for a model with this configuration: one limit, or one for each side.
+
+    A longer `max_length` that is asked for by name counts where the model can compute it (`length_warning`).
+    """
+    if config.get("is_encoder_decoder"):
+        return side_limits(config)
+    limit = context_limit(config)
+    return max_length if limit and max_length and max_length > limit and runs_beyond(config) else limit
+
+
+def length_warning(source: ModelSource, max_length: int | None) -> str | None:
+    """What follows from a `--max-length` beyond what a model is made for, None where nothing does."""
+    limit = None if source.is_encoder_decoder else context_limit(source.config)
+    if limit is None or max_length is None or max_length <= limit or not runs_beyond(source.config):
+        return None
+    return (
+        f"--max-length {max_length} is more than the {limit:,} tokens that {source.name} is made for by its "
+        "config.json (scaling of positions included): longer rows are computed at positions that it was not trained "
+        "on, and their log-probs may mean little"
+    )
 
 
 def embedding_rows(source: ModelSource) -> int:

@@ -113,7 +113,8 @@ def make_reader(
     first = _lender(config)
     homes = () if first is None else chain([first.home], _homes(config))
     tokenizer = choose_tokenizer(config, text, datasets, homes, say)
-    return Reader(tokenizer, renderer_of(config, tokenizer, text, text_limits(first.config) if first else None))
+    limits = None if first is None else text_limits(first.config, text.max_length)
+    return Reader(tokenizer, renderer_of(config, tokenizer, text, limits))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import dpo_score
-from dpo_score.errors import ModelError, PolicyFailedError
+from dpo_score.errors import ConfigError, ModelError, PolicyFailedError
 from tests.families import family
 from tests.run_fixtures import preference_rows, write_rows
 from tests.tiny import byte_tokenizer, save_tiny
@@ -98,3 +98,20 @@ def test_score_refuses_before_it_computes(
         with pytest.raises(ModelError, match="takes 32 tokens of prompt and answer at most"):
             dpo_score.score(preference_rows(20), policy=policy, **how)
     assert forwards == []
+
+
+def test_a_longer_length_by_name_is_computed_and_its_meaning_said(
+    runner: Any, short: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rotary positions go on beyond what config.json states; a table of positions has an end."""
+    asked = {"reference": None, "loss": "orpo", "max_length": 200}
+    assert not runner(data, tmp_path / "rotary", policy=[f"short={short['llama']}"], **asked).failures
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--max-length 200 is more than the 32 tokens" in said
+    assert "was not trained on" in said
+    found = scores(tmp_path / "rotary", "short")
+    assert not found["chosen_truncated"].any()
+    longest = found.filter(pl.col("prompt_tokens") + pl.col("chosen_tokens") > 4 * SHORT)
+    assert len(longest) > 0
+    with pytest.raises(ConfigError, match="more than the model's own limit of 32"):
+        runner(data, tmp_path / "table", policy=[f"short={short['gpt2']}"], **asked)

@@ -52,12 +52,31 @@ def test_resolving_needs_neither_torch_nor_transformers(folder: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
+ROPE = {"max_position_embeddings": 32768}
+
+
 @pytest.mark.parametrize(
     ("config", "limit"),
     [
         ({"max_position_embeddings": 2048}, 2048),
         ({"n_positions": 1024}, 1024),
         ({"text_config": {"max_position_embeddings": 131072}}, 131072),
+        (ROPE | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, 131072),
+        (ROPE | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 131072),
+        (  # DeepSeek: stated after scaling
+            {"max_position_embeddings": 163840}
+            | {"rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}},
+            163840,
+        ),
+        (ROPE | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, 65536),
+        (ROPE | {"rope_scaling": {"type": "dynamic", "factor": 2}}, 65536),
+        (
+            ROPE | {"rope_scaling": {"rope_type": "llama3", "factor": 8, "original_max_position_embeddings": 8192}},
+            32768,
+        ),
+        (ROPE | {"rope_scaling": {"type": "longrope", "long_factor": [4.0], "short_factor": [1.0]}}, 32768),
+        (ROPE | {"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8}}, 32768),
+        (ROPE | {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8}}}, 32768),
         ({"model_type": "t5", "n_positions": 512}, None),
         ({"model_type": "mamba"}, None),
     ],
