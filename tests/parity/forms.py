@@ -106,6 +106,8 @@ FORMS = (
     Form("ms-swift response", "ms-swift/rejected-response", of.swift_response),
     Form("ms-swift messages", "ms-swift/rejected-messages", of.swift_messages),
     Form("RMB, best of n", "best-of-n/losers", of.losers),
+    Form("AlpacaFarm", "ab-label/alpaca-farm",
+         strings(("output_1", "output_2"), lambda first: {"preference": 1 if first else 2}, "instruction"), CHAT),
     Form("compar:IA", "ab-label/chosen-model", of.chosen_model),
     Form("NeMo-RL", "ranked/ranked-completions", of.ranked_completions),
     Form("HelpSteer2 preference", "signed-preference/helpsteer2", of.helpsteer2),

@@ -182,7 +182,7 @@ def pair_text_repeated(row: Row, options: ReadOptions) -> Found:
     return _with_history(row, prompt, chosen, rejected)
 
 
-def _joined_instruction(row: Row) -> str:
+def joined_instruction(row: Row) -> str:
     """Instruction and input as LLaMA-Factory joins them: by a line break, without an empty one."""
     parts = (text_cell(row, "instruction"), optional_text(row, "input"))
     return "\n".join(part for part in parts if part)
@@ -198,7 +198,7 @@ def _joined_instruction(row: Row) -> str:
     polarity=CHOSEN_IS_BETTER,
 )
 def alpaca(row: Row, options: ReadOptions) -> Found:
-    return _with_history(row, _joined_instruction(row), text_cell(row, "chosen"), text_cell(row, "rejected"))
+    return _with_history(row, joined_instruction(row), text_cell(row, "chosen"), text_cell(row, "rejected"))
 
 
 @preference_format(
@@ -218,7 +218,7 @@ def alpaca(row: Row, options: ReadOptions) -> Found:
 )
 def output_list(row: Row, options: ReadOptions) -> Found:
     chosen, rejected = (checked_text(text, "output") for text in _two(row.get("output"), "output"))
-    return _with_history(row, _joined_instruction(row), chosen, rejected)
+    return _with_history(row, joined_instruction(row), chosen, rejected)
 
 
 @preference_format(

@@ -44,7 +44,7 @@ from dpo_score.data.formats.cells import (
     text_cell,
     text_inside,
 )
-from dpo_score.data.formats.chosen_rejected import PROMPT, names_its_sides
+from dpo_score.data.formats.chosen_rejected import PROMPT, joined_instruction, names_its_sides
 from dpo_score.data.formats.transcripts import nemo_messages
 from dpo_score.data.types import Message, Unusable
 from dpo_score.escape import seen
@@ -213,6 +213,27 @@ def _texts(row: Row, column: str) -> list[str]:
     return [checked_text(item, column) for item in values]
 
 
+@preference_format(
+    name="ab-label",
+    variant="alpaca-farm",
+    code="F7",
+    needs=(
+        Column("instruction", is_text),
+        Column("input", is_text, optional=True),
+        Column("output_1", is_text),
+        Column("output_2", is_text),
+        Column("preference", is_number),
+    ),
+    unless=names_its_sides,
+    columns="instruction, output_1, output_2: strings; input (joined by a line break): optional; preference: 1 or 2",
+    polarity="the output that preference numbers, 1 or 2, is better",
+)
+def alpaca_farm(row: Row, options: ReadOptions) -> Found:
+    better = label_cell(row, "preference", (1, 2))
+    first, second = text_cell(row, "output_1"), text_cell(row, "output_2")
+    return ordered(joined_instruction(row), first, second, 1 if better == 1 else -1, options, "preference")
+
+
 # --- ab-label with the winner in words ------------------------------------------------------------------------------
 
 _FIRST = frozenset(("model_a", "a", "response_a", "answer_a", "assistant_a", "conversation_a", "a>b", "a>>b"))
@@ -227,6 +248,7 @@ def winner(row: Row, column: str = "winner") -> int:
     """1 where the first answer is better, -1 where the second is, 0 for a tie, in the words that public sets use."""
     said = text_cell(row, column)
     word = re.sub(r"[\s-]+", "_", said.strip().strip("[]").lower())
+    word = re.sub(r"_is_(clearly_|slightly_|much_)?better$", "", word)
     if word in _FIRST:
         return 1
     if word in _SECOND:

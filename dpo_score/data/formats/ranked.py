@@ -51,7 +51,7 @@ from dpo_score.data.formats.cells import (
 )
 from dpo_score.data.formats.chosen_rejected import PROMPT, is_answer, names_its_sides
 from dpo_score.data.formats.transcripts import nemo_messages
-from dpo_score.data.types import Pair, Text, Unusable
+from dpo_score.data.types import Pair, Problem, Text, Unusable
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,13 +225,20 @@ def lists(row: Row, options: ReadOptions) -> Found:
     version=2,
 )
 def rows_of_prompt(row: Row, options: ReadOptions) -> Found:
-    """`row["rows"]` holds the consecutive rows of the file that have one prompt."""
+    """`row["rows"]` holds the consecutive rows of the file that have one prompt. A bad row leaves the others alone."""
     rows: list[Any] = list_cell(row, "rows")
     prompt = text_cell(rows[0], "prompt")
     if len(rows) < 2:
         raise Unusable("context_mismatch", "no row before or after this one has its prompt", "prompt", prompt)
-    answers = [Scored(assistant_answer(text_cell(i, "response")), number_cell(i, "helpfulness")) for i in rows]
-    return expand(nemo_messages(prompt), answers, options, "helpfulness")
+    answers: list[Scored] = []
+    problems: list[Problem] = []
+    for item in rows:
+        try:
+            answers.append(Scored(assistant_answer(text_cell(item, "response")), number_cell(item, "helpfulness")))
+        except Unusable as unusable:
+            problems.append(unusable.problem)
+    pairs = expand(nemo_messages(prompt), answers, options, "helpfulness") if len(answers) > 1 else ()
+    return [*pairs, *problems]
 
 
 # --- best-of-n ------------------------------------------------------------------------------------------------------

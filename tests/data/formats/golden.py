@@ -14,6 +14,7 @@ import pyarrow as pa
 from tests.data.formats.golden_rows import (
     AB_TEXT,
     ALPACA,
+    ALPACA_FARM,
     ARENA,
     ARGILLA,
     ASKED_TURN,
@@ -255,6 +256,9 @@ GOLDEN = [
     Golden("SHP with booleans", "ab-label/shp",
            [("history", S), ("human_ref_A", S), ("human_ref_B", S), ("labels", pa.bool_())],
            relabelled(SHP, labels={0: False, 1: True}), THREE, relabelled(SHP, labels={0: True, 1: False})),
+    Golden("tatsu-lab/alpaca_farm", "ab-label/alpaca-farm",
+           [*((n, S) for n in ("instruction", "input", "output_1", "output_2")), ("preference", N)],
+           ALPACA_FARM, THREE, relabelled(ALPACA_FARM, preference={1: 2, 2: 1})),
     Golden("NeMo-RL", "ranked/ranked-completions",
            [("context", MSG), ("completions", pa.list_(pa.struct([("rank", N), ("completion", MSG)])))],
            NEMO, TIE3, NEMO_TURNED),

@@ -325,6 +325,11 @@ MT_BENCH = [
     judged("tie", 1, (GOOD, "Yes."), ("Lyon.", "No.")),
     judged("model_a", 2, (GOOD, "Yes."), (BAD, "No.")),
 ]
+ALPACA_FARM = [
+    {"instruction": "Capital?", "input": "", "output_1": GOOD, "output_2": BAD, "preference": 1},
+    {"instruction": "2 + 2?", "input": "As a digit.", "output_1": "5", "output_2": "4", "preference": 2},
+    {"instruction": "Sky?", "input": "", "output_1": "Blue.", "output_2": "Green.", "preference": 1},
+]
 # rank 0 is better than rank 1
 NEMO = [
     {"context": [user("Capital?")], "completions": [{"rank": 1, "completion": [bot(BAD)]},

@@ -138,6 +138,7 @@ AB = {"prompt": "q", "response_a": "a", "response_b": "b"}
 A, B = ("q", "a", "b"), ("q", "b", "a")
 WORDS = {
     "A": A, "B": B, "model_a": A, "Model B": B, "response_b": B, "A>B": A, "B>A": B, "[[B]]": B, "A>>B": A,
+    "A-is-clearly-better": A, "B-is-slightly-better": B,
     "tie": "tie", "tie (bothbad)": "tie", "both_good": "tie", "both bad": "tie", "both": "tie", "neither": "tie",
     "Draw": "tie", "A=B": "tie", "1": "invalid_label", "response_1": "invalid_label", "maybe": "invalid_label",
 }  # fmt: skip
@@ -170,6 +171,10 @@ LABELS = [
     Case("a turn that the row does not hold", "ab-label/text", [{**AB, "winner": "A", "turn": 2}],
          ["context_mismatch"]),
     Case("words for the winner", "ab-label/text", [{**AB, "winner": word} for word in WORDS], list(WORDS.values())),
+    Case("a bad row among those of one prompt", "ranked/two-rows",
+         [{"prompt": "a", "response": f"a{score}", "helpfulness": score} for score in (4, None, 0)]
+         + [{"prompt": "b", "response": "b", "helpfulness": score} for score in (None, 1)],
+         [("user a", "assistant a4", "assistant a0"), "null_field", "null_field"]),
     Case("as many rows as a prompt has answers", "ranked/two-rows",
          [{"prompt": prompt, "response": f"{prompt}{score}", "helpfulness": score}
           for prompt, scores in (("a", (4, 1, 0)), ("b", (1, 3)), ("c", (2,)), ("d", (0, 3, 2, 4)))
