@@ -26,7 +26,7 @@ from tests.families import family
 from tests.tiny import byte_tokenizer, save_tiny
 
 ROOT = Path(__file__).parents[1]
-PUBLIC = [
+PUBLIC = {
     "DPOLoss",
     "__version__",
     "evaluate_pairs",
@@ -36,7 +36,7 @@ PUBLIC = [
     "score",
     "select",
     "sequence_logps",
-]
+}
 
 
 @pytest.fixture(scope="module")

@@ -103,18 +103,16 @@ def fitted_table(
 
     Names in the first `left` columns are broken into lines of NAME_WIDTH characters where the terminal is narrow.
     """
-    kept = list(range(len(columns)))
-    dropped = []
-    made = table(columns, rows, left)
-    for name in (None, *spare):
+    kept, dropped, made = list(range(len(columns))), [], table(columns, rows, left)
+    attempts = [(None, 0), (None, NAME_WIDTH), *((name, NAME_WIDTH) for name in spare), (None, NAME_WIDTH // 2)]
+    for name, width in attempts:
         if name is not None:
             kept.remove(columns.index(name))
             dropped.append(name)
         cells = [[row[index] for index in kept] for row in rows]
+        if width:
+            cells = [[*(broken_name(str(cell), width) for cell in row[:left]), *row[left:]] for row in cells]
         made = table([columns[index] for index in kept], cells, left)
-        if _width(screen, made) > screen.width:
-            broken = [[*(broken_name(str(cell)) for cell in row[:left]), *row[left:]] for row in cells]
-            made = table([columns[index] for index in kept], broken, left)
         if _width(screen, made) <= screen.width:
             break
     screen.print(made)
@@ -132,7 +130,7 @@ def broken_name(name: str, width: int = NAME_WIDTH) -> str:
     if len(name) <= width:
         return name
     found = [""]
-    for part in re.findall(r"[^-._/ ]*[-._/ ]*", name):
+    for part in re.findall(r"[^-._/ ]+[-._/ ]*|[-._/ ]+", name):
         if found[-1] and len(found[-1]) + len(part) > width:
             found.append("")
         found[-1] += part
@@ -318,7 +316,7 @@ def compared(found: Cell, as_json: bool = False) -> None:
         return
     screen = console()
     elsewhere = " (in `report` and with --json)"
-    for line in summary_lines(found):
+    for line in (*summary_lines(found), *found.get("notes", ())):
         screen.print(Text(safe(line)), soft_wrap=False)
     screen.print()
     edges = found["margin_edges"]
@@ -405,7 +403,8 @@ def rescored(found: Mapping[str, Any], as_json: bool = False) -> None:
     for row in found["rows"]:
         means = (number(row["loss"]), share(row["accuracy"]), number(row["margins"]))
         rows.append([row["policy"], row["loss_name"], f"{row['beta']:g}", row["n"], *means])
-    fitted_table(console(), ("policy", "loss", "beta", "n", "mean loss", "accuracy", "margin"), rows, left=2)
+    heads = ("policy", "loss", "beta", "n", "mean loss", "accuracy", "margin")
+    fitted_table(console(), heads, rows, left=2, spare=("n", "mean loss"), elsewhere=" (with --json)")
     other = found["reference_policy"]
     lines(f"{name}: {n:,} pairs left out, which {other} did not score" for name, n in found["left_out"].items())
     lines([f"per pair: {found['folder']}"])
