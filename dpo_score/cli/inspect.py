@@ -19,7 +19,6 @@ from dpo_score.cli.console import console, is_plain
 from dpo_score.config.load import load_config
 from dpo_score.data.dataset import Dataset, open_data, read_rows_at
 from dpo_score.data.types import EncodedPair, Pair, Rejected, Side, row_place
-from dpo_score.engine.stages import part
 from dpo_score.errors import UsageError, nearest
 from dpo_score.escape import safe
 from dpo_score.losses.ops import Floats
@@ -30,6 +29,7 @@ from dpo_score.storage.base import Store
 from dpo_score.storage.commits import CommitRecord, read_records
 from dpo_score.storage.manifest import Manifest
 from dpo_score.storage.open import open_store
+from dpo_score.storage.stage import part_file
 
 Row = Mapping[str, Any]
 SCORED = ("bold black on bright_cyan", "bold black on cyan")
@@ -142,7 +142,9 @@ def row_id_at(store: Store, manifest: Manifest, number: int) -> str:
 
 def _sorted_ids(store: Store, record: CommitRecord) -> list[str]:
     """Every row of a block, scored or rejected, once, in reading order."""
-    names = [part(folder, record.block, record.blocks) for folder in ("reference", "rejects/data", "rejects/reference")]
+    names = [
+        part_file(folder, record.block, record.blocks) for folder in ("reference", "rejects/data", "rejects/reference")
+    ]
     found: set[tuple[int, ...]] = set()
     for name in names:
         if store.exists(name):
@@ -175,7 +177,7 @@ def _stored(store: Store, folder: str, row_id: str, number: int) -> list[Row]:
     """The rows of a source row (one, or several where it was expanded), from the block that holds it."""
     for record in read_records(store, folder if folder.startswith("scores/") else "reference").values():
         if isinstance(record, CommitRecord) and record.start <= number < record.stop:
-            name = part(folder, record.block, record.blocks)
+            name = part_file(folder, record.block, record.blocks)
             return _matching(store.read_table(name), row_id) if store.exists(name) else []
     return []
 

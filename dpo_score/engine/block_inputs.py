@@ -19,6 +19,7 @@ from dpo_score.engine.plan import RunPlan
 from dpo_score.errors import DamageError
 from dpo_score.results.schemas import text_table
 
+TEXT_FOLDER = ".work/text"
 _IDENTITY, _REJECTED = b"dpo_score.text", b"dpo_score.rejected"
 
 
@@ -31,6 +32,18 @@ class BlockText:
     stop: int
     table: pa.Table
     rejected: tuple[Rejected, ...]
+
+
+def encoded_block(plan: RunPlan, reader: PairReader, block: int) -> BlockText:
+    """The rows of one block, read, rendered and tokenised."""
+    start, stop = plan.rows.span(block)
+    sample = plan.rows.sample
+    read = reader.read(start, stop) if sample is None else read_rows_at(plan.datasets, sample[start:stop])
+    encoded = plan.renderer.encode([item for item in read if isinstance(item, Pair)])
+    rejected = [item for item in [*read, *encoded] if isinstance(item, Rejected)]
+    rejected.sort(key=lambda item: (item.source.file_index, item.source.row, item.source.part or 0))
+    pairs = [item for item in encoded if isinstance(item, EncodedPair)]
+    return BlockText(block, start, stop, text_table(pairs, plan.extra), tuple(rejected))
 
 
 class BlockTexts:
@@ -48,27 +61,12 @@ class BlockTexts:
         kept = self._kept(block)
         if kept is not None:
             return kept
-        made = self._make(block)
+        made = encoded_block(self._plan, self._reader, block)
         self._keep(made)
         return made
 
-    def _make(self, block: int) -> BlockText:
-        start, stop = self._plan.rows.span(block)
-        read = self._read(start, stop)
-        encoded = self._plan.renderer.encode([item for item in read if isinstance(item, Pair)])
-        rejected = [item for item in [*read, *encoded] if isinstance(item, Rejected)]
-        rejected.sort(key=lambda item: (item.source.file_index, item.source.row, item.source.part or 0))
-        pairs = [item for item in encoded if isinstance(item, EncodedPair)]
-        return BlockText(block, start, stop, text_table(pairs, self._plan.extra), tuple(rejected))
-
-    def _read(self, start: int, stop: int) -> list[Pair | Rejected]:
-        sample = self._plan.rows.sample
-        if sample is None:
-            return self._reader.read(start, stop)
-        return read_rows_at(self._plan.datasets, sample[start:stop])
-
     def _name(self, block: int) -> str:
-        return f".work/text/{block:05d}-of-{self._plan.rows.blocks:05d}.parquet"
+        return f"{TEXT_FOLDER}/{block:05d}-of-{self._plan.rows.blocks:05d}.parquet"
 
     def _kept(self, block: int) -> BlockText | None:
         name, span = self._name(block), self._plan.rows.span(block)

@@ -1,106 +1,119 @@
-"""What one process works with: OUT, the cache, the loaded model, the voice, the stop request.
+"""What one process works with: the output folder, the cache, the loaded model, progress, the request to stop.
 
-These have a lifetime; everything else in this room is data.
+These have a lifetime; everything else in the engine is data. A context is complete when it is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from dpo_score.config.schema import RunConfig
+from dpo_score.config.schema import ComputeSpec, RunConfig
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.signals import StopRequest
+from dpo_score.engine.signals import StopRequest, signal_handlers
+from dpo_score.errors import ConfigError
 from dpo_score.storage.base import Store
 from dpo_score.storage.cache.cache import LogpCache, open_cache
 from dpo_score.storage.cache.location import cache_folder, cache_url
 from dpo_score.storage.file_hashes import FileDigests
 from dpo_score.storage.manifest import read_manifest, reopen_manifest
+from dpo_score.storage.open import open_store
 
 if TYPE_CHECKING:
-    from dpo_score.engine.plan import PolicyTask, ReferenceTask, RunPlan
+    from dpo_score.engine.plan import RunPlan, Task
     from dpo_score.models.loader import ModelLoader
-    from dpo_score.storage.commits import CommitRecord
+
+ManifestLock = Callable[[], AbstractContextManager[None]]
 
 
-class WorkerPool(Protocol):
-    """Other processes that compute blocks. `work` returns when all of `todo` is committed, or raises as a stage does
-    that runs here."""
+class Workers(Protocol):
+    """Other processes that compute blocks in place of this one."""
 
-    def work(self, plan: RunPlan, task: ReferenceTask | PolicyTask, todo: Sequence[int]) -> None: ...
-
-
-def _unnoticed(_record: CommitRecord) -> None:
-    """Nobody asked to hear of commits."""
+    def work(self, plan: RunPlan, task: Task, blocks: Sequence[int]) -> None:
+        """Return when all `blocks` are committed. Raises what computing them here would raise."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunContext:
-    """Shared by the stages of one process. The model shelf is made on first use: a full cache needs no torch model.
+    """Shared by the stages of one process. The model loader is made on first use: a full cache needs no torch model.
 
-    `cache_url`: where log-probs are kept when that is an object store; what only this machine needs is in `cache_dir`.
-    `device`: as asked for. `crew`: who computes blocks in this process's stead. `committed` hears of every block
-    committed here.
-    `skipped`: policy → why it is left for the next run; only checkpoints that a glob found can be.
-    `turn`: held while the manifest is changed where other shares of OUT may change it too.
+    Args:
+        cache_dir: what this machine keeps: converted models, file hashes, and the log-probs where `cache_url` is None.
+        cache_url: the object store that log-probs are kept in.
+        manifest_lock: taken while the manifest is changed; other shares of the same folder may change it too.
+        workers: who computes the blocks; None: this process.
     """
 
     store: Store
     cache_dir: Path
     progress: Progress
-    stop: StopRequest = field(default_factory=StopRequest)
+    compute: ComputeSpec = field(default_factory=ComputeSpec)
     trust_remote_code: bool = False
-    device: str = "auto"
-    device_map: str | None = None
-    quantization: Literal["int8", "nf4"] | None = None
-    tensor_parallel: int = 1
     cache_url: str | None = None
-    pool: WorkerPool | None = None
-    committed: Callable[[CommitRecord], None] = _unnoticed
-    skipped: dict[str, str] = field(default_factory=dict)
-    turn: Callable[[], AbstractContextManager[None]] = nullcontext
+    stop: StopRequest = field(default_factory=StopRequest)
+    manifest_lock: ManifestLock = nullcontext
+    workers: Workers | None = None
 
     @cached_property
     def cache(self) -> LogpCache:
         return open_cache(self.cache_url or self.cache_dir, self.progress.warn)
 
     @cached_property
-    def digests(self) -> FileDigests:
-        return FileDigests(self.cache_dir, lambda: self.stop.check())
+    def file_hashes(self) -> FileDigests:
+        return FileDigests(self.cache_dir, self.stop.check)
 
     @cached_property
-    def shelf(self) -> ModelLoader:
+    def loader(self) -> ModelLoader:
         from dpo_score.models.loader import ModelLoader
 
-        return ModelLoader(self.trust_remote_code, self.device_map, self.quantization, self.tensor_parallel)
+        compute = self.compute
+        return ModelLoader(self.trust_remote_code, compute.device_map, compute.quantization, compute.tensor_parallel)
 
-    def reopen(self) -> None:
+    def reopen_manifest(self) -> None:
         """State `running` again, before anything that a complete manifest vouches for is computed anew."""
         found = read_manifest(self.store)
         if found is not None and found.state == "complete":
-            with self.turn():
+            with self.manifest_lock():
                 reopen_manifest(self.store)
 
     def close(self) -> None:
-        """Let the model go, and the processes that held it with this one."""
-        if "shelf" in self.__dict__:
-            self.shelf.close()
+        """Give the model's memory back, and end the processes that hold parts of it."""
+        if "loader" in self.__dict__:
+            self.loader.close()
 
 
-def open_context(config: RunConfig, progress: Progress, store: Store) -> RunContext:
-    """What one process works with; takes no lock."""
+def open_context(
+    config: RunConfig,
+    progress: Progress,
+    store: Store,
+    stop: StopRequest | None = None,
+    manifest_lock: ManifestLock = nullcontext,
+) -> RunContext:
+    """What one process works with. Takes no lock."""
     return RunContext(
         store,
         cache_folder(config.cache_dir),
         progress,
+        compute=config.compute,
         trust_remote_code=config.trust_remote_code,
-        device=config.compute.device,
-        device_map=config.compute.device_map,
-        quantization=config.compute.quantization,
-        tensor_parallel=config.compute.tensor_parallel,
         cache_url=cache_url(config.cache_dir),
+        stop=stop or StopRequest(),
+        manifest_lock=manifest_lock,
     )
+
+
+@contextmanager
+def run_context(config: RunConfig, progress: Progress, out: str, share: str | None = None) -> Iterator[RunContext]:
+    """The folder `out`, or one share of it, locked and swept; signals are noticed; the model is released at the end."""
+    if config.blocks is not None and share is None:
+        raise ConfigError("--blocks divides `dpo-score run` alone: leave it out here")
+    store = open_store(out, warnings_to=progress.warn)
+    with store.share(share) if share else store.lock(), signal_handlers() as stop:
+        store.sweep()
+        lock = store.turn if share else nullcontext
+        with closing(open_context(config, progress, store, stop, lock)) as context:
+            yield context

@@ -18,13 +18,13 @@ import numpy as np
 from dpo_score.config.schema import RunConfig
 from dpo_score.data.dataset import read_rows_at
 from dpo_score.data.types import EncodedPair, Pair, Rejected, TokenSequence
-from dpo_score.engine.context import RunContext
-from dpo_score.engine.model_logprobs import CachedLogprobs, FastPathRefusedError, cache_fields
-from dpo_score.engine.plan import SPEED, RunPlan, text_notice
-from dpo_score.engine.prepare import Preparation, parameters
+from dpo_score.engine.context import RunContext, run_context
+from dpo_score.engine.model_logprobs import CachedLogprobs, cache_fields, with_slower_way
+from dpo_score.engine.plan import RunPlan, text_notice
+from dpo_score.engine.prepare import parameters, resolve_plan
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.run import run_context
 from dpo_score.errors import ConfigError, DataError
+from dpo_score.logprobs.numerics import SPEED
 from dpo_score.models.memory import clone_bytes, peak_bytes
 from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
@@ -41,7 +41,7 @@ PROBE_PACKS = 3
 def dry_run(config: RunConfig, progress: Progress) -> dict[str, Any]:
     """Format and polarity, rows, lengths, tokens with and without sharing, memory, time, cache hits, identities."""
     with _scratch(config, progress) as context:
-        plan = Preparation(config, context).plan()
+        plan = resolve_plan(config, context)
         sample, rows = _sampled(plan)
         encoded = [item for item in sample if isinstance(item, EncodedPair)]
         due = _due(context, plan, encoded)
@@ -59,7 +59,7 @@ def dry_run(config: RunConfig, progress: Progress) -> dict[str, Any]:
 def probe(config: RunConfig, progress: Progress, price_per_hour: float | None) -> dict[str, Any]:
     """Score a few packs with every kind of model that has anything to compute: rows/s, hours in all, and money."""
     with _scratch(config, progress) as context:
-        plan = Preparation(config, context).plan()
+        plan = resolve_plan(config, context)
         if not plan.models:
             raise ConfigError("nothing to probe: no reference and no policy is a model")
         sample, rows = _sampled(plan)
@@ -243,10 +243,12 @@ def _speeds(context: RunContext, plan: RunPlan, due: Sequence[Due], encoded: Seq
 
 def _scorer(context: RunContext, plan: RunPlan, item: Due) -> PairScorer:
     stats = [STATS[name] for name in plan.stats]
-    try:
-        return CachedLogprobs(context, item.source, item.numerics, stats, snapshot=()).scorer()
-    except FastPathRefusedError as refusal:
-        return CachedLogprobs(context, item.source, refusal.numerics, stats, snapshot=()).scorer()
+    return with_slower_way(
+        context.progress,
+        item.label,
+        item.numerics,
+        lambda numerics: CachedLogprobs(context, item.source, numerics, stats, snapshot=()).scorer(),
+    )
 
 
 def _speed(item: Due, scorer: PairScorer, encoded: Sequence[EncodedPair]) -> Speed:

@@ -1,10 +1,13 @@
-"""Where and when a run happens: recorded beside the numbers, never among them."""
+"""Where and when a run happens: versions, device, and the commits of models from the hub.
+
+They are recorded beside the numbers and are no part of them.
+"""
 
 from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -12,6 +15,7 @@ from pathlib import Path
 
 from dpo_score.config.schema import RunConfig
 from dpo_score.engine.plan import RunPlan
+from dpo_score.engine.progress import Progress
 from dpo_score.errors import IdentityError
 from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
@@ -64,10 +68,10 @@ def _processor() -> str:
     return next(iter(named), platform.processor() or platform.machine())
 
 
-def continued(
-    begun: Mapping[str, str], here: Mapping[str, str], strict: bool, warn: Callable[[str], None]
+def compared_environment(
+    begun: Mapping[str, str], here: Mapping[str, str], strict: bool, progress: Progress
 ) -> dict[str, str]:
-    """`here`, as far as it can be held against `begun`; each difference is said, and refused where `strict`."""
+    """`here`, as far as it can be compared with `begun`; each difference is a warning, or an error if `strict`."""
     found = _comparable(begun, here)
     changes = diff(begun, found)
     if changes and strict:
@@ -76,7 +80,7 @@ def continued(
             f"in:\n{listed(changes)}\nRun it where it was begun, drop --strict-env, or choose another output folder"
         )
     for change in changes:
-        warn(f"continued in another environment: {change}")
+        progress.warn(f"continued in another environment: {change}")
     return found
 
 
@@ -93,15 +97,11 @@ def _version(name: str) -> str | None:
         return None
 
 
-# --- revisions ------------------------------------------------------------
+# --- commits of models that came from the hub ---
 
 
-Sources = Mapping[str, ModelSource | str]
-"""Policy → its source, or why there is none."""
-
-
-def pinned(config: RunConfig, reference: ModelSource | None, policies: Sources) -> RunConfig:
-    """`config` with commits in place of branches and tags."""
+def pinned(config: RunConfig, reference: ModelSource | None, policies: Mapping[str, ModelSource]) -> RunConfig:
+    """`config` with commits in place of branches and tags, as pipeline.yaml keeps it."""
     named = config.reference
     if named is not None and reference is not None:
         commit = _of_revision(reference, both=named.adapter is not None)
@@ -110,7 +110,7 @@ def pinned(config: RunConfig, reference: ModelSource | None, policies: Sources) 
     for spec in config.policies:
         source = policies.get(spec.name)
         both = spec.model is not None and spec.adapter is not None
-        commit = _of_revision(source, both) if isinstance(source, ModelSource) else None
+        commit = _of_revision(source, both) if source is not None else None
         specs.append(spec.model_copy(update={"revision": commit or spec.revision}))
     return config.model_copy(update={"reference": named, "policies": tuple(specs)})
 
@@ -120,12 +120,12 @@ def _of_revision(source: ModelSource, both: bool) -> str | None:
     return source.adapter_commit if source.adapter is not None and not both else source.commit
 
 
-def names(plan: RunPlan) -> dict[str, str]:
+def model_names(plan: RunPlan) -> dict[str, str]:
     """How the models of a run were called: "reference" and the policies."""
     return {name: source.name for name, source in _sources(plan).items()}
 
 
-def commits(plan: RunPlan) -> dict[str, dict[str, str]]:
+def model_commits(plan: RunPlan) -> dict[str, dict[str, str]]:
     """Name → commit of the base and of the adapter; only those that came from the hub."""
     found = {name: {"model": s.commit, "adapter": s.adapter_commit} for name, s in _sources(plan).items()}
     known = {name: {kind: commit for kind, commit in kinds.items() if commit} for name, kinds in found.items()}
@@ -134,13 +134,14 @@ def commits(plan: RunPlan) -> dict[str, dict[str, str]]:
 
 def commit_lines(plan: RunPlan) -> list[str]:
     """A line for each model from the hub."""
-    called = names(plan)
+    names = model_names(plan)
     return [
-        f"{name}: {called[name]}, " + ", ".join(f"{kind} at commit {commit}" for kind, commit in kinds.items())
-        for name, kinds in commits(plan).items()
+        f"{name}: {names[name]}, " + ", ".join(f"{kind} at commit {commit}" for kind, commit in kinds.items())
+        for name, kinds in model_commits(plan).items()
     ]
 
 
 def _sources(plan: RunPlan) -> dict[str, ModelSource]:
+    """The run's reference and the policies that were found."""
     named = {"reference": plan.references[0].source} | {policy.name: policy.source for policy in plan.policies}
     return {name: source for name, source in named.items() if source is not None}

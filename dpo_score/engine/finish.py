@@ -16,14 +16,15 @@ import pyarrow as pa
 from dpo_score.config.checkpoint_glob import natural
 from dpo_score.config.load import dump_config
 from dpo_score.data.types import MARKS, EncodedPair
+from dpo_score.engine.block_inputs import TEXT_FOLDER
 from dpo_score.engine.context import RunContext
 from dpo_score.engine.environment import now
-from dpo_score.engine.plan import SCHEMA_VERSION, RunPlan, text_notice
+from dpo_score.engine.plan import SCHEMA_VERSION, PolicyFailure, RunPlan, text_notice
 from dpo_score.engine.resume import missing_of
-from dpo_score.engine.stages import part
 from dpo_score.engine.threads import map_threads
 from dpo_score.errors import BadRowsError, PolicyFailedError, UsageError
 from dpo_score.metrics.summary import summarise
+from dpo_score.report.build import FILE as REPORT
 from dpo_score.report.build import write_report
 from dpo_score.report.trackers import log_run, tensorboard_folder
 from dpo_score.results import groups as slices
@@ -32,18 +33,24 @@ from dpo_score.results.card import README, SUMMARY, card, data_set
 from dpo_score.results.source_text import TextSource
 from dpo_score.storage.base import FileRecord, Store
 from dpo_score.storage.commits import CommitRecord, read_records, record_name
-from dpo_score.storage.manifest import finish_manifest, read_manifest, reopen_manifest
+from dpo_score.storage.manifest import Manifest, finish_manifest, read_manifest, reopen_manifest
+from dpo_score.storage.stage import REJECTED_ROWS, Stage, part_file
 from dpo_score.tokenization.flags import example
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run ends with. `failures`: policy → why it was not scored; summary["skipped"] holds those that wait."""
+    """What a run ends with.
+
+    failures: policy → why it was not scored; summary["skipped"] holds the checkpoints that were not whole yet.
+    report: where the page for people is; None where none was written.
+    """
 
     out: str
     summary: Mapping[str, Any]
     failures: Mapping[str, str] = field(default_factory=dict)
     max_bad_rows: float | None = None
+    report: str | None = None
 
     def raise_failures(self) -> None:
         """PolicyFailedError, also where every policy waits, else BadRowsError for more rejects than --max-bad-rows."""
@@ -68,7 +75,7 @@ def check_bad_rows(label: str, rows: int, bad: int, allowed: float | None, out: 
     )
 
 
-def finish(context: RunContext, plan: RunPlan, failures: Mapping[str, str]) -> Outcome:
+def finish(context: RunContext, plan: RunPlan, failures: Mapping[str, PolicyFailure]) -> Outcome:
     """Write what a person reads, then mark the manifest complete."""
     summary = summary_of(context, plan, failures)
     warn_of_marks(context, plan, summary["text"]["marks"], summary["data"]["scored_by_reference"])
@@ -81,16 +88,23 @@ def finish(context: RunContext, plan: RunPlan, failures: Mapping[str, str]) -> O
     ]
     beside = data_set(context.store)
     outputs += beside.files if beside is not None else ()
-    _clear_texts(context.store)
-    manifest = read_manifest(context.store)
-    assert manifest is not None
-    manifest = replace(manifest, warnings=tuple(dict.fromkeys((*manifest.warnings, *context.progress.warnings))))
-    finish_manifest(context.store, manifest, now(), outputs)
+    for _ in map_threads(context.store.remove, context.store.list(TEXT_FOLDER), context.store.width):
+        pass
+    finish_manifest(context.store, manifest_with_warnings(context), now(), outputs)
+    report = publish(context, plan)
     assert plan.config.out is not None
-    return Outcome(plan.config.out, summary, failures, plan.config.max_bad_rows)
+    failed = {name: failure.reason for name, failure in failures.items() if not failure.waits}
+    return Outcome(plan.config.out, summary, failed, plan.config.max_bad_rows, report)
 
 
-def summary_of(context: RunContext, plan: RunPlan, failures: Mapping[str, str]) -> dict[str, Any]:
+def manifest_with_warnings(context: RunContext) -> Manifest:
+    """The stored manifest, with what this process warned of beside what others did."""
+    found = read_manifest(context.store)
+    assert found is not None
+    return replace(found, warnings=tuple(dict.fromkeys((*found.warnings, *context.progress.warnings))))
+
+
+def summary_of(context: RunContext, plan: RunPlan, failures: Mapping[str, PolicyFailure]) -> dict[str, Any]:
     """Numbers of every policy whose wanted blocks are all committed, whatever command scored it.
 
     `skipped` and `failed` say why the others that were asked for are not there.
@@ -98,7 +112,8 @@ def summary_of(context: RunContext, plan: RunPlan, failures: Mapping[str, str]) 
     store = context.store
     manifest = read_manifest(store)
     names = sorted(manifest.identities.policies, key=natural) if manifest else []
-    scored = [name for name in names if not missing_of(store, plan.rows, f"scores/{name}")]
+    scored = [name for name in names if not missing_of(context, plan.rows, Stage.scores(name))]
+    unscored = [(name, failure) for name, failure in sorted(failures.items()) if name not in scored]
     sample, wanted = plan.rows.sample, plan.rows.wanted
     numbers = range(wanted) if sample is None else sample[:wanted]
     carried = [field.name for field in plan.extra]
@@ -108,8 +123,8 @@ def summary_of(context: RunContext, plan: RunPlan, failures: Mapping[str, str]) 
         "data": _data_summary(store, plan),
         "text": {"marks": marks(store, plan), "render": text_notice(plan)},
         "policies": {name: _policy_summary(store, plan, name, found) for name in scored},
-        "skipped": {name: reason for name, reason in sorted(context.skipped.items()) if name not in scored},
-        "failed": {name: reason for name, reason in sorted(failures.items()) if name not in scored},
+        "skipped": {name: failure.reason for name, failure in unscored if failure.waits},
+        "failed": {name: failure.reason for name, failure in unscored if not failure.waits},
     }
 
 
@@ -133,7 +148,7 @@ def _shown(plan: RunPlan, row_id: str) -> Iterator[str]:
 
 
 def _data_summary(store: Store, plan: RunPlan) -> dict[str, Any]:
-    counts = total_counts(store, plan, "reference")
+    counts = total_counts(store, plan, Stage.reference())
     return {
         "rows": counts.pop("rows", 0),
         "files": sum(len(dataset.files) for dataset in plan.datasets),
@@ -146,7 +161,7 @@ def _data_summary(store: Store, plan: RunPlan) -> dict[str, Any]:
     }
 
 
-def total_counts(store: Store, plan: RunPlan, stage: str) -> dict[str, int]:
+def total_counts(store: Store, plan: RunPlan, stage: Stage) -> dict[str, int]:
     """Counts of all wanted blocks of a stage, added up."""
     total: dict[str, int] = {}
     for record in _records(store, plan, stage):
@@ -157,10 +172,11 @@ def total_counts(store: Store, plan: RunPlan, stage: str) -> dict[str, int]:
 
 def _policy_summary(store: Store, plan: RunPlan, name: str, columns: pa.Table | None) -> dict[str, Any]:
     """`columns`: columns to group by that scores lack."""
-    own = next((policy.reference.stage for policy in plan.policies if policy.name == name), "reference")
-    rejects = ["rejects/data", f"rejects/{own}", f"rejects/{name}"]
+    scores = Stage.scores(name)
+    own = next((policy.reference.stage for policy in plan.policies if policy.name == name), Stage.reference())
+    rejects = [REJECTED_ROWS, own.rejects, scores.rejects]
     summary = summarise(
-        slices.sliced(_tables(store, plan, f"scores/{name}"), columns),
+        slices.sliced(_tables(store, plan, scores.name), columns),
         slices=plan.config.slices,
         rejects=(table for folder in rejects for table in _tables(store, plan, folder)),
     )
@@ -178,20 +194,21 @@ def _rewardbench(store: Store, plan: RunPlan, name: str, rejects: Sequence[str])
     manifest = read_manifest(store)
     assert manifest is not None
     setting = rewardbench.Setting.of(manifest, str(plan.config.rewardbench), name)
-    return rewardbench.summary(setting, _tables(store, plan, f"scores/{name}"), [row for rows in lost for row in rows])
+    tables = _tables(store, plan, Stage.scores(name).name)
+    return rewardbench.summary(setting, tables, [row for rows in lost for row in rows])
 
 
-def _noise(store: Store, plan: RunPlan, name: str, reference: str) -> dict[str, Any]:
+def _noise(store: Store, plan: RunPlan, name: str, reference: Stage) -> dict[str, Any]:
     """The noise floor under this policy's margins, from the first block of both stages."""
-    own, other = _first_note(store, plan, f"scores/{name}"), _first_note(store, plan, reference)
+    own, other = _first_note(store, plan, Stage.scores(name)), _first_note(store, plan, reference)
     if own is None and other is not None:  # taken over from the reference: the noise of both cancels
         return {"policy": None, "reference": None, "margin_mean": 0.0, "margin_max": 0.0, "share_below": 0.0}
-    parts = _tables(store, plan, f"scores/{name}", ["margins_nats"])
+    parts = _tables(store, plan, Stage.scores(name).name, ["margins_nats"])
     margins = [part["margins_nats"].drop_null().to_numpy() for part in parts]
     return noise.of_policy(own, other, np.concatenate([np.empty(0), *margins]))
 
 
-def _first_note(store: Store, plan: RunPlan, stage: str) -> Mapping[str, Any] | None:
+def _first_note(store: Store, plan: RunPlan, stage: Stage) -> Mapping[str, Any] | None:
     first = next(_records(store, plan, stage), None)
     return first.notes.get("noise") if first is not None else None
 
@@ -210,7 +227,7 @@ def warn_of_noise(context: RunContext, summary: Mapping[str, Any]) -> None:
 def marks(store: Store, plan: RunPlan) -> dict[str, Any]:
     """How many scored pairs carry each mark, with the first row that does."""
     found: dict[str, dict[str, Any]] = {}
-    for table in _tables(store, plan, "reference", ["row_id", "marks"]):
+    for table in _tables(store, plan, Stage.reference().name, ["row_id", "marks"]):
         for row_id, names in zip(table["row_id"].to_pylist(), table["marks"].to_pylist(), strict=True):
             for name in names:
                 entry = found.setdefault(name, {"pairs": 0, "first": row_id})
@@ -220,14 +237,14 @@ def marks(store: Store, plan: RunPlan) -> dict[str, Any]:
 
 def _tables(store: Store, plan: RunPlan, folder: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
     there = set(store.list(folder))
-    names = (part(folder, block, plan.rows.blocks) for block in plan.rows)
+    names = (part_file(folder, block, plan.rows.blocks) for block in plan.rows)
     present = (name for name in names if name in there)
     return map_threads(lambda name: store.read_table(name, columns), present, store.width)
 
 
-def _records(store: Store, plan: RunPlan, stage: str) -> Iterator[CommitRecord]:
-    records = read_records(store, stage)
-    names = (record_name(stage, block, plan.rows.blocks) for block in plan.rows)
+def _records(store: Store, plan: RunPlan, stage: Stage) -> Iterator[CommitRecord]:
+    records = read_records(store, stage.name)
+    names = (record_name(stage.name, block, plan.rows.blocks) for block in plan.rows)
     return (record for record in map_threads(records.get, names, store.width) if isinstance(record, CommitRecord))
 
 
@@ -247,33 +264,26 @@ def _record(store: Store, name: str) -> FileRecord:
     return FileRecord(name, stat.size, 0, store.sha256(name))
 
 
-def _clear_texts(store: Store) -> None:
-    for _ in map_threads(store.remove, store.list(".work/text"), store.width):
-        pass
-
-
-# --- publish ------------------------------------------------------------
+# --- what people read -------------------------------------------------------------------------------------------------
 
 
 REPORT_ROWS = 50_000
 """Pairs up to which a run writes its report by itself: beyond, memory would grow with the rows."""
 
 
-def publish(context: RunContext, plan: RunPlan) -> None:
-    """OUT/report.html, and --log-to."""
-    out = plan.config.out or ""
-    if plan.rows.wanted <= REPORT_ROWS:
-        _report(context, out)
-    else:
+def publish(context: RunContext, plan: RunPlan) -> str | None:
+    """OUT/report.html, and --log-to. Neither can fail the run: a warning instead. Returns the page's place."""
+    out, report = plan.config.out or "", None
+    if plan.rows.wanted > REPORT_ROWS:
         context.progress.say(f"no report for more than {REPORT_ROWS:,} rows unasked: dpo-score report {out}")
+    else:
+        try:
+            write_report(context.store, out)
+            report = context.store.url(REPORT)
+        except UsageError as error:
+            context.progress.warn(f"no report: {error}")
     if "tensorboard" in plan.config.log_to:
         context.progress.say(f"TensorBoard: tensorboard --logdir {tensorboard_folder(out)}")
     for problem in log_run(plan.config.log_to, context.store, out) if plan.config.log_to else ():
         context.progress.warn(problem)
-
-
-def _report(context: RunContext, out: str) -> None:
-    try:
-        write_report(context.store, out)
-    except UsageError as error:
-        context.progress.warn(f"no report: {error}")
+    return report

@@ -1,51 +1,42 @@
-"""Pairs from memory, scored into a table in memory: the stages of a run on one block, without OUT.
+"""Pairs and models that a program has in memory: scored into a table, without an output folder.
 
-Promises: the numbers and columns are those of a run; models named by path use the cache, held ones do not.
+The numbers and columns are those of a run, on one block. Models named by path use the cache. Loaded models do not
+(nothing says what their weights are), are not copied, and are left as they were found: training modes, gradient flags
+and the active adapter.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_score.config.schema import ComputeSpec, PolicySpec, RunConfig
-from dpo_score.data.dataset import Dataset, PairReader, only_ids, open_data
-from dpo_score.data.types import EncodedPair, Pair, Rejected, TokenSequence, row_place
-from dpo_score.engine.block_inputs import BlockText
+from dpo_score.config.schema import ComputeSpec, RunConfig
+from dpo_score.data.dataset import PairReader
+from dpo_score.data.types import TokenSequence, row_place
+from dpo_score.engine.block_inputs import BlockText, encoded_block
 from dpo_score.engine.context import RunContext
-from dpo_score.engine.limits import TokenGuard, refuse_long, refuse_other_kind, warn_of_lengths
-from dpo_score.engine.model_logprobs import (
-    BlockLogprobs,
-    CachedLogprobs,
-    FastPathRefusedError,
-    Values,
-    trusted,
-    way_in_words,
-)
-from dpo_score.engine.plan import PolicyTask, ReferenceTask, RowBlocks, RunPlan, extra_fields
-from dpo_score.engine.prepare import parameters
-from dpo_score.engine.stages import BlockResult, part, policy_block, reference_block
-from dpo_score.errors import ConfigError, DataError, ModelError
+from dpo_score.engine.limits import TokenGuard, refuse_long, refuse_other_kind
+from dpo_score.engine.model_logprobs import BlockLogprobs, CachedLogprobs, LogprobSource, with_slower_way
+from dpo_score.engine.plan import PolicyTask, RowBlocks, RunPlan, Task
+from dpo_score.engine.prepare import resolve_plan
+from dpo_score.engine.stages import BlockResult, policy_block, reference_block
+from dpo_score.errors import DataError, ModelError
 from dpo_score.logprobs.numerics import resolve_numerics
 from dpo_score.logprobs.types import SequenceLogps, Unscored
-from dpo_score.losses.parse import parse_loss
-from dpo_score.models.limits import text_limits
 from dpo_score.models.numerics import Numerics
-from dpo_score.models.resolve import ModelSource, Resolver, resolve_policy
-from dpo_score.results.schemas import STATS, text_table
+from dpo_score.models.resolve import ModelSource
+from dpo_score.results.schemas import STATS
 from dpo_score.storage.cache.cache import CacheEntry
-from dpo_score.storage.fingerprint import Identities
 from dpo_score.storage.parquet import fitted
-from dpo_score.tokenization.choose import REFERENCE, choose_tokenizer, renderer_of
 
-Model: TypeAlias = "ModelSource | InMemoryModel"
+T = TypeVar("T")
 
 
 def written(pairs: Any, folder: Path) -> Path:
@@ -83,180 +74,84 @@ def _plain(value: Any) -> Any:
     raise DataError(f"pairs holds a {type(value).__name__}, which is not text, a number, a list or a dict")
 
 
-@dataclass(frozen=True, slots=True)
-class Participants:
-    """Models by policy name ("" is the reference; absent where there is none), and their numerics."""
-
-    models: Mapping[str, Model]
-    numerics: Mapping[str, Numerics]
-
-    def source(self, name: str) -> ModelSource | None:
-        model = self.models.get(name)
-        return model.source if isinstance(model, InMemoryModel) else model
-
-
 def scored_tables(
     config: RunConfig, context: RunContext, loaded: Mapping[str, InMemoryModel], tokenizer: Any = None
 ) -> dict[str, pa.Table]:
     """Policy → score columns, a row for every pair in the order of the input; `status` says which were scored.
 
-    `held`: loaded models by policy name, "" being the reference; all others are named in `config`. Rows that could
-    not be scored are null but for where they come from. Raises UsageError.
+    `loaded`: models by policy name, "" being the reference; all others are named in `config`. Rows that could not be
+    scored are null but for where they come from. Raises UsageError.
     """
-    datasets = open_data(config, keep_columns=_kept(config))
-    models = _resolved(config, context, loaded)
-    taking_part = Participants(models, _numerics(config, context, models))
-    tokenizer = tokenizer if tokenizer is not None else _tokenizer(config, context, datasets, models)
-    plan = _plan(config, datasets, taking_part, tokenizer)
-    text = _text(plan)
-    values = {name: _values(context, plan, taking_part, name, text) for name in models}
-    first = reference_block(plan, plan.references[0], text, values.get(""))
-    return {policy.name: _policy_table(plan, policy, text, first, values) for policy in plan.policies}
+    plan = resolve_plan(config, context, in_memory=loaded, tokenizer=tokenizer)
+    for policy in plan.policies:
+        if policy.failure is not None:
+            raise ModelError(policy.failure.reason)
+    plan = replace(plan, rows=RowBlocks(plan.rows.total, max(plan.rows.total, 1)))
+    text = encoded_block(plan, PairReader(plan.datasets), 0)
+    for task in plan.tasks:
+        _refuse_misfit(plan, task, text, is_loaded=task.name in loaded)
+    reference = plan.references[0]
+
+    def scored_reference(logprobs: LogprobSource | None) -> BlockResult:
+        return reference_block(plan, reference, text, logprobs)
+
+    first = _with_logprobs(context, plan, reference, loaded.get(""), scored_reference)
+    tables = {}
+    for policy in plan.policies:
+
+        def scored_policy(logprobs: LogprobSource | None, policy: PolicyTask = policy) -> BlockResult:
+            return policy_block(plan, policy, text, first.tables[reference.stage.part(0, 1)], logprobs)
+
+        if policy.equals_reference:
+            result = scored_policy(None)
+        else:
+            result = _with_logprobs(context, plan, policy, loaded.get(policy.name), scored_policy)
+        tables[policy.name] = _in_order(result.tables[policy.stage.part(0, 1)], first, result)
+    return tables
 
 
-def _kept(config: RunConfig) -> tuple[str, ...]:
-    """Columns that the caller, the reference or a loss reads."""
-    offsets = [parse_loss(policy.loss or config.loss).modifiers.offset_column for policy in config.policies]
-    columns = (config.reference.columns or ()) if config.reference else ()
-    return tuple(dict.fromkeys((*config.keep_columns, *columns, *(name for name in offsets if name))))
+def _refuse_misfit(plan: RunPlan, task: Task, text: BlockText, is_loaded: bool) -> None:
+    """ModelError for rows that a model cannot take, before anything is computed."""
+    refuse_other_kind(plan.renderer, task.source)
+    if task.source is None:
+        return
+    if is_loaded:
+        refuse_long(task.source, text.table, plan.config.text.max_length)
+    else:
+        TokenGuard(plan.tokenizer, task.source, plan.config.text.max_length).check(text.table)
 
 
-def _resolved(config: RunConfig, context: RunContext, loaded: Mapping[str, InMemoryModel]) -> dict[str, Model]:
-    trust, how = (config.allow_pickle, config.trust_remote_code), config.compute.quantization
-    resolver = Resolver(context.cache_dir, context.digests.sha256, *trust, quantization=how)
-    found: dict[str, Model] = {}
-    spec = config.reference
-    if "" in loaded:
-        found[""] = loaded[""]
-    elif spec is not None and spec.columns is None:
-        found[""] = resolver.resolve(spec.model, revision=spec.revision, adapter=spec.adapter)
-    base = found.get("")
-    for policy in config.policies:
-        reference = base if isinstance(base, ModelSource) else None
-        found[policy.name] = loaded.get(policy.name) or resolve_policy(policy, reference, config.policy_base, resolver)
-    return found
-
-
-def _numerics(config: RunConfig, context: RunContext, models: Mapping[str, Model]) -> dict[str, Numerics]:
-    """Held models compute as they are; named ones alike, as the first of them needs."""
-    named = [model for model in models.values() if isinstance(model, ModelSource)]
-    common = None
-    if named:
-        asked = resolve_numerics(config.compute, named[0].config, parameters(named[0]))
-        common = trusted(context, named[0], asked, any_dtype=config.compute.dtype == "auto")
-    return {
-        name: model.numerics(config.compute) if isinstance(model, InMemoryModel) else cast(Numerics, common)
-        for name, model in models.items()
-    }
-
-
-def _tokenizer(config: RunConfig, context: RunContext, datasets: Sequence[Dataset], models: Mapping[str, Model]) -> Any:
-    """As a run chooses it; a held model says by name where its own is."""
-    sources = [model if isinstance(model, ModelSource) else model.source for model in models.values()]
-    warn_of_lengths(sources, config.text.max_length, context.progress.warn)
-    homes = [(name or REFERENCE, _home(model)) for name, model in models.items()]
-    if not (config.text.tokenizer or homes[0][1] or only_ids(datasets)):
-        raise ModelError("the loaded model does not say where its tokenizer is: give tokenizer=…")
-    known = homes[:1] + [home for home in homes[1:] if home[1]]
-    return choose_tokenizer(config, config.text, datasets, known, context.progress.say)
-
-
-def _home(model: Model) -> str:
-    """The folder or hub id of a model's tokenizer; empty where a held one does not say."""
-    if isinstance(model, ModelSource):
-        return str(model.tokenizer_folder)
-    return getattr(model.model.config, "name_or_path", None) or getattr(model.model, "name_or_path", None) or ""
-
-
-def _plan(config: RunConfig, datasets: tuple[Dataset, ...], taking_part: Participants, tokenizer: Any) -> RunPlan:
-    length = config.text.max_length
-    source, spec, rows = taking_part.source(""), config.reference, sum(dataset.rows for dataset in datasets)
-    first = taking_part.source(next(iter(taking_part.models), ""))
-    reference = ReferenceTask("", source, spec.columns if spec else None, taking_part.numerics.get(""), {}, "")
-    policies = [_policy_task(config, policy, taking_part, reference) for policy in config.policies]
-    return RunPlan(
-        config=config,
-        datasets=datasets,
-        rows=RowBlocks(rows, max(rows, 1)),
-        tokenizer=tokenizer,
-        renderer=renderer_of(config, tokenizer, config.text, text_limits(first.config, length) if first else None),
-        extra=extra_fields(datasets, _kept(config)),
-        references=(reference,),
-        policies=tuple(policies),
-        identities=Identities({}),
-        stats=tuple(dict.fromkeys((*config.compute.stats, *(["wpo"] if any(map(_weighs, policies)) else [])))),
+def _with_logprobs(
+    context: RunContext,
+    plan: RunPlan,
+    task: Task,
+    loaded: InMemoryModel | None,
+    scored: Callable[[LogprobSource | None], T],
+) -> T:
+    """`scored` with the log-probs of a task's model; with None where it has no model."""
+    stats = [STATS[name] for name in plan.stats]
+    source, numerics = task.source, task.numerics
+    if source is None or numerics is None:
+        return scored(None)
+    if loaded is not None:
+        return scored(InMemoryLogprobs(loaded, numerics, stats))
+    return with_slower_way(
+        context.progress, source.name, numerics, lambda path: scored(CachedLogprobs(context, source, path, stats))
     )
 
 
-def _weighs(policy: PolicyTask) -> bool:
-    return policy.loss.modifiers.wpo
-
-
-def _policy_task(
-    config: RunConfig, spec: PolicySpec, taking_part: Participants, reference: ReferenceTask
-) -> PolicyTask:
-    loss = spec.loss or config.loss
-    source, numerics = taking_part.source(spec.name), taking_part.numerics[spec.name]
-    resolved = parse_loss(loss)
-    if reference.source is None and reference.columns is None and not resolved.reference_free:
-        raise ConfigError(f"loss {resolved.name!r} compares with a reference: give reference=…")
-    return PolicyTask(spec.name, source, resolved, loss, reference, numerics, {}, "")
-
-
-def _text(plan: RunPlan) -> BlockText:
-    read = PairReader(plan.datasets).read(0, plan.rows.total)
-    encoded = plan.renderer.encode([item for item in read if isinstance(item, Pair)])
-    rejected = tuple(item for item in [*read, *encoded] if isinstance(item, Rejected))
-    pairs = [item for item in encoded if isinstance(item, EncodedPair)]
-    return BlockText(0, 0, plan.rows.total, text_table(pairs, plan.extra), rejected)
-
-
-def _values(context: RunContext, plan: RunPlan, taking_part: Participants, name: str, text: BlockText) -> Values:
-    model, numerics, stats = taking_part.models[name], taking_part.numerics[name], [STATS[s] for s in plan.stats]
-    refuse_other_kind(plan.renderer, taking_part.source(name))
-    if isinstance(model, InMemoryModel):
-        refuse_long(model.source, text.table, plan.config.text.max_length)
-        return InMemoryLogprobs(model, numerics, stats)
-    TokenGuard(plan.tokenizer, model, plan.config.text.max_length).check(text.table)
-    return CheckedLogprobs(context, model, numerics, stats)
-
-
-class CheckedLogprobs:
-    """Values of one named model, on the plain path where the fast one is refused at its load, said aloud."""
-
-    def __init__(self, context: RunContext, source: ModelSource, numerics: Numerics, stats: Sequence[str]) -> None:
-        self._context, self._source, self._numerics, self._stats = context, source, numerics, stats
-        self._values = CachedLogprobs(context, source, numerics, stats)
-
-    def block(self, name: str, sequences: Sequence[TokenSequence], sample: int = 0) -> BlockLogprobs:
-        try:
-            return self._values.block(name, sequences, sample)
-        except FastPathRefusedError as refusal:
-            way = refusal.numerics
-            self._context.progress.warn(f"{self._source.name}: {way_in_words(way)}, which is slower: {refusal}")
-        self._values = CachedLogprobs(self._context, self._source, way, self._stats)
-        return self._values.block(name, sequences, sample)
-
-
-def _policy_table(
-    plan: RunPlan, policy: PolicyTask, text: BlockText, first: BlockResult, values: Mapping[str, Values]
-) -> pa.Table:
-    """Scores and rejects of one policy, in the order of the rows."""
-    own = None if policy.equals_reference else values[policy.name]
-    result = policy_block(plan, policy, text, first.tables[part("reference", 0, 1)], own)
-    scores = result.tables[part(policy.stage, 0, 1)]
-    rejects = [t for found in (first, result) for name, t in found.tables.items() if name.startswith("rejects/")]
-    rows = [fitted(_unscored(table), scores.schema) for table in rejects if table.num_rows]
-    together = pa.concat_tables([scores, *rows])
-    order = sorted(range(together.num_rows), key=list(map(row_place, together["row_id"].to_pylist())).__getitem__)
+def _in_order(scores: pa.Table, *results: BlockResult) -> pa.Table:
+    """Scores and the rejected rows of both stages, in the order of the input."""
+    rejects = [t for found in results for name, t in found.tables.items() if name.startswith("rejects/")]
+    origin = ["row_id", "dataset", "source_file", "source_row"]
+    lost = [table.select(origin).append_column("status", table["code"]) for table in rejects if table.num_rows]
+    together = pa.concat_tables([scores, *(fitted(table, scores.schema) for table in lost)])
+    places = [row_place(row_id) for row_id in together["row_id"].to_pylist()]
+    order = sorted(range(together.num_rows), key=places.__getitem__)
     return together.take(pa.array(order, pa.int64()))
 
 
-def _unscored(rejects: pa.Table) -> pa.Table:
-    return rejects.select(["row_id", "dataset", "source_file", "source_row"]).append_column("status", rejects["code"])
-
-
-# --- in memory model ------------------------------------------------------------
+# --- loaded models ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -283,6 +178,11 @@ class InMemoryModel:
         with self.as_found():
             return check_model(self.model, replace(asked, compile=False)).numerics
 
+    @property
+    def tokenizer_home(self) -> str:
+        """The folder or hub id of its tokenizer; empty where the model does not say."""
+        return getattr(self.model.config, "name_or_path", None) or getattr(self.model, "name_or_path", None) or ""
+
     @contextmanager
     def as_found(self) -> Iterator[None]:
         """Evaluation mode, adapters off where `bare`; everything put back afterwards."""
@@ -302,7 +202,7 @@ class InMemoryModel:
 
 
 class InMemoryLogprobs:
-    """Values of one held model."""
+    """Log-probs of one loaded model."""
 
     def __init__(self, loaded: InMemoryModel, numerics: Numerics, stats: Sequence[str] = ()) -> None:
         self._loaded, self._numerics, self._stats = loaded, numerics, tuple(stats)

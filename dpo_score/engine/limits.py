@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from dpo_score.engine.context import RunContext
 from dpo_score.engine.plan import PolicyTask, RunPlan
-from dpo_score.engine.stages import part
 from dpo_score.errors import ModelError
 from dpo_score.models.limits import embedding_rows, length_warning, text_limits
 from dpo_score.models.resolve import ModelSource
@@ -89,10 +88,10 @@ def refuse_unfit(context: RunContext, plan: RunPlan, policy: PolicyTask) -> None
     asked = plan.config.text.max_length
     if not _shorter(bounds(source, asked), plan.renderer.bounds):
         return
-    done, blocks = read_records(context.store, policy.stage), plan.rows.blocks
+    done, blocks = read_records(context.store, policy.stage.name), plan.rows.blocks
     for block in context.stop.between(plan.rows):
-        if record_name(policy.stage, block, blocks) not in done:
-            table = context.store.read_table(part(policy.reference.stage, block, blocks), list(COUNTS))
+        if record_name(policy.stage.name, block, blocks) not in done:
+            table = context.store.read_table(policy.reference.stage.part(block, blocks), list(COUNTS))
             refuse_long(source, table, asked)
 
 

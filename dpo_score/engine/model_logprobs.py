@@ -8,15 +8,16 @@ path is held against the plain one; a refusal is raised, for the caller to go on
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from dpo_score.config.schema import ComputeSpec
 from dpo_score.data.types import TokenSequence
 from dpo_score.engine.context import RunContext
 from dpo_score.engine.environment import versions
+from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError, DamageError
 from dpo_score.logprobs.numerics import another_way
 from dpo_score.logprobs.types import SequenceLogps, Unscored
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from dpo_score.logprobs.self_check import SelfCheck
 
 Entry = CacheEntry | Unscored
+T = TypeVar("T")
 
 
 class FastPathRefusedError(Exception):
@@ -73,9 +75,9 @@ def cache_fields(source: ModelSource, numerics: Numerics) -> dict[str, Any]:
     }
 
 
-def overlaid(stored: Numerics, asked: ComputeSpec) -> Numerics:
+def continued_numerics(stored: Numerics, asked: ComputeSpec) -> Numerics:
     """What OUT decided, with what is now asked for by name: a difference shows up as another identity. Which of several
-    GPUs computes is none (`placed`)."""
+    GPUs computes is none (`on_device`)."""
     explicit: dict[str, Any] = {
         name: getattr(asked, name) for name in ("dtype", "batch_tokens", "path") if getattr(asked, name) != "auto"
     }
@@ -89,13 +91,13 @@ def overlaid(stored: Numerics, asked: ComputeSpec) -> Numerics:
     return replace(stored, **explicit)
 
 
-def placed(numerics: Numerics, device: str) -> Numerics:
+def on_device(numerics: Numerics, device: str) -> Numerics:
     """The same numbers on the GPU that is asked for by its index."""
     kind, _, index = device.partition(":")
     return replace(numerics, device=device) if index and kind == numerics.device_kind == "cuda" else numerics
 
 
-class Values(Protocol):
+class LogprobSource(Protocol):
     """Where a stage gets token log-probabilities from, a block of sequences at a time."""
 
     def block(self, name: str, sequences: Sequence[TokenSequence], sample: int = 0) -> BlockLogprobs: ...
@@ -149,7 +151,7 @@ class CachedLogprobs:
         """Those that the run began with, on the device asked for, with the kernel that runs here."""
         from dpo_score.logprobs.numerics import in_effect
 
-        return in_effect(placed(self._begun, self._context.device))
+        return in_effect(on_device(self._begun, self._context.compute.device))
 
     @cached_property
     def _own_space(self) -> CacheSpace:
@@ -219,13 +221,13 @@ class CachedLogprobs:
         context = self._context
         _refuse_absent(self._source, self._numerics)
         context.progress.say(f"loading {self._source.name} ({self._numerics.dtype} on {self._numerics.device})")
-        loaded = context.shelf.load(self._source, self._numerics)
+        loaded = context.loader.load(self._source, self._numerics)
         self._verify(loaded.model)
         self._model = loaded.model
         for note in loaded.notes:
             context.progress.warn(f"{self._source.name}: {note}")
         if self._upcoming is not None:
-            context.shelf.prefetch(self._upcoming)
+            context.loader.prefetch(self._upcoming)
         return PairScorer(
             loaded.model,
             self._numerics,
@@ -266,10 +268,10 @@ def _was_redone(result: SequenceLogps | Unscored) -> bool:
     return isinstance(result, SequenceLogps) and result.redone_dtype is not None
 
 
-# --- fast path check ------------------------------------------------------------
+# --- the check of a model ---
 
 
-def trusted(context: RunContext, source: ModelSource, numerics: Numerics, any_dtype: bool = False) -> Numerics:
+def checked_numerics(context: RunContext, source: ModelSource, numerics: Numerics, any_dtype: bool = False) -> Numerics:
     """`numerics` as they are where they give right values on the model, else slower ones that do, with a warning.
 
     `any_dtype`: nobody asked for this dtype. Then float16 is kept only for a model whose weights and probe stay finite
@@ -281,8 +283,21 @@ def trusted(context: RunContext, source: ModelSource, numerics: Numerics, any_dt
     if way.dtype != numerics.dtype:
         context.progress.warn(f"{source.name}: computed in {way.dtype}: {reason}")
     elif way != numerics:
-        context.progress.warn(f"{source.name}: {way_in_words(way)}, which is slower: {reason}")
+        warn_slower(context.progress, source.name, way, reason)
     return way
+
+
+def with_slower_way(progress: Progress, label: str, numerics: Numerics, attempt: Callable[[Numerics], T]) -> T:
+    """`attempt(numerics)`; where the check at load refuses them, a warning and `attempt` with those that it names."""
+    try:
+        return attempt(numerics)
+    except FastPathRefusedError as refusal:
+        warn_slower(progress, label, refusal.numerics, refusal)
+        return attempt(refusal.numerics)
+
+
+def warn_slower(progress: Progress, label: str, numerics: Numerics, reason: object) -> None:
+    progress.warn(f"{label}: {way_in_words(numerics)}, which is slower: {reason}")
 
 
 def way_in_words(numerics: Numerics) -> str:
@@ -328,7 +343,7 @@ def _find_out(context: RunContext, source: ModelSource, numerics: Numerics, may_
     def checked(numerics: Numerics) -> SelfCheck:
         where = f"{numerics.dtype} on {numerics.device}"
         context.progress.say(f"loading {source.name} ({where}) to check how it may be scored")
-        return check_model(context.shelf.load(source, numerics).model, numerics)
+        return check_model(context.loader.load(source, numerics).model, numerics)
 
     overflow = ""
     try:

@@ -1,8 +1,7 @@
-"""Everything a run needs, resolved before its first block: data, tokenizer, models, numerics, identities.
+"""What a run consists of: the tasks of both stages, the rows in blocks, data, tokenizer and identities.
 
-Promises: what is decided here is decided once. A continued run takes numerics, block size, the rendered date
-and the list of cache files from OUT/manifest.json; a request whose numbers would differ is refused before any
-work. A policy that does not resolve is carried as a failure, so that the others are scored.
+A plan is data: it is made once (prepare.py) and not changed while blocks are computed. A policy that does not load is
+part of the plan with its failure, so that the others are scored.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +18,13 @@ from dpo_score.config.schema import LossSpec, PolicySpec, RunConfig
 from dpo_score.data.dataset import Dataset
 from dpo_score.data.formats.base import Answers
 from dpo_score.errors import ConfigError, HalfWrittenError, ModelError
+from dpo_score.logprobs.numerics import SPEED
 from dpo_score.losses.parse import ResolvedLoss
 from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
 from dpo_score.storage.fingerprint import Identities, has_reference
 from dpo_score.storage.resume import BlockRange, block_count
+from dpo_score.storage.stage import Stage
 from dpo_score.tokenization.render import Renderer
 
 SCHEMA_VERSION = 1
@@ -77,8 +78,25 @@ class RowBlocks:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyFailure:
+    """Why a policy is not scored. `waits`: a glob found it half written, and the next run may find it whole."""
+
+    reason: str
+    waits: bool = False
+
+    @classmethod
+    def of(cls, policy: PolicySpec, error: ModelError) -> PolicyFailure:
+        own = Path(policy.adapter or policy.model or "")
+        waits = policy.glob is not None and isinstance(error, HalfWrittenError) and error.place.is_relative_to(own)
+        return cls(str(error), waits)
+
+
+@dataclass(frozen=True, slots=True)
 class ReferenceTask:
-    """Stage one for one reference. `name` is empty for the run's own, else the policy that brought its own."""
+    """Stage one for one reference. `name` is empty for the run's own, else the policy that brought it along.
+
+    `source` is None where there is no model: no reference at all, or values that are columns of the data.
+    """
 
     name: str
     source: ModelSource | None
@@ -88,8 +106,8 @@ class ReferenceTask:
     identity: str
 
     @property
-    def stage(self) -> str:
-        return f"reference/{self.name}" if self.name else "reference"
+    def stage(self) -> Stage:
+        return Stage.reference(self.name)
 
     @property
     def exists(self) -> bool:
@@ -103,7 +121,7 @@ class ReferenceTask:
 
 @dataclass(frozen=True, slots=True)
 class PolicyTask:
-    """Stage two for one policy. `failure`: why it cannot be loaded, now or at all (then `source` is None)."""
+    """Stage two for one policy. With a `failure` there is no `source`."""
 
     name: str
     source: ModelSource | None
@@ -111,13 +129,17 @@ class PolicyTask:
     loss_spec: LossSpec
     reference: ReferenceTask
     numerics: Numerics | None
-    fields: Mapping[str, Any]
-    identity: str
-    failure: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    identity: str = ""
+    failure: PolicyFailure | None = None
 
     @property
-    def stage(self) -> str:
-        return f"scores/{self.name}"
+    def stage(self) -> Stage:
+        return Stage.scores(self.name)
+
+    @property
+    def label(self) -> str:
+        return self.name
 
     @property
     def equals_reference(self) -> bool:
@@ -127,10 +149,25 @@ class PolicyTask:
             return False
         return self.source.digest == reference.source.digest and self.numerics == reference.numerics
 
+    def identified(self, run: Identities) -> PolicyTask:
+        """The task with the fields and the identity that follow from its source, numerics, loss and own reference."""
+        fields: dict[str, Any] = {
+            "weights": self.source.key if self.source else None,
+            "numerics": self.numerics.to_json() if self.numerics else None,
+            "loss": self.loss.identity(),
+        }
+        if self.reference.name:
+            fields["reference"] = dict(self.reference.fields)
+        alone = Identities(run.text, run.reference, {self.name: fields})
+        return replace(self, fields=fields, identity=alone.policy_digest(self.name))
+
+
+Task: TypeAlias = ReferenceTask | PolicyTask
+
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """A run, ready to be worked through."""
+    """A run, ready to be worked through. `numerics`: those of the run; a task may be on the plain path instead."""
 
     config: RunConfig
     datasets: tuple[Dataset, ...]
@@ -141,22 +178,54 @@ class RunPlan:
     references: tuple[ReferenceTask, ...]
     policies: tuple[PolicyTask, ...]
     identities: Identities
+    numerics: Numerics | None = None
     stats: tuple[str, ...] = ()
     cache_snapshots: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
+    def tasks(self) -> tuple[Task, ...]:
+        """In the order of the work: every reference before every policy."""
+        return (*self.references, *self.policies)
+
+    def task(self, stage: Stage) -> Task:
+        return next(task for task in self.tasks if task.stage == stage)
+
+    @property
     def models(self) -> tuple[tuple[str, ModelSource, Numerics], ...]:
         """(label, weights, numerics) of everything that would be loaded."""
-        named = [(r.label, r.source, r.numerics) for r in self.references]
-        named += [(p.name, p.source, p.numerics) for p in self.policies]
+        named = [(task.label, task.source, task.numerics) for task in self.tasks]
         return tuple((label, s, n) for label, s, n in named if s is not None and n is not None)
+
+    def model_after(self, source: ModelSource) -> ModelSource | None:
+        """The model that is loaded after `source`: its weights are read while `source` computes."""
+        sources = [found for _, found, _ in self.models]
+        later = sources[sources.index(source) + 1 :]
+        return next((found for found in later if found.digest != source.digest), None)
+
+    def with_numerics(self, task: Task, numerics: Numerics) -> RunPlan:
+        """The plan with other numerics for one task, and the identities that follow from them: those of the task, and
+        of the policies that are compared with it where it is a reference."""
+        if isinstance(task, PolicyTask):
+            again = replace(task, numerics=numerics).identified(self.identities)
+            policies = tuple(again if policy.name == task.name else policy for policy in self.policies)
+            return replace(self, policies=policies)
+        reference = with_numerics(task, numerics, self.identities)
+        policies = tuple(
+            replace(policy, reference=reference).identified(self.identities)
+            if policy.reference.name == task.name
+            else policy
+            for policy in self.policies
+        )
+        references = tuple(reference if other.name == task.name else other for other in self.references)
+        return replace(self, references=references, policies=policies)
 
 
 def with_numerics(reference: ReferenceTask, numerics: Numerics, run: Identities) -> ReferenceTask:
     """The reference with other numerics, and the identity that follows from them."""
     fields = {**reference.fields, "numerics": numerics.to_json()}
-    identity = replace(run, reference=fields).reference_digest
-    return replace(reference, numerics=numerics, fields=fields, identity=identity)
+    return replace(
+        reference, numerics=numerics, fields=fields, identity=replace(run, reference=fields).reference_digest
+    )
 
 
 def loss_spec(config: RunConfig, policy: PolicySpec) -> LossSpec:
@@ -171,12 +240,6 @@ def loss_spec(config: RunConfig, policy: PolicySpec) -> LossSpec:
     return spec if policy.beta is None else spec.model_copy(update={"beta": policy.beta})
 
 
-def waiting(policy: PolicySpec, error: ModelError) -> bool:
-    """Whether a checkpoint is left for the next run: a glob found it, and its own files are not all written yet."""
-    own = Path(policy.adapter or policy.model or "")
-    return policy.glob is not None and isinstance(error, HalfWrittenError) and error.place.is_relative_to(own)
-
-
 def sampled(total: int, count: int | None, seed: int) -> tuple[int, ...] | None:
     """`--sample`: `count` of `total` row numbers, ascending, the same for the same seed."""
     if count is None or count >= total:
@@ -185,8 +248,6 @@ def sampled(total: int, count: int | None, seed: int) -> tuple[int, ...] | None:
     return tuple(int(row) for row in np.sort(chosen))
 
 
-SPEED = {"cpu": 3e11, "mps": 3e12, "cuda": 3e14}
-"""FLOP/s to expect by device kind, for the size of a block alone."""
 BYTES_PER_TOKEN = 4.0
 MOST_ROWS = {"cpu": 512, "mps": 2048, "cuda": 32_768}
 """Rows of a block at most: a block is held in memory whole, and several are under way at once."""
@@ -195,7 +256,7 @@ MOST_ROWS = {"cpu": 512, "mps": 2048, "cuda": 32_768}
 def block_rows(total: int, mean_text_bytes: float, parameters: int, device_kind: str) -> int:
     """About a minute of work, at most 1/50 of the rows, at least 64, at most what MOST_ROWS says."""
     flops_per_row = 2.0 * max(parameters, 1) * max(mean_text_bytes / BYTES_PER_TOKEN, 1.0)
-    minute = int(60.0 * SPEED.get(device_kind, 3e11) / flops_per_row)
+    minute = int(60.0 * SPEED.get(device_kind, SPEED["cpu"]) / flops_per_row)
     return max(min(minute, total // 50, MOST_ROWS.get(device_kind, 512)), 64)
 
 

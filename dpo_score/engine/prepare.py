@@ -1,25 +1,37 @@
-"""A configuration → a `Job`: every name resolved, every `auto` decided, OUT's manifest opened or compared.
+"""A configuration → a `RunPlan`: data opened, models found, every `auto` decided; then the folder's manifest.
 
-Order matters: what OUT already decided (numerics, block size, rendered date, cache files) is read first and
-wins over what would be decided today. Nothing here runs a model except the one-off check of the fast path.
+One preparation for every command that scores: `run`, `precompute`, `score()` on objects in memory, the estimates of
+`--dry-run`, and each worker of a cluster. What the folder has already decided (numerics, block size, the date that
+templates print, cache files) is read first and used instead of what would be decided today. Nothing here runs a model
+but the one-off check of the fast path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dpo_score.config.schema import ComputeSpec, ModelSpec, PolicySpec, RunConfig
-from dpo_score.data.dataset import Dataset, mean_text_bytes, open_data
-from dpo_score.engine.context import RunContext
+from dpo_score.config.schema import ComputeSpec, ModelSpec, PolicySpec, RunConfig, TextSpec
+from dpo_score.data.dataset import Dataset, mean_text_bytes, only_ids, open_data
+from dpo_score.engine.context import ManifestLock, RunContext
 from dpo_score.engine.doctor import cuda_settings
-from dpo_score.engine.environment import commit_lines, commits, continued, host, names, now, pinned, versions
+from dpo_score.engine.environment import (
+    commit_lines,
+    compared_environment,
+    host,
+    model_commits,
+    model_names,
+    now,
+    pinned,
+    versions,
+)
 from dpo_score.engine.limits import warn_of_lengths
-from dpo_score.engine.model_logprobs import cache_fields, overlaid, placed, trusted
+from dpo_score.engine.model_logprobs import cache_fields, checked_numerics, continued_numerics, on_device
 from dpo_score.engine.plan import (
+    PolicyFailure,
     PolicyTask,
     ReferenceTask,
     RowBlocks,
@@ -29,12 +41,11 @@ from dpo_score.engine.plan import (
     loss_spec,
     sampled,
     text_notice,
-    waiting,
     with_numerics,
 )
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.logprobs.numerics import present, resolve_numerics, ways, with_own_softmax
-from dpo_score.losses.parse import parse_loss
+from dpo_score.losses.parse import ResolvedLoss, parse_loss
 from dpo_score.models.limits import text_limits
 from dpo_score.models.numerics import Numerics
 from dpo_score.models.parallel.sharding import refuse_undealt
@@ -44,268 +55,303 @@ from dpo_score.results.rewardbench import check_pairing
 from dpo_score.storage.fingerprint import Identities
 from dpo_score.storage.manifest import Manifest, ManifestRequest, open_manifest, read_manifest
 from dpo_score.tokenization.choose import REFERENCE, choose_tokenizer, renderer_of
-from dpo_score.tokenization.render import Renderer
 from dpo_score.tokenization.rewardbench import text_of
 
-Turn = Callable[[], AbstractContextManager[None]]
-
-
-class Preparation:
-    """One pass over a configuration; `job()` is its result. `computes`: may load models and run custom losses."""
-
-    def __init__(self, config: RunConfig, context: RunContext, computes: bool = True) -> None:
-        self.config, self.context = config, context
-        self.found: Manifest | None = read_manifest(context.store)
-        self.resolver = Resolver(
-            context.cache_dir,
-            context.digests.sha256,
-            allow_pickle=config.allow_pickle,
-            trust_remote_code=config.trust_remote_code,
-            say=context.progress.say,
-            quantization=config.compute.quantization,
-        )
-        self.losses = {policy.name: parse_loss(loss_spec(config, policy), computes) for policy in config.policies}
-        self.datasets = self._open_data()
-        self.config = self._settled(config)
-        self.reference = self._resolve_reference()
-        self.policies = {policy.name: self._resolve_policy(policy) for policy in config.policies}
-        self.config = pinned(self.config, self.reference, self.policies)
-        found = (self.reference, *self.policies.values())
-        check_placement(config.compute, [s for s in found if isinstance(s, ModelSource)], context.progress.say)
-        self.renderer = self._make_renderer()
-        self.numerics = self._decide_numerics()
-        self.rows = self._decide_rows()
-        self.versions = self._environment(computes and context.pool is None)
-
-    def _settled(self, config: RunConfig) -> RunConfig:
-        """`config` with commits in place of branches, and the text settings that a benchmark asks for."""
-        check_pairing(config.rewardbench, self.datasets)
-        data = tuple(dataset.spec for dataset in self.datasets)
-        text = text_of(config.rewardbench, config.text) if config.rewardbench else config.text
-        return config.model_copy(update={"data": data, "text": text})
-
-    def _open_data(self) -> tuple[Dataset, ...]:
-        return open_data(self.config, sha256=self.context.digests.sha256, keep_columns=self._kept_columns())
-
-    def _kept_columns(self) -> tuple[str, ...]:
-        """--keep-columns, and the columns that the reference or a loss reads."""
-        specs = [spec for spec in (self.config.reference, *(p.reference for p in self.config.policies)) if spec]
-        references = [name for spec in specs for name in (spec.columns or ())]
-        offsets = [loss.modifiers.offset_column for loss in self.losses.values()]
-        names = (*self.config.keep_columns, *references, *(name for name in offsets if name))
-        return tuple(dict.fromkeys(names))
-
-    def _resolve_reference(self) -> ModelSource | None:
-        spec = self.config.reference
-        if spec is None or spec.columns is not None:
-            self._require_reference_free(spec is None)
-            return None
-        return self._resolved(spec)
-
-    def _resolved(self, spec: ModelSpec) -> ModelSource:
-        return self.resolver.resolve(spec.model, revision=spec.revision, adapter=spec.adapter)
-
-    def _require_reference_free(self, nothing: bool) -> None:
-        for policy in self.config.policies:
-            if nothing and policy.reference is None and not self.losses[policy.name].reference_free:
-                raise ConfigError(
-                    f"policy {policy.name!r}: loss {self.losses[policy.name].name!r} compares with a reference, and "
-                    "none is named. Add --reference MODEL (or columns:CHOSEN,REJECTED), or choose a reference-free "
-                    "loss such as simpo, orpo or cpo"
-                )
-
-    def _resolve_policy(self, policy: PolicySpec) -> ModelSource | str:
-        """The source, or why there is none (the other policies go on)."""
-        try:
-            return resolve_policy(policy, self.reference, self.config.policy_base, self.resolver)
-        except ModelError as error:
-            if waiting(policy, error):
-                self.context.skipped[policy.name] = str(error)
-            return str(error)
-
-    def _make_renderer(self) -> Renderer:
-        first = self._text_model()
-        text = self.config.text
-        if text.date is None and self.found is not None:
-            text = text.model_copy(update={"date": self.found.notes.get("date")})
-        models = {REFERENCE: self.reference, **self.policies}
-        homes = ((name, str(m.tokenizer_folder)) for name, m in models.items() if isinstance(m, ModelSource))
-        self.tokenizer = choose_tokenizer(self.config, text, self.datasets, homes, self.context.progress.say)
-        sources = [model for model in models.values() if isinstance(model, ModelSource)]
-        warn_of_lengths(sources, text.max_length, self.context.progress.warn)
-        limits = text_limits(first.config, text.max_length) if first else None
-        return renderer_of(self.config, self.tokenizer, text, limits)
-
-    def _text_model(self) -> ModelSource | None:
-        """Whose tokenizer and context limit hold for all: the reference's, else the first policy's that resolves."""
-        sources = [source for source in self.policies.values() if isinstance(source, ModelSource)]
-        first = self.reference or next(iter(sources), None)
-        if first is None and self.policies:
-            raise ModelError(next(text for text in self.policies.values() if isinstance(text, str)))
-        return first
-
-    def _decide_numerics(self) -> Numerics | None:
-        """Once for the run: from the manifest, else resolved and, for the fast path, checked on the model."""
-        if self.found is not None and self.found.numerics.get("run"):
-            return overlaid(Numerics.from_json(self.found.numerics["run"]), self.config.compute)
-        model = self._text_model()
-        if model is None:
-            return None
-        rows = sum(dataset.rows for dataset in self.datasets)
-        numerics = resolve_numerics(self.config.compute, model.config, parameters(model), rows_hint=rows)
-        if self.config.rewardbench == "exact":
-            numerics = with_own_softmax(numerics)
-        return trusted(self.context, model, numerics, any_dtype=self.config.compute.dtype == "auto")
-
-    def _environment(self, computes: bool) -> dict[str, str]:
-        """Versions and device, held against those that OUT was begun with."""
-        here = versions(placed(self.numerics, self.context.device) if computes and self.numerics else None)
-        if computes and self.numerics and self.numerics.device_kind == "cuda" and present(self.numerics.device):
-            for finding in cuda_settings():
-                self.context.progress.warn(f"{finding.what}: {finding.seen}: {finding.way_out}")
-        begun = self.found.versions if self.found is not None else here
-        return continued(begun, here, self.config.strict_env, self.context.progress.warn)
-
-    def _decide_rows(self) -> RowBlocks:
-        total = sum(dataset.rows for dataset in self.datasets)
-        sample = sampled(total, self.config.sample, self.config.seed)
-        if self.found is not None:
-            size = self.found.block_rows
-        else:
-            model = self._text_model()
-            bytes_ = sum(mean_text_bytes(d) * d.rows for d in self.datasets) / max(total, 1)
-            kind = self.numerics.device_kind if self.numerics else "cpu"
-            size = block_rows(len(sample) if sample else total, bytes_, parameters(model) if model else 1, kind)
-        return RowBlocks(total, size, self.config.limit, sample, self.config.share)
-
-    def text_fields(self) -> dict[str, Any]:
-        return {
-            "data": {dataset.spec.name: dataset.fingerprint() for dataset in self.datasets},
-            "text": self.renderer.identity(),
-            "sample": self.config.sample,
-            "seed": self.config.seed if self.config.sample else None,
-            "keep_columns": list(self.config.keep_columns),
-        }
-
-    def reference_fields(self, source: ModelSource | None, columns: Sequence[str] | None) -> dict[str, Any]:
-        return {
-            "weights": source.key if source else None,
-            "columns": list(columns) if columns else None,
-            "numerics": self.numerics.to_json() if self.numerics else None,
-            "block_rows": self.rows.block_rows,
-            "stats": sorted(self.stats()),
-            "per_token": self.config.compute.per_token,
-        }
-
-    def stats(self) -> tuple[str, ...]:
-        """--stats, and what a loss needs (WPO weighting reads Σ log Σp²)."""
-        needed = ["wpo"] if any(loss.modifiers.wpo for loss in self.losses.values()) else []
-        return tuple(dict.fromkeys((*self.config.compute.stats, *needed)))
-
-    def plan(self) -> RunPlan:
-        spec = self.config.reference
-        run = Identities(self.text_fields(), self.reference_fields(self.reference, spec.columns if spec else None))
-        own = self._reference_task("", spec, self.reference, run)
-        policies = tuple(self._policy_task(policy, own, run) for policy in self.config.policies)
-        brought = {policy.reference.name: policy.reference for policy in policies if policy.reference.name}
-        return RunPlan(
-            config=self.config,
-            datasets=self.datasets,
-            rows=self.rows,
-            tokenizer=self.tokenizer,
-            renderer=self.renderer,
-            extra=extra_fields(self.datasets, self._kept_columns()),
-            references=(own, *brought.values()),
-            policies=policies,
-            identities=replace(run, policies={p.name: p.fields for p in policies if p.source is not None}),
-            stats=self.stats(),
-        )
-
-    def _reference_task(self, name: str, spec: Any, source: ModelSource | None, run: Identities) -> ReferenceTask:
-        columns = spec.columns if spec is not None else None
-        fields = self.reference_fields(source, columns)
-        identity = replace(run, reference=fields).reference_digest
-        plan = ReferenceTask(name, source, columns, self.numerics if source else None, fields, identity)
-        stored = self.found.numerics.get(plan.stage) if self.found and name and source else None
-        return plan if stored is None else with_numerics(plan, Numerics.from_json(stored), run)
-
-    def _numerics_of(self, policy: str) -> Numerics | None:
-        """The run's, or the slower ones that OUT had to score a policy with."""
-        stored = self.found.identities.policies.get(policy, {}).get("numerics") if self.found else None
-        if self.numerics is None or stored is None:
-            return self.numerics
-        return next((way for way in ways(self.numerics) if way.to_json() == stored), self.numerics)
-
-    def _policy_task(self, policy: PolicySpec, own: ReferenceTask, run: Identities) -> PolicyTask:
-        reference = own
-        if policy.reference is not None:
-            spec = policy.reference
-            source = None
-            if spec.columns is None:
-                source = self._resolved(spec)
-            reference = self._reference_task(policy.name, spec, source, run)
-        found = self.policies[policy.name]
-        source, failure = (found, None) if isinstance(found, ModelSource) else (None, found)
-        loss, spec_of_loss = self.losses[policy.name], loss_spec(self.config, policy)
-        numerics = self._numerics_of(policy.name)
-        plan = PolicyTask(policy.name, source, loss, spec_of_loss, reference, numerics, {}, "", failure)
-        return identified(plan, run)
-
-
-def identified(plan: PolicyTask, run: Identities) -> PolicyTask:
-    """The job with the fields and the identity that follow from its source, numerics, loss and own reference."""
-    fields: dict[str, Any] = {
-        "weights": plan.source.key if plan.source else None,
-        "numerics": plan.numerics.to_json() if plan.numerics else None,
-        "loss": plan.loss.identity(),
-    }
-    if plan.reference.name:
-        fields["reference"] = dict(plan.reference.fields)
-    alone = Identities(run.text, run.reference, {plan.name: fields})
-    return replace(plan, fields=fields, identity=alone.policy_digest(plan.name))
+if TYPE_CHECKING:
+    from dpo_score.engine.in_memory import InMemoryModel
 
 
 def prepare(
-    config: RunConfig, context: RunContext, opening: Turn = nullcontext, computes: bool = True
+    config: RunConfig, context: RunContext, lock: ManifestLock = nullcontext, computes: bool = True
 ) -> tuple[RunPlan, Manifest]:
-    """Resolve everything and open the manifest, inside `opening()`.
+    """Resolve everything and open the manifest, inside `lock()`.
+
+    Args:
+        computes: whether blocks will be computed; else no model is loaded and no loss file of the user is run.
 
     Raises UsageError (data, model, configuration, identity, environment under --strict-env).
     """
-    preparation = Preparation(config, context, computes)
-    plan = preparation.plan()
-    check_slices(config.slices, plan.datasets, [field.name for field in plan.extra])
+    plan = resolve_plan(config, context, computes)
+    check_slices(config.slices, plan.datasets, [column.name for column in plan.extra])
     request = ManifestRequest(
         identities=plan.identities,
-        numerics={"run": preparation.numerics.to_json()} if preparation.numerics else {},
+        numerics={"run": plan.numerics.to_json()} if plan.numerics else {},
         block_rows=plan.rows.block_rows,
         total_rows=plan.rows.total,
         started=now(),
         host=host(),
-        versions=preparation.versions,
-        cache_snapshots=snapshots(context, plan),
+        versions=checked_environment(context, plan, computes),
+        cache_snapshots=_snapshots(context, plan),
         notes={
-            "date": preparation.renderer.identity()["date"],
-            "names": names(plan),
-            "commits": commits(plan),
+            "date": plan.renderer.identity()["date"],
+            "names": model_names(plan),
+            "commits": model_commits(plan),
             "columns": {dataset.spec.name: dataset.columns.to_json() for dataset in plan.datasets},
         },
         strict_env=config.strict_env,
         out=config.out or "",
     )
-    with opening():
+    with lock():
         manifest = open_manifest(context.store, request)
     for line in (*(dataset.summary() for dataset in plan.datasets), *commit_lines(plan), text_notice(plan)):
         context.progress.say(line)
     return replace(plan, cache_snapshots=manifest.cache_snapshots), manifest
 
 
-def snapshots(context: RunContext, plan: RunPlan) -> dict[str, list[str]]:
-    """Cache files that exist now, by the weights they belong to: lookups of this OUT see these and no others."""
-    return {
-        source.key: list(context.cache.namespace(cache_fields(source, numerics)).snapshot())
-        for _, source, numerics in plan.models
-    }
+def checked_environment(context: RunContext, plan: RunPlan, computes: bool = True) -> dict[str, str]:
+    """Versions, and the device where this process computes, compared with those that the folder was begun with."""
+    numerics = plan.numerics if computes and context.workers is None else None
+    here = versions(on_device(numerics, context.compute.device) if numerics is not None else None)
+    if numerics is not None and numerics.device_kind == "cuda" and present(numerics.device):
+        for finding in cuda_settings():
+            context.progress.warn(f"{finding.what}: {finding.seen}: {finding.way_out}")
+    found = read_manifest(context.store)
+    begun = found.versions if found is not None else here
+    return compared_environment(begun, here, plan.config.strict_env, context.progress)
+
+
+def resolve_plan(
+    config: RunConfig,
+    context: RunContext,
+    computes: bool = True,
+    in_memory: Mapping[str, InMemoryModel] | None = None,
+    tokenizer: Any = None,
+) -> RunPlan:
+    """The plan of a run, without its manifest. Raises UsageError.
+
+    Args:
+        in_memory: models that the caller has loaded, by policy name ("" is the reference); `config` names the others.
+        tokenizer: a loaded one, used instead of the models' own.
+    """
+    found, in_memory = read_manifest(context.store), in_memory or {}
+    losses = {policy.name: parse_loss(loss_spec(config, policy), computes) for policy in config.policies}
+    kept = _kept_columns(config, losses)
+    datasets = open_data(config, sha256=context.file_hashes.sha256, keep_columns=kept)
+    check_pairing(config.rewardbench, datasets)
+    _require_reference(config, losses, in_memory)
+    models = resolve_models(config, context, in_memory)
+    check_placement(config.compute, models, context)
+    config = _settled(config, datasets, models)
+
+    text = _with_stored_date(config.text, found)
+    if tokenizer is None:
+        tokenizer = _tokenizer(config, text, datasets, models, context)
+    warn_of_lengths([source for _, source in models.sources], text.max_length, context.progress.warn)
+    limits = text_limits(models.first.config, text.max_length) if models.first else None
+    renderer = renderer_of(config, tokenizer, text, limits)
+
+    numerics = _decide_numerics(config, context, found, models, datasets)
+    rows = _decide_blocks(config, found, models, datasets, numerics)
+    needed = ["wpo"] if any(loss.modifiers.wpo for loss in losses.values()) else []
+    stats = tuple(dict.fromkeys((*config.compute.stats, *needed)))
+    plan = RunPlan(
+        config=config,
+        datasets=datasets,
+        rows=rows,
+        tokenizer=tokenizer,
+        renderer=renderer,
+        extra=extra_fields(datasets, kept),
+        references=(),
+        policies=(),
+        identities=Identities({}),
+        numerics=numerics,
+        stats=stats,
+    )
+    return _with_tasks(plan, models, losses, found)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RunModels:
+    """The models of a run as they were found. `own_references`: by the policy that brought them along.
+
+    `in_memory`: those that the caller has loaded; their sources have no files.
+    """
+
+    reference: ModelSource | None
+    policies: Mapping[str, ModelSource | PolicyFailure]
+    own_references: Mapping[str, ModelSource] = field(default_factory=dict)
+    in_memory: Mapping[str, InMemoryModel] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> tuple[tuple[str, ModelSource], ...]:
+        """(name, source) of the run's reference ("") and of the policies that were found, in order."""
+        named = [("", self.reference), *self.policies.items()]
+        return tuple((name, source) for name, source in named if isinstance(source, ModelSource))
+
+    @property
+    def first(self) -> ModelSource | None:
+        """Whose tokenizer and context limit apply to all: the reference's, else those of the first policy."""
+        return next((source for _, source in self.sources), None)
+
+    @property
+    def from_files(self) -> tuple[ModelSource, ...]:
+        return tuple(source for name, source in self.sources if name not in self.in_memory)
+
+
+def resolve_models(config: RunConfig, context: RunContext, in_memory: Mapping[str, InMemoryModel]) -> RunModels:
+    """Every model that `config` names, found and checked; none is loaded.
+
+    A policy that does not load is a PolicyFailure, so that the others go on. ModelError where there is no model left
+    whose tokenizer could be used, or where a reference does not load.
+    """
+    resolver = Resolver(
+        context.cache_dir,
+        context.file_hashes.sha256,
+        allow_pickle=config.allow_pickle,
+        trust_remote_code=config.trust_remote_code,
+        say=context.progress.say,
+        quantization=config.compute.quantization,
+    )
+
+    def of(spec: ModelSpec) -> ModelSource:
+        return resolver.resolve(spec.model, revision=spec.revision, adapter=spec.adapter)
+
+    reference, spec = None, config.reference
+    if "" in in_memory:
+        reference = in_memory[""].source
+    elif spec is not None and spec.columns is None:
+        reference = of(spec)
+    base = None if "" in in_memory else reference
+
+    policies: dict[str, ModelSource | PolicyFailure] = {}
+    for policy in config.policies:
+        if policy.name in in_memory:
+            policies[policy.name] = in_memory[policy.name].source
+            continue
+        try:
+            policies[policy.name] = resolve_policy(policy, base, config.policy_base, resolver)
+        except ModelError as error:
+            policies[policy.name] = PolicyFailure.of(policy, error)
+    own = {p.name: of(p.reference) for p in config.policies if p.reference is not None and p.reference.columns is None}
+    failures = [found for found in policies.values() if isinstance(found, PolicyFailure)]
+    if failures and reference is None and len(failures) == len(policies):
+        raise ModelError(failures[0].reason)
+    return RunModels(reference, policies, own, in_memory)
+
+
+def check_placement(compute: ComputeSpec, models: RunModels, context: RunContext) -> None:
+    """ConfigError for a --tensor-parallel or --device-map that cannot be; one line about the latter.
+
+    `--tensor-parallel N` divides every layer over N devices, by transformers' plan for the architecture;
+    `--device-map auto` (accelerate) puts whole layers on different devices.
+    """
+    if compute.tensor_parallel > 1:
+        for flag, given in (
+            ("--device-map", compute.device_map is not None),
+            ("--quantization", compute.quantization is not None),
+            ("--compile on", compute.compile == "on"),
+            ("--device mps", compute.device == "mps"),
+        ):
+            if given:
+                together = f"--tensor-parallel {compute.tensor_parallel} and {flag}"
+                raise ConfigError(f"{together} do not go together: choose one")
+        if ":" in compute.device:
+            raise ConfigError(
+                f"--device {compute.device} names one GPU; --tensor-parallel takes several: say --device cuda"
+            )
+        for _, source in models.sources:
+            refuse_undealt(source, compute.tensor_parallel)
+    if compute.device_map is not None:
+        if find_spec("accelerate") is None:
+            raise ConfigError(
+                f"--device-map {compute.device_map} needs accelerate, which is not installed: pip install accelerate"
+            )
+        context.progress.say(
+            f"--device-map {compute.device_map}: the layers of a model are spread over the GPUs, of which one computes "
+            "at a time; it makes room, not speed"
+        )
+
+
+# --- configuration, text, numerics, blocks ----------------------------------------------------------------------------
+
+
+def _kept_columns(config: RunConfig, losses: Mapping[str, ResolvedLoss]) -> tuple[str, ...]:
+    """--keep-columns, and the columns that the reference or a loss reads."""
+    specs = [spec for spec in (config.reference, *(policy.reference for policy in config.policies)) if spec]
+    references = [name for spec in specs for name in (spec.columns or ())]
+    offsets = [loss.modifiers.offset_column for loss in losses.values()]
+    return tuple(dict.fromkeys((*config.keep_columns, *references, *(name for name in offsets if name))))
+
+
+def _require_reference(
+    config: RunConfig, losses: Mapping[str, ResolvedLoss], in_memory: Mapping[str, InMemoryModel]
+) -> None:
+    """ConfigError for a loss that compares with a reference where there is none."""
+    for policy in config.policies:
+        has_one = config.reference is not None or policy.reference is not None or "" in in_memory
+        if not has_one and not losses[policy.name].reference_free:
+            raise ConfigError(
+                f"policy {policy.name!r}: loss {losses[policy.name].name!r} compares with a reference, and none is "
+                "named. Add --reference MODEL (or columns:CHOSEN,REJECTED; in Python give reference=…), or choose a "
+                "reference-free loss such as simpo, orpo or cpo"
+            )
+
+
+def _settled(config: RunConfig, datasets: Sequence[Dataset], models: RunModels) -> RunConfig:
+    """`config` with commits in place of branches, and the text settings that a benchmark asks for."""
+    data = tuple(dataset.spec for dataset in datasets)
+    text = text_of(config.rewardbench, config.text) if config.rewardbench else config.text
+    config = config.model_copy(update={"data": data, "text": text})
+    return pinned(config, models.reference, dict(models.sources))
+
+
+def _with_stored_date(text: TextSpec, found: Manifest | None) -> TextSpec:
+    """The date that the folder's first run put into chat templates, unless another is asked for."""
+    return text if text.date or found is None else text.model_copy(update={"date": found.notes.get("date")})
+
+
+def _tokenizer(
+    config: RunConfig, text: TextSpec, datasets: Sequence[Dataset], models: RunModels, context: RunContext
+) -> Any:
+    homes = []
+    for name, source in models.sources:
+        loaded = models.in_memory.get(name)
+        homes.append((name or REFERENCE, loaded.tokenizer_home if loaded else str(source.tokenizer_folder)))
+    if homes and not (homes[0][1] or text.tokenizer or only_ids(datasets)):
+        raise ModelError("the loaded model does not say where its tokenizer is: give tokenizer=…")
+    known = homes[:1] + [home for home in homes[1:] if home[1]]
+    return choose_tokenizer(config, text, datasets, known, context.progress.say)
+
+
+def _decide_numerics(
+    config: RunConfig, context: RunContext, found: Manifest | None, models: RunModels, datasets: Sequence[Dataset]
+) -> Numerics | None:
+    """Once for the run: from the manifest, else resolved and, for the fast path, checked on the model.
+
+    None where no model is read from files. Loaded models compute as they are (`InMemoryModel.numerics`).
+    """
+    if found is not None and found.numerics.get("run"):
+        return continued_numerics(Numerics.from_json(found.numerics["run"]), config.compute)
+    model = next(iter(models.from_files), None)
+    if model is None:
+        return None
+    rows = sum(dataset.rows for dataset in datasets)
+    numerics = resolve_numerics(config.compute, model.config, parameters(model), rows_hint=rows)
+    if config.rewardbench == "exact":
+        numerics = with_own_softmax(numerics)
+    return checked_numerics(context, model, numerics, any_dtype=config.compute.dtype == "auto")
+
+
+def _decide_blocks(
+    config: RunConfig,
+    found: Manifest | None,
+    models: RunModels,
+    datasets: Sequence[Dataset],
+    numerics: Numerics | None,
+) -> RowBlocks:
+    total = sum(dataset.rows for dataset in datasets)
+    sample = sampled(total, config.sample, config.seed)
+    if found is not None:
+        size = found.block_rows
+    else:
+        mean = sum(mean_text_bytes(dataset) * dataset.rows for dataset in datasets) / max(total, 1)
+        kind = numerics.device_kind if numerics else "cpu"
+        count = parameters(models.first) if models.first else 1
+        size = block_rows(len(sample) if sample else total, mean, count, kind)
+    return RowBlocks(total, size, config.limit, sample, config.share)
 
 
 def parameters(source: ModelSource) -> int:
@@ -314,33 +360,94 @@ def parameters(source: ModelSource) -> int:
     return sum(path.stat().st_size for path in source.weights) // width
 
 
-# --- placement ------------------------------------------------------------
+def _snapshots(context: RunContext, plan: RunPlan) -> dict[str, list[str]]:
+    """Cache files that exist now, by the weights they belong to: lookups of this folder see these and no others."""
+    return {
+        source.key: list(context.cache.namespace(cache_fields(source, numerics)).snapshot())
+        for _, source, numerics in plan.models
+    }
 
 
-def check_placement(compute: ComputeSpec, sources: Iterable[ModelSource], say: Callable[[str], None]) -> None:
-    """ConfigError for a --tensor-parallel or --device-map that cannot be; one line about the latter."""
-    if compute.tensor_parallel > 1:
-        _refuse_together(compute)
-        for source in sources:
-            refuse_undealt(source, compute.tensor_parallel)
-    if compute.device_map is not None:
-        if find_spec("accelerate") is None:
-            raise ConfigError(
-                f"--device-map {compute.device_map} needs accelerate, which is not installed: pip install accelerate"
-            )
-        say(
-            f"--device-map {compute.device_map}: the layers of a model are spread over the GPUs, of which one computes "
-            "at a time; it makes room, not speed"
+# --- tasks and identities ---------------------------------------------------------------------------------------------
+
+
+def _with_tasks(
+    plan: RunPlan, models: RunModels, losses: Mapping[str, ResolvedLoss], found: Manifest | None
+) -> RunPlan:
+    """The plan with the tasks of both stages; each carries the identity that its blocks are committed under."""
+    spec = plan.config.reference
+    run = Identities(_text_fields(plan), _reference_fields(plan, models.reference, spec.columns if spec else None))
+    own = _reference_task(plan, "", spec, models, run, found)
+    policies = []
+    for policy in plan.config.policies:
+        reference = own
+        if policy.reference is not None:
+            reference = _reference_task(plan, policy.name, policy.reference, models, run, found)
+        resolved = models.policies[policy.name]
+        source, failure = (resolved, None) if isinstance(resolved, ModelSource) else (None, resolved)
+        task = PolicyTask(
+            name=policy.name,
+            source=source,
+            loss=losses[policy.name],
+            loss_spec=loss_spec(plan.config, policy),
+            reference=reference,
+            numerics=_policy_numerics(plan, policy, models, found),
+            failure=failure,
         )
+        policies.append(task.identified(run))
+    brought = {policy.reference.name: policy.reference for policy in policies if policy.reference.name}
+    fields = {policy.name: policy.fields for policy in policies if policy.source is not None}
+    return replace(
+        plan,
+        references=(own, *brought.values()),
+        policies=tuple(policies),
+        identities=replace(run, policies=fields),
+    )
 
 
-def _refuse_together(compute: ComputeSpec) -> None:
-    """Options that say otherwise how a model is laid out or run."""
-    for flag, given in (
-        ("--device-map", compute.device_map is not None),
-        ("--quantization", compute.quantization is not None),
-        ("--compile on", compute.compile == "on"),
-        ("--device mps", compute.device == "mps"),
-    ):
-        if given:
-            raise ConfigError(f"--tensor-parallel {compute.tensor_parallel} and {flag} do not go together: choose one")
+def _text_fields(plan: RunPlan) -> dict[str, Any]:
+    config = plan.config
+    return {
+        "data": {dataset.spec.name: dataset.fingerprint() for dataset in plan.datasets},
+        "text": plan.renderer.identity(),
+        "sample": config.sample,
+        "seed": config.seed if config.sample else None,
+        "keep_columns": list(config.keep_columns),
+    }
+
+
+def _reference_fields(plan: RunPlan, source: ModelSource | None, columns: Iterable[str] | None) -> dict[str, Any]:
+    return {
+        "weights": source.key if source else None,
+        "columns": list(columns) if columns else None,
+        "numerics": plan.numerics.to_json() if plan.numerics else None,
+        "block_rows": plan.rows.block_rows,
+        "stats": sorted(plan.stats),
+        "per_token": plan.config.compute.per_token,
+    }
+
+
+def _reference_task(
+    plan: RunPlan, name: str, spec: ModelSpec | None, models: RunModels, run: Identities, found: Manifest | None
+) -> ReferenceTask:
+    """`name` is empty for the run's own reference, whose numerics are the run's; that of a policy may be on the plain
+    path, which the manifest knows."""
+    source = models.own_references.get(name) if name else models.reference
+    columns = spec.columns if spec is not None else None
+    fields = _reference_fields(plan, source, columns)
+    numerics = plan.numerics if source is not None else None
+    if name in models.in_memory and source is not None:
+        numerics = models.in_memory[name].numerics(plan.config.compute)
+    task = ReferenceTask(name, source, columns, numerics, fields, replace(run, reference=fields).reference_digest)
+    stored = found.numerics.get(task.stage.name) if found and name and source else None
+    return task if stored is None else with_numerics(task, Numerics.from_json(stored), run)
+
+
+def _policy_numerics(plan: RunPlan, policy: PolicySpec, models: RunModels, found: Manifest | None) -> Numerics | None:
+    """The run's, or the slower ones that the folder had to score a policy with."""
+    if policy.name in models.in_memory:
+        return models.in_memory[policy.name].numerics(plan.config.compute)
+    stored = found.identities.policies.get(policy.name, {}).get("numerics") if found else None
+    if plan.numerics is None or stored is None:
+        return plan.numerics
+    return next((way for way in ways(plan.numerics) if way.to_json() == stored), plan.numerics)

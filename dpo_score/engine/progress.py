@@ -1,7 +1,7 @@
-"""What a person sees while a run works: bars on a terminal, a plain line every 30 s elsewhere.
+"""What a person sees while a run works: a bar for each stage on a terminal, a plain line every 30 s elsewhere.
 
-Promises: everything goes to standard error, untrusted text is escaped, and a quiet run says only warnings.
-Nothing here changes a number or a file.
+Everything goes to standard error, text of the data is escaped, and a quiet run shows warnings alone. Nothing here
+changes a number or a file.
 """
 
 from __future__ import annotations
@@ -17,18 +17,24 @@ from tqdm import tqdm
 from dpo_score.escape import safe
 
 PLAIN_SECONDS = 30.0
+"""Between two lines where standard error is no terminal."""
 
 
 class Progress:
-    """The voice of one run. `rows` and `tokens` are added to the stage that is open; without one nothing is shown."""
+    """Progress of one run. Rows and tokens are added to the stage that is open; without one nothing is shown.
+
+    Speed is in unique tokens of the rows that pass, computed or taken from the cache; the share of the latter is shown.
+    """
 
     def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._quiet = quiet
         self._bar: tqdm[Any] | None = None
-        self._label, self._total, self._tokens = "", 0, 0
+        self._stages, self._stage = 0, 0
+        self._label, self._total = "", 0
+        self._tokens = self._cached = 0
         self._rows = self._begun = self._within = 0.0
-        self._rows_a_token = 0.0
+        self._block_rows = self._block_tokens = self._computed = 0
         self._started = self._said = 0.0
         self.warnings: list[str] = []
 
@@ -37,63 +43,101 @@ class Progress:
             self._print(line)
 
     def warn(self, line: str, example: str = "") -> None:
-        """Said once each, also by a quiet run, and kept for the summary; `example`, a text of the data, is not kept."""
+        """Shown once each, also by a quiet run, and kept for the manifest; `example`, a text of the data, is not."""
         if line not in self.warnings:
             self.warnings.append(line)
             self._print(f"warning: {line}{example}")
 
     @contextmanager
+    def run(self, stages: int) -> Iterator[None]:
+        """A run of so many stages: each is shown with its place among all, and the time left is that of all."""
+        self._stages, self._stage = stages, 0
+        try:
+            yield
+        finally:
+            self._stages = self._stage = 0
+
+    def nothing_to_do(self, label: str) -> None:
+        """A stage whose blocks were all committed before."""
+        self._stage += 1
+
+    @contextmanager
     def stage(self, label: str, rows: int, done: int = 0) -> Iterator[None]:
         """A bar over `rows`, of which `done` were committed before."""
-        self._label, self._total, self._tokens = label, rows, 0
+        self._stage += 1
+        of_all = f"{min(self._stage, self._stages)} of {self._stages}: " if self._stages > 1 else ""
+        self._label, self._total = f"{of_all}{safe(label, 40)}", rows
+        self._tokens = self._cached = 0
         self._rows, self._begun, self._within = float(done), float(done), 0.0
         self._started = self._said = time.monotonic()
-        on_terminal = self._stream.isatty() and not self._quiet
-        if on_terminal:
-            self._bar = tqdm(total=rows, initial=done, desc=safe(label, 40), unit="row", file=self._stream)
+        if self._stream.isatty() and not self._quiet:
+            layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows, {postfix}"
+            self._bar = tqdm(
+                total=rows, initial=done, desc=self._label, file=self._stream, bar_format=layout, dynamic_ncols=True
+            )
+            self._bar.set_postfix_str("starting")
         try:
             yield
         finally:
             self._close()
 
     def block(self, rows: int, tokens: int) -> None:
-        """A block begins: its tokens stand for its rows until it is done."""
-        self._rows_a_token, self._within = rows / max(tokens, 1), 0.0
+        """A block begins: `tokens` are the unique tokens of its rows."""
+        self._block_rows, self._block_tokens, self._computed, self._within = rows, tokens, 0, 0.0
+
+    def tokens(self, computed: int) -> None:
+        """Unique tokens of the open block were computed: a prompt once, each response once."""
+        computed = min(computed, self._block_tokens - self._computed) if self._block_tokens else computed
+        self._computed += computed
+        self._within = self._block_rows * self._computed / max(self._block_tokens, 1)
+        self.count(computed)
 
     def rows(self, count: int) -> None:
-        """A block is done."""
+        """A block is done. What was not computed of it came from the cache."""
+        cached = self._block_tokens - self._computed
         self._rows, self._within = self._rows + count, 0.0
-        self._show()
+        self._block_tokens = self._computed = 0
+        self.count(cached, cached)
 
-    def tokens(self, count: int) -> None:
-        """Unique tokens computed: a prompt once, each response once."""
-        self._tokens += count
-        self._within += count * self._rows_a_token
+    def count(self, tokens: int, cached: int = 0) -> None:
+        """Tokens of rows that passed, `cached` of them with values from the cache."""
+        self._tokens += tokens
+        self._cached += cached
         self._show()
 
     def _show(self) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{self._rate():,.0f} tok/s", refresh=False)
+            self._bar.set_postfix_str(", ".join([self._speed(), *self._left()]), refresh=False)
             self._bar.update(round(self._rows + self._within) - self._bar.n)
         elif self._label and time.monotonic() - self._said > PLAIN_SECONDS:
-            self._plain_line()
+            self._said = time.monotonic()
+            parts = [f"{self._rows + self._within:,.0f}/{self._total:,} rows", self._speed(), *self._left()]
+            self.say(f"{self._label}: {', '.join(parts)}")
 
-    def _rate(self) -> float:
-        return self._tokens / max(time.monotonic() - self._started, 1e-9)
+    def _speed(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        speed = f"{self._tokens / seconds:,.0f} tok/s"
+        share = self._cached / self._tokens if self._tokens else 0.0
+        return f"{speed} ({share:.0%} from the cache)" if share >= 0.005 else speed
 
-    def _plain_line(self) -> None:
-        self._said = time.monotonic()
-        rows = self._rows + self._within
-        pace = (rows - self._begun) / max(self._said - self._started, 1e-9)
-        left = f", about {(self._total - rows) / pace:,.0f} s left" if pace > 0 else ""
-        self.say(f"{safe(self._label)}: {rows:,.0f}/{self._total:,} rows, {self._rate():,.0f} tok/s{left}")
+    def _left(self) -> list[str]:
+        """The time left, of this stage and of those that come after it at the same pace; nothing before any row."""
+        rows = self._rows + self._within - self._begun
+        if rows <= 0:
+            return []
+        pace = (time.monotonic() - self._started) / rows
+        stage = (self._total - self._rows - self._within) * pace
+        later = max(self._stages - self._stage, 0) * self._total * pace
+        whole = f", {clock(stage + later)} for the whole run" if later else ""
+        return [f"about {clock(stage)} left{whole}"]
 
     def _close(self) -> None:
+        rows, computed = self._rows, self._tokens
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        elif self._tokens:
-            self.say(f"{safe(self._label)}: {self._rows:,.0f} rows, {self._rate():,.0f} tok/s")
+        elif computed:
+            self.say(f"{self._label}: {rows:,.0f} rows, {self._speed()}")
         self._label = ""
 
     def _print(self, line: str) -> None:
@@ -102,3 +146,11 @@ class Progress:
             tqdm.write(text, file=self._stream)
         else:
             print(text, file=self._stream, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

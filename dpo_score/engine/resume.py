@@ -1,24 +1,17 @@
-"""Which blocks of a stage are due: what is found committed is proved, the rest is cleared away or set aside.
-
-A block costs a record and the files it names, read whole; several are looked at together, since an object store
-answers in tens of milliseconds. The decision itself is `resume.next_action`.
-"""
+"""What is left to compute: blocks that are missing or do not hold, and data files that changed meanwhile."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from functools import partial
 
 from dpo_score.data.dataset import DataFile
 from dpo_score.engine.context import RunContext
-from dpo_score.engine.plan import RowBlocks, RunPlan
-from dpo_score.engine.stages import part
+from dpo_score.engine.plan import RowBlocks, RunPlan, Task
 from dpo_score.engine.threads import map_threads
 from dpo_score.errors import DataError
-from dpo_score.storage.base import Store
-from dpo_score.storage.commits import StoredRecord, StoredRecords, read_records, record_name
+from dpo_score.storage.commits import StoredRecord, read_records, record_name
 from dpo_score.storage.resume import (
     Action,
     BlockRange,
@@ -28,58 +21,51 @@ from dpo_score.storage.resume import (
     next_action,
     settle,
 )
+from dpo_score.storage.stage import Stage, part_file
 
-Look = tuple[int, StoredRecord | None, Action]
 
+def pending_blocks(context: RunContext, plan: RunPlan, task: Task) -> list[int]:
+    """Blocks of one task to compute. What is found committed is proved against its record; what does not hold is set
+    aside, what belongs to no record is deleted.
 
-def pending_blocks(context: RunContext, plan: RunPlan, stage: str, identity: str, folders: Sequence[str]) -> list[int]:
-    """Blocks to compute, after every found block was skipped, cleared or set aside.
-
-    `folders`: where the stage puts its parts. IdentityError when a block belongs to another request; Interrupted.
+    IdentityError when a block belongs to another request; Interrupted. Several blocks are looked at together, since an
+    object store answers in tens of milliseconds. The decision itself is `storage.resume.next_action`.
     """
-    records, blocks, due = read_records(context.store, stage), plan.rows.blocks, []
-    there = {name for folder in folders for name in context.store.list(folder)}
-    look = partial(_look, context.store, plan, identity, records, stage)
-    with closing(map_threads(look, plan.rows, context.store.width)) as looks:
+    store, stage, blocks = context.store, task.stage, plan.rows.blocks
+    records = read_records(store, stage.name)
+    there = {name for folder in stage.folders for name in store.list(folder)}
+
+    def look(block: int) -> tuple[int, StoredRecord | None, Action]:
+        record = records.get(record_name(stage.name, block, blocks))
+        return block, record, next_action(task.identity, plan.rows.range(block), record, file_states(store, record))
+
+    pending = []
+    with closing(map_threads(look, plan.rows, store.width)) as looks:
         for block, record, action in context.stop.between(looks):
-            outputs = [name for folder in folders if (name := part(folder, block, blocks)) in there]
+            outputs = [name for folder in stage.folders if (name := part_file(folder, block, blocks)) in there]
             if record is not None or outputs:
-                _settle(context, record_name(stage, block, blocks), action, record, outputs)
+                warning = settle(store, record_name(stage.name, block, blocks), action, record, outputs)
+                if warning:
+                    context.progress.warn(warning)
             if action is not Action.SKIP:
-                due.append(block)
-    return due
+                pending.append(block)
+    return pending
 
 
-def _look(store: Store, plan: RunPlan, identity: str, records: StoredRecords, stage: str, block: int) -> Look:
-    blocks = plan.rows.blocks
-    record = records.get(record_name(stage, block, blocks))
-    return block, record, next_action(identity, plan.rows.range(block), record, file_states(store, record))
-
-
-def missing_of(store: Store, rows: RowBlocks, stage: str, prove: bool = False) -> list[tuple[int, int]]:
+def missing_of(context: RunContext, rows: RowBlocks, stage: Stage, prove: bool = False) -> list[tuple[int, int]]:
     """Row ranges of a stage that are wanted and not committed; none means that the stage is complete.
 
-    `prove`: also reads the files that the records name; else the records alone decide.
+    `prove`: also reads the files that the records name; else the records alone decide. Raises Interrupted.
     """
-    records = read_records(store, stage)
+    store = context.store
+    records = read_records(store, stage.name)
 
     def look(block: int) -> tuple[BlockRange, StoredRecord | None, Sequence[FileState]]:
-        record = records.get(record_name(stage, block, rows.blocks))
+        record = records.get(record_name(stage.name, block, rows.blocks))
         return rows.range(block), record, file_states(store, record) if prove else ()
 
     with closing(map_threads(look, rows, store.width)) as looks:
-        return missing_rows(looks)
-
-
-def _settle(
-    context: RunContext, name: str, action: Action, record: StoredRecord | None, outputs: Sequence[str]
-) -> None:
-    warning = settle(context.store, name, action, record, outputs)
-    if warning:
-        context.progress.warn(warning)
-
-
-# --- input check ------------------------------------------------------------
+        return missing_rows(context.stop.between(looks))
 
 
 def refuse_changed_input(context: RunContext, plan: RunPlan, start: int, stop: int) -> None:
@@ -88,7 +74,7 @@ def refuse_changed_input(context: RunContext, plan: RunPlan, start: int, stop: i
     Files that these rows do not come from are not looked at: a block costs the same among a thousand files.
     """
     for file in files_behind(plan, start, stop):
-        if context.digests.sha256(file.path) != file.sha256:
+        if context.file_hashes.sha256(file.path) != file.sha256:
             raise DataError(f"{file.path} changed while it was being scored: run the same command with --restart")
 
 

@@ -1,8 +1,8 @@
-"""The two stages: a block of token ids in, a committed block of Parquet out.
+"""The two stages: a block of token ids in, the tables of a committed block out.
 
-Promises: a block is committed whole (data, rejects, then the record that means done) or not at all; stage two
-reads reference values only from what stage one committed; every input row of a block ends in exactly one of
-scored or rejected, in order. Not here: which blocks are due (resume.py), models and cache (values.py).
+Stage two reads reference values only from what stage one committed. Every input row of a block ends in exactly one of
+scored or rejected, in order. A block is committed whole (parts, rejects, then the record that means done) or not at
+all. Which blocks are computed is resume.py's part; models and cache are model_logprobs.py's.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 
 from dpo_score.engine.block_inputs import BlockText
 from dpo_score.engine.context import RunContext
-from dpo_score.engine.model_logprobs import BlockLogprobs, Values
-from dpo_score.engine.plan import SCHEMA_VERSION, PolicyTask, ReferenceTask, RunPlan
+from dpo_score.engine.model_logprobs import BlockLogprobs, LogprobSource
+from dpo_score.engine.plan import SCHEMA_VERSION, PolicyTask, ReferenceTask, RunPlan, Task
 from dpo_score.errors import DataError
 from dpo_score.escape import seen
 from dpo_score.logprobs.types import Unscored
@@ -27,6 +27,7 @@ from dpo_score.losses.columns import derive_table
 from dpo_score.results import noise
 from dpo_score.results import schemas as tables
 from dpo_score.storage.cache.cache import CacheEntry
+from dpo_score.storage.stage import REJECTED_ROWS, part_file
 
 Reasons = dict[int, tuple[str, str]]
 _NOTHING: Mapping[str, Any] = {}
@@ -42,26 +43,23 @@ class BlockResult:
     notes: Mapping[str, Any]
 
 
-def part(folder: str, block: int, blocks: int) -> str:
-    return f"{folder}/part-{block:05d}-of-{blocks:05d}.parquet"
-
-
-def reference_block(plan: RunPlan, reference: ReferenceTask, text: BlockText, values: Values | None) -> BlockResult:
-    """Stage one for one block. `values` is None where there is no model: no reference, or columns of the data."""
+def reference_block(
+    plan: RunPlan, reference: ReferenceTask, text: BlockText, logprobs: LogprobSource | None
+) -> BlockResult:
+    """Stage one for one block. `logprobs` is None where there is no model: no reference, or columns of the data."""
     bare = text.table.drop_columns(list(tables.ID_NAMES))
     notes = _NOTHING
-    if values is not None:
-        table, reasons, notes = _with_model(plan, "ref", bare, text.table, values, text.block == 0)
+    if logprobs is not None:
+        table, reasons, notes = _with_model(plan, "ref", bare, text.table, logprobs, text.block == 0)
     else:
         table, reasons = _from_columns(bare, reference)
-    rejects = tables.reject_rows(text.table, reasons)
-    blocks, stage = plan.rows.blocks, reference.stage
+    stage, place = reference.stage, (text.block, plan.rows.blocks)
     found = {
-        part(stage, text.block, blocks): _keep_rows(table, reasons),
-        part(f"rejects/{stage}", text.block, blocks): rejects,
+        stage.part(*place): _keep_rows(table, reasons),
+        part_file(stage.rejects, *place): tables.reject_rows(text.table, reasons),
     }
     if not reference.name:
-        found[part("rejects/data", text.block, blocks)] = tables.reject_table(text.rejected)
+        found[part_file(REJECTED_ROWS, *place)] = tables.reject_table(text.rejected)
     counts = {
         "rows": text.stop - text.start,
         "scored": table.num_rows - len(reasons),
@@ -72,38 +70,38 @@ def reference_block(plan: RunPlan, reference: ReferenceTask, text: BlockText, va
 
 
 def policy_block(
-    plan: RunPlan, policy: PolicyTask, text: BlockText, reference_part: pa.Table, values: Values | None
+    plan: RunPlan, policy: PolicyTask, text: BlockText, reference_part: pa.Table, logprobs: LogprobSource | None
 ) -> BlockResult:
-    """Stage two for one block. `values` is None for a policy that equals its reference: its values are taken over."""
+    """Stage two for one block. `logprobs` is None for a policy that equals its reference: its values are taken over."""
     ids = _rows_of(text.table, reference_part)
     table, reasons, notes = _taken_over(reference_part), Reasons(), _NOTHING
-    if values is not None:
-        table, reasons, notes = _with_model(plan, "policy", reference_part, ids, values, text.block == 0)
+    if logprobs is not None:
+        table, reasons, notes = _with_model(plan, "policy", reference_part, ids, logprobs, text.block == 0)
     scored = derive_table(_keep_rows(table, reasons), policy.loss, has_reference=policy.reference.exists)
-    blocks = plan.rows.blocks
+    stage, place = policy.stage, (text.block, plan.rows.blocks)
     found = {
-        part(policy.stage, text.block, blocks): scored,
-        part(f"rejects/{policy.name}", text.block, blocks): tables.reject_rows(ids, reasons),
+        stage.part(*place): scored,
+        part_file(stage.rejects, *place): tables.reject_rows(ids, reasons),
     }
     counts = {"scored": scored.num_rows, **_codes("policy", [code for code, _ in reasons.values()])}
     return BlockResult(found, counts, ids["row_id"].to_pylist(), notes)
 
 
-def metadata(identity: str, policy: PolicyTask | None = None) -> dict[str, str]:
+def part_metadata(task: Task) -> dict[str, str]:
     """What every part says of itself: schema, identity, and for scores the loss as it was asked for and resolved."""
-    found = {"dpo_score.schema": str(SCHEMA_VERSION), "dpo_score.identity": identity}
-    if policy is not None:
-        found["dpo_score.loss"] = json.dumps(policy.loss.identity(), sort_keys=True)
-        found["dpo_score.loss_spec"] = policy.loss_spec.model_dump_json()
+    found = {"dpo_score.schema": str(SCHEMA_VERSION), "dpo_score.identity": task.identity}
+    if isinstance(task, PolicyTask):
+        found["dpo_score.loss"] = json.dumps(task.loss.identity(), sort_keys=True)
+        found["dpo_score.loss_spec"] = task.loss_spec.model_dump_json()
     return found
 
 
 def _with_model(
-    plan: RunPlan, role: str, table: pa.Table, ids: pa.Table, values: Values, first: bool
+    plan: RunPlan, role: str, table: pa.Table, ids: pa.Table, logprobs: LogprobSource, first: bool
 ) -> tuple[pa.Table, Reasons, Mapping[str, Any]]:
     sample = 2 * noise.sample_size(ids) if first else 0
     sequences = tables.sequences(ids)
-    found = values.block(role, sequences, sample)
+    found = logprobs.block(role, sequences, sample)
     reasons = _unscored(found)
     empty = _blank(plan.stats)
     entries = [empty if isinstance(entry, Unscored) else entry for entry in found.entries]

@@ -19,7 +19,6 @@ from dpo_score.engine.context import RunContext
 from dpo_score.engine.environment import versions
 from dpo_score.engine.plan import SCHEMA_VERSION, RunPlan
 from dpo_score.engine.resume import refuse_changed_input
-from dpo_score.engine.stages import part
 from dpo_score.errors import IdentityError
 from dpo_score.export.input_rows import OriginalRows
 from dpo_score.export.layout import (
@@ -44,6 +43,7 @@ from dpo_score.storage.commits import CommitRecord, StoredRecord, commit, read_r
 from dpo_score.storage.fingerprint import diff, digest, listed
 from dpo_score.storage.parquet import common_schema, fitted
 from dpo_score.storage.resume import Action, BlockRange, file_states, next_action, settle
+from dpo_score.storage.stage import part_file
 
 GROUP_BYTES = 8 << 20
 
@@ -153,8 +153,8 @@ class DatasetWriter:
         if self._chosen is not None:
             return self._chosen
         store, blocks = self._context.store, self._plan.rows.blocks
-        table = store.read_table(part("reference", block, blocks)).replace_schema_metadata(None)
-        names = [part(f"rejects/{kind}", block, blocks) for kind in ("data", "reference")]
+        table = store.read_table(part_file("reference", block, blocks)).replace_schema_metadata(None)
+        names = [part_file(f"rejects/{kind}", block, blocks) for kind in ("data", "reference")]
         rejects = [store.read_table(name, ["row_id", "code"]) for name in names if store.exists(name)]
         if self._texts is not None:
             table = _beside(table, self._texts.block(block).table.select(["row_id", *TOKEN_IDS, *MASKS]))

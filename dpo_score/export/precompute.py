@@ -15,20 +15,20 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_score.config.load import dump_config
 from dpo_score.config.schema import LossSpec, RunConfig
-from dpo_score.engine.context import RunContext
+from dpo_score.engine.context import RunContext, run_context
 from dpo_score.engine.environment import now
-from dpo_score.engine.executors.choose import chosen, with_workers
-from dpo_score.engine.finish import check_bad_rows, marks, total_counts, warn_of_marks
+from dpo_score.engine.executors.choose import Executor, choose_executor, with_workers
+from dpo_score.engine.finish import check_bad_rows, manifest_with_warnings, marks, total_counts, warn_of_marks
 from dpo_score.engine.plan import RunPlan
 from dpo_score.engine.prepare import prepare
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.run import run_context, run_references
+from dpo_score.engine.run import run_references
 from dpo_score.errors import ConfigError
 from dpo_score.export.contract import contract
 from dpo_score.export.dataset import DatasetWriter
@@ -44,6 +44,7 @@ from dpo_score.storage.base import FileRecord, Store, json_bytes
 from dpo_score.storage.commits import CommitRecord, read_records
 from dpo_score.storage.manifest import finish_manifest, read_manifest, reopen_manifest
 from dpo_score.storage.manifest import restart as discard_results
+from dpo_score.storage.stage import Stage
 
 PIPELINE = "pipeline.yaml"
 TRL_MAX_LENGTH = 1024
@@ -105,11 +106,11 @@ def precompute(
             _throw_away(context.store)
         if to == "trl" and "max_length" not in config.text.model_fields_set:
             config = _with_trl_length(config, context)
-        with with_workers(config, context) as config:
-            plan, _ = prepare(config, context)
+        with with_workers(config, context) as (config, working):
+            plan, _ = prepare(config, working)
             _refuse_own_input(context.store, plan)
             export = export_of(plan, to, rename)
-            run_references(context, plan)
+            plan = run_references(working, plan)
         return _write(context, plan, export)
 
 
@@ -117,7 +118,7 @@ def _with_trl_length(config: RunConfig, context: RunContext) -> RunConfig:
     """TRL's own default of max_length, or the model's limit where that is less: rows are cut as its trainer does."""
     spec = config.reference
     assert spec is not None
-    resolver = Resolver(context.cache_dir, context.digests.sha256, config.allow_pickle, config.trust_remote_code)
+    resolver = Resolver(context.cache_dir, context.file_hashes.sha256, config.allow_pickle, config.trust_remote_code)
     limit = context_limit(resolver.resolve(spec.model, revision=spec.revision, adapter=spec.adapter).config)
     length = min(TRL_MAX_LENGTH, limit or TRL_MAX_LENGTH)
     context.progress.say(
@@ -162,9 +163,9 @@ def _fill_cache(config: RunConfig, progress: Progress) -> PrecomputeOutcome:
     brought = tuple(policy for policy in config.policies if policy.reference is not None)
     with tempfile.TemporaryDirectory(prefix="dpo-score-") as folder, run_context(config, progress, folder) as context:
         config = config.model_copy(update={"policies": brought, "out": folder})
-        with with_workers(config, context) as config:
-            plan, _ = prepare(config, context)
-            run_references(context, plan)
+        with with_workers(config, context) as (config, working):
+            plan, _ = prepare(config, working)
+            plan = run_references(working, plan)
         summary = _summary(context.store, plan)
         warn_of_marks(context, plan, summary["marks"], summary["scored"])
         return PrecomputeOutcome(None, summary, config.max_bad_rows)
@@ -205,10 +206,7 @@ def _finish(context: RunContext, plan: RunPlan, export: Export, summary: Mapping
     outputs = [*beside.files, *(described(store, name) for name in names)]
     for name in store.list(".work/text"):
         store.remove(name)
-    found = read_manifest(store)
-    assert found is not None
-    warnings = tuple(dict.fromkeys((*found.warnings, *context.progress.warnings)))
-    finish_manifest(store, replace(found, warnings=warnings), now(), outputs)
+    finish_manifest(store, manifest_with_warnings(context), now(), outputs)
 
 
 def noise_of(store: Store) -> Mapping[str, Any]:
@@ -239,7 +237,7 @@ def export_of(plan: RunPlan, to: str, rename: str | None) -> Export:
 
 
 def _summary(store: Store, plan: RunPlan) -> dict[str, Any]:
-    counts = total_counts(store, plan, "reference")
+    counts = total_counts(store, plan, Stage.reference())
     rejected: dict[str, int] = {}
     for name, count in counts.items():
         if name.startswith("rejected/"):
@@ -278,7 +276,7 @@ def _refuse_no_model(config: RunConfig) -> None:
 def _refuse_cluster(config: RunConfig) -> None:
     """Without --out, workers meet in a folder of this machine."""
     address = config.compute.ray_address or os.environ.get("RAY_ADDRESS")
-    if address and chosen(config, Progress(quiet=True)) == "ray":
+    if address and choose_executor(config, Progress(quiet=True)) is Executor.RAY:
         raise ConfigError(
             f"precompute without --out works in a folder of this machine, which a cluster ({address}) does not see: "
             "add --out DIR, under a path that all its machines see, or say --engine local"

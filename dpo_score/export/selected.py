@@ -24,11 +24,10 @@ import pyarrow.compute as pc
 import yaml
 
 from dpo_score.config.schema import RunConfig
-from dpo_score.engine.context import open_context
+from dpo_score.engine.context import open_context, run_context
 from dpo_score.engine.plan import RunPlan
-from dpo_score.engine.prepare import Preparation
+from dpo_score.engine.prepare import resolve_plan
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.run import run_context
 from dpo_score.errors import ConfigError, IdentityError, UsageError
 from dpo_score.export.contract import contract
 from dpo_score.export.dataset import BlockLogprobs, DatasetWriter
@@ -100,7 +99,7 @@ def _plan_of_run(source: Store, manifest: Manifest, config: RunConfig, progress:
     Raises IdentityError when text settings, tokenizer or the reference's weights are not those of OUT any more.
     """
     with closing(open_context(config, Progress(quiet=True), source)) as context:
-        plan = Preparation(config, context, computes=False).plan()
+        plan = resolve_plan(config, context, computes=False)
     for warning in context.progress.warnings:
         progress.warn(warning)
     now, then = plan.identities.reference.get("weights"), manifest.identities.reference.get("weights")

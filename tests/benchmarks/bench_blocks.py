@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def run_on_ray(config: Any, meter: Meter, workers: int) -> None:
     with run_context(config, meter, config.out) as context:
         job, _ = preparing.prepare(config, context)
         with WorkerPool(RayBackend(ray, Device(1, 0, workers)), config, context) as crew:
-            context.pool = crew
+            context = replace(context, workers=crew)
             _both_times(context, job, meter)
     ray.shutdown()
 

@@ -63,12 +63,12 @@ def traced(stages: list[Trace]) -> Iterator[None]:
     from dpo_score.logprobs.scorer import PairScorer
     from dpo_score.results import noise
 
-    run_stage, attempt, measure = local._let, PairScorer._attempt, noise.measure
+    run_stage, attempt, measure = local._compute_pending, PairScorer._attempt, noise.measure
 
-    def stage(context: Any, job: Any, task: Any, todo: Any) -> None:
+    def stage(context: Any, plan: Any, task: Any) -> None:
         stages.append(Trace(getattr(task, "name", "") or "reference"))
         begun = time.perf_counter()
-        run_stage(context, job, task, todo)
+        run_stage(context, plan, task)
         stages[-1].seconds = time.perf_counter() - begun
 
     def one_pass(self: Any, members: Any) -> Any:
@@ -84,7 +84,7 @@ def traced(stages: list[Trace]) -> Iterator[None]:
         return found
 
     with (
-        patch.object(local, "_let", stage),
+        patch.object(local, "_compute_pending", stage),
         patch.object(PairScorer, "_attempt", one_pass),
         patch.object(noise, "measure", again),
     ):

@@ -93,7 +93,7 @@ def fill(context: RunContext, config: Any, folder: Path, files: int) -> None:
 
     if not files:
         return
-    _, source, numerics = preparing.Preparation(config, context).job().models[0]
+    _, source, numerics = preparing.resolve_plan(config, context).models[0]
     local = folder / "filled"
     space = open_cache(local).namespace(cache_fields(source, numerics))
     first = space.add("other", {bytes(16): CacheEntry(np.zeros(2, np.float32))})

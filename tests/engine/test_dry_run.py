@@ -161,7 +161,7 @@ def test_rows_are_sampled_in_short_runs_over_all_of_the_data(runner: Runner, tmp
     (tmp_path / "many.jsonl").write_text("\n".join(lines))
     config = runner.config(tmp_path / "many.jsonl", None)
     with preview._scratch(config, Progress(quiet=True)) as context:
-        job = preview.Preparation(config, context).job()
+        job = preview.resolve_plan(config, context)
         sample, rows = preview._sampled(job)
     numbers = sorted(int(item.pair.prompt) for item in sample)  # type: ignore[union-attr,arg-type]
     assert rows == len(numbers) == len(set(numbers)) == preview.SAMPLE

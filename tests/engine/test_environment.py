@@ -11,7 +11,7 @@ import pytest
 from dpo_score.config.schema import RunConfig
 from dpo_score.engine import prepare as preparing
 from dpo_score.engine.context import open_context
-from dpo_score.engine.environment import continued, versions
+from dpo_score.engine.environment import compared_environment, versions
 from dpo_score.engine.executors import job_array as shares
 from dpo_score.engine.executors.worker import Assignment, Report, Worker
 from dpo_score.engine.prepare import prepare
@@ -55,9 +55,9 @@ def test_nothing_is_said_of_a_device_that_is_not_here() -> None:
 
 
 def heard(begun: dict[str, str], here: dict[str, str]) -> list[str]:
-    lines: list[str] = []
-    continued(begun, here, False, lines.append)
-    return lines
+    progress = Progress(quiet=True)
+    compared_environment(begun, here, False, progress)
+    return progress.warnings
 
 
 def test_only_what_both_sides_tell_is_compared() -> None:
@@ -99,7 +99,7 @@ def test_a_worker_tells_of_its_own_machine(config: RunConfig, monkeypatch: pytes
     def reports(config: RunConfig) -> list[Report]:
         return list(Worker(config, str(Path.cwd())).work(Assignment.of(job.references[0], (0,))))
 
-    assert any("NVIDIA A10" in line for report in reports(config) for line in report.warned)
+    assert any("NVIDIA A10" in line for report in reports(config) for line in report.warnings)
     with pytest.raises(IdentityError, match=r"(?s)--strict-env.*NVIDIA A10"):
         reports(config.model_copy(update={"strict_env": True}))
 
@@ -111,7 +111,7 @@ def test_who_has_others_compute_or_nobody_is_on_no_other_device(
     elsewhere(monkeypatch, device="the head's processor")
     progress = Progress(quiet=True)
     context = open_context(config, progress, open_store(str(config.out)))
-    context.pool = object()  # type: ignore[assignment]
+    context = replace(context, workers=object())  # type: ignore[arg-type]
     prepare(config.model_copy(update={"strict_env": True}), context)
     shares.finish(str(config.out), progress)
     found = read_manifest(context.store)

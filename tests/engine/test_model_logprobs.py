@@ -13,7 +13,7 @@ import torch
 
 from dpo_score.config.schema import ComputeSpec
 from dpo_score.engine.context import RunContext
-from dpo_score.engine.model_logprobs import CachedLogprobs, overlaid, placed, trusted
+from dpo_score.engine.model_logprobs import CachedLogprobs, checked_numerics, continued_numerics, on_device
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.logprobs import matmul as gemm
@@ -31,12 +31,12 @@ ON_GPU = Numerics("cuda:0", "cuda", "float16", "plain", "model", False, 4096, 1)
 
 
 def test_which_of_several_gpus_computes_is_no_other_identity_but_it_does_compute() -> None:
-    assert overlaid(ON_GPU, ComputeSpec(device="cuda:1")) == ON_GPU
-    assert placed(ON_GPU, "cuda:1").device == "cuda:1"
+    assert continued_numerics(ON_GPU, ComputeSpec(device="cuda:1")) == ON_GPU
+    assert on_device(ON_GPU, "cuda:1").device == "cuda:1"
     for asked in ("auto", "cuda", "cpu"):
-        assert placed(ON_GPU, asked) == ON_GPU
+        assert on_device(ON_GPU, asked) == ON_GPU
     on_cpu = replace(ON_GPU, device="cpu", device_kind="cpu")
-    assert placed(on_cpu, "cuda:1") == on_cpu
+    assert on_device(on_cpu, "cuda:1") == on_cpu
 
 
 def hot_model(folder: Path, factor: float) -> Path:
@@ -54,10 +54,10 @@ def hot_model(folder: Path, factor: float) -> Path:
 def test_float16_that_nobody_asked_for_gives_way_to_bfloat16(tmp_path: Path, factor: float, why: str) -> None:
     context = RunContext(open_store(tmp_path / "out"), tmp_path / "cache", Progress(quiet=True))
     model = hot_model(tmp_path / "hot", factor)
-    source = Resolver(context.cache_dir, context.digests.sha256).resolve(str(model))
+    source = Resolver(context.cache_dir, context.file_hashes.sha256).resolve(str(model))
     half = Numerics("cpu", "cpu", "float16", "fast", Kernel.SDPA, False, 4096, 1)
     for _ in range(2):  # found out, then remembered
-        assert trusted(context, source, half, any_dtype=True).dtype == "bfloat16"
+        assert checked_numerics(context, source, half, any_dtype=True).dtype == "bfloat16"
     [said] = context.progress.warnings
     assert said.startswith(f"{source.name}: computed in bfloat16")
     assert why in said
@@ -65,10 +65,10 @@ def test_float16_that_nobody_asked_for_gives_way_to_bfloat16(tmp_path: Path, fac
 
 def test_weights_that_float16_cannot_hold_are_refused_with_the_way_out(tmp_path: Path) -> None:
     context = RunContext(open_store(tmp_path / "out"), tmp_path / "cache", Progress(quiet=True))
-    source = Resolver(context.cache_dir, context.digests.sha256).resolve(str(hot_model(tmp_path / "hot", 1e6)))
+    source = Resolver(context.cache_dir, context.file_hashes.sha256).resolve(str(hot_model(tmp_path / "hot", 1e6)))
     half = Numerics("cpu", "cpu", "float16", "fast", Kernel.SDPA, False, 4096, 1)
     with pytest.raises(ModelError, match=r"down_proj\.weight became infinite\. Say --dtype bfloat16"):
-        trusted(context, source, half)
+        checked_numerics(context, source, half)
 
 
 class Loaded(Exception):
@@ -76,8 +76,10 @@ class Loaded(Exception):
 
 
 def scorer_of(runner: Any, tmp_path: Path, device: str) -> None:
-    context = RunContext(open_store(tmp_path / "out"), tmp_path / "cache", Progress(quiet=True), device=device)
-    source = Resolver(context.cache_dir, context.digests.sha256).resolve(str(runner.models["reference"]))
+    context = RunContext(
+        open_store(tmp_path / "out"), tmp_path / "cache", Progress(quiet=True), ComputeSpec(device=device)
+    )
+    source = Resolver(context.cache_dir, context.file_hashes.sha256).resolve(str(runner.models["reference"]))
     CachedLogprobs(context, source, ON_GPU).scorer()
 
 

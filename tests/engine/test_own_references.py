@@ -15,7 +15,7 @@ from dpo_score.engine.executors.worker import Assignment, Worker
 from dpo_score.engine.model_logprobs import CachedLogprobs, FastPathRefusedError
 from dpo_score.engine.prepare import prepare
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.run import on_plain_path, run
+from dpo_score.engine.run import run, with_own_numerics
 from dpo_score.errors import ModelError
 from dpo_score.logprobs import numerics
 from dpo_score.storage.open import open_store
@@ -58,7 +58,7 @@ def test_it_goes_on_on_the_plain_path(runner: Any, bloom: Path, config: RunConfi
     assert not alone.failures
     own, expected = scores(config.out, "own"), scores(str(tmp_path / "alone"), "better")
     for side in ("chosen", "rejected"):
-        assert own[f"ref_{side}_logps"].equals(expected[f"ref_{side}_logps"])
+        assert (own[f"ref_{side}_logps"] - expected[f"ref_{side}_logps"]).abs().max() < 1e-4  # two passes
         assert own[f"policy_{side}_logps"].equals(scores(config.out, "plain")[f"policy_{side}_logps"])
 
 
@@ -95,7 +95,7 @@ def test_a_worker_that_began_before_reads_the_manifest_again(config: RunConfig) 
     refused = Assignment.of(job.references[1], (0, 1))
     with pytest.raises(FastPathRefusedError) as refusal:
         list(worker.work(refused))
-    job = on_plain_path(context, job, job.references[1], refusal.value)
+    job = with_own_numerics(context, job, job.references[1], refusal.value)
     for task in (job.references[1], job.policies[1]):
         assert [r.block for r in worker.work(Assignment.of(task, (0, 1))) if r.block is not None] == [0, 1]
 

@@ -32,11 +32,11 @@ def signalled(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, after: boo
     calls: list[int] = []
     real: Callable[..., Any] = getattr(place, name)
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **options: Any) -> Any:
         calls.append(1)
         if not after:
             signal.raise_signal(signal.SIGTERM)
-        found = real(*args)
+        found = real(*args, **options)
         if after:
             signal.raise_signal(signal.SIGTERM)
         return found
@@ -59,7 +59,7 @@ def test_a_look_at_committed_blocks_ends_at_the_next_one(
     runner(data, tmp_path / "out")
     before = results(tmp_path / "out")
     with monkeypatch.context() as patch:
-        looks = signalled(patch, due, "_look")
+        looks = signalled(patch, due, "next_action")
         assert stopped(runner, data, tmp_path / "out")
         assert len(looks) == 1
     runner(data, tmp_path / "out")
@@ -78,7 +78,7 @@ def test_a_look_for_a_policy_whose_folder_is_gone_ends_too(
     runner: Runner, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner(data, tmp_path / "out")
-    looks = signalled(monkeypatch, local, "record_name")
+    looks = signalled(monkeypatch, local, "missing_of")
     with pytest.raises(Interrupted):
         runner(data, tmp_path / "out", policy=[f"better={tmp_path}/nowhere"])
     assert len(looks) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import pytest
 from dpo_score.config.schema import RunConfig
 from dpo_score.engine import run as local
 from dpo_score.engine.context import RunContext
-from dpo_score.engine.executors import choose as engines
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError
+from dpo_score.export import precompute as stage
 from dpo_score.export.precompute import precompute
 from tests.run_fixtures import preference_rows, write_rows
 
@@ -26,7 +27,7 @@ def config(runner: Any, tmp_path: Path) -> RunConfig:
     return found
 
 
-class FakeCrew:
+class FakePool:
     """Workers of this machine; `worked`: folder and blocks of what they were given."""
 
     def __init__(self, context: RunContext) -> None:
@@ -36,26 +37,25 @@ class FakeCrew:
     def work(self, job: Any, task: Any, todo: Sequence[int]) -> None:
         assert (Path(job.config.out) / "manifest.json").is_file()
         self.worked.append((job.config.out, list(todo)))
-        local.work(self.context, job, *local.stage_work(self.context, job, task), todo)
+        local.compute_blocks(self.context, job, task, local.block_function(self.context, job, task), todo)
 
 
 def test_the_workers_of_the_engine_fill_the_cache(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, forwards: list[int]
 ) -> None:
-    crews: list[FakeCrew] = []
+    pools: list[FakePool] = []
 
     @contextmanager
-    def with_workers(engine: str, config: RunConfig, context: RunContext) -> Iterator[RunConfig]:
-        crews.append(FakeCrew(context))
-        context.pool = crews[-1]
-        yield config
+    def with_workers(config: RunConfig, context: RunContext) -> Iterator[tuple[RunConfig, RunContext]]:
+        pools.append(FakePool(context))
+        yield config, replace(context, workers=pools[-1])
 
-    monkeypatch.setattr(engines, "_crew_of", with_workers)
+    monkeypatch.setattr(stage, "with_workers", with_workers)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     compute = config.compute.model_copy(update={"engine": "ray"})
     found = precompute(config.model_copy(update={"compute": compute}), Progress(quiet=True))
-    assert (found.out, found.summary["scored"], [blocks for _, blocks in crews[0].worked]) == (None, 20, [[0]])
-    assert not Path(crews[0].worked[0][0]).exists()
+    assert (found.out, found.summary["scored"], [blocks for _, blocks in pools[0].worked]) == (None, 20, [[0]])
+    assert not Path(pools[0].worked[0][0]).exists()
     forwards.clear()
     precompute(config, Progress(quiet=True))
     assert forwards == []

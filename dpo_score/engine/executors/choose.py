@@ -1,75 +1,79 @@
-"""Which engine a run goes to: one process, replicas of a large model, a share of an array, a Ray cluster."""
+"""Who computes the blocks of a run: this process, one share of a job array, or workers of a Ray cluster.
+
+One worker, also one whose model is divided over several devices, is this process. More than one is Ray.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
 from importlib.util import find_spec
 
 from dpo_score.config.schema import RunConfig
-from dpo_score.engine import run as local
+from dpo_score.engine import run as one_process
 from dpo_score.engine.context import RunContext
-from dpo_score.engine.executors import job_array as shares
+from dpo_score.engine.executors import job_array
 from dpo_score.engine.finish import Outcome
-from dpo_score.engine.prepare import prepare
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.run import discard_results
 from dpo_score.errors import ConfigError
+
+INSTALL_RAY = "pip install 'dpo-score[ray]'"
+
+
+class Executor(Enum):
+    LOCAL = "local"
+    RAY = "ray"
 
 
 def run(config: RunConfig, progress: Progress, restart: bool = False) -> Outcome:
-    """Score every policy of `config`, wherever that happens. Raises as `local.run` does."""
-    engine = chosen(config, progress)
+    """Score every policy of `config`, wherever that happens. Raises as `engine.run.run` does."""
     if config.blocks is not None:
         if config.compute.engine == "ray":
             raise ConfigError("--blocks and --engine ray both divide the work: choose one")
-        return shares.run_share(config, progress, restart)
-    if engine == "local" and config.compute.tensor_parallel == 1:
-        return local.run(config, progress, restart)
-    with local.run_context(config, progress, local.check(config)) as context:
-        if restart:
-            discard_results(context.store)
-        with _crew_of(engine, config, context) as config:
-            plan, manifest = prepare(config, context)
-            failures = local.run_stages(context, plan, manifest)
-        return local.ended(context, plan, failures)
+        return job_array.run_share(config, progress, restart)
+    return one_process.run(config, progress, restart, with_workers)
 
 
-def with_workers(config: RunConfig, context: RunContext) -> AbstractContextManager[RunConfig]:
-    """`desk` with a crew where the engine has one; yields the configuration to go on with."""
-    return _crew_of(chosen(config, context.progress), config, context)
+@contextmanager
+def with_workers(config: RunConfig, context: RunContext) -> Iterator[tuple[RunConfig, RunContext]]:
+    """The configuration and the context to go on with: with workers where the executor has any."""
+    if choose_executor(config, context.progress) is Executor.LOCAL:
+        yield config, context
+        return
+    from dpo_score.engine.executors.ray import with_ray_workers
+
+    with with_ray_workers(config, context) as found:
+        yield found
 
 
-def _crew_of(engine: str, config: RunConfig, context: RunContext) -> AbstractContextManager[RunConfig]:
-    if engine == "ray":
-        from dpo_score.engine.executors import ray
-
-        return ray.with_workers(config, context)
-    if config.compute.tensor_parallel > 1:
-        from dpo_score.engine.executors import replicas
-
-        return replicas.with_workers(config, context)
-    return nullcontext(config)
-
-
-def chosen(config: RunConfig, progress: Progress) -> str:
-    """`local` or `ray`: `auto` is ray where an address is given, or several GPUs are visible and Ray is installed."""
+def choose_executor(config: RunConfig, progress: Progress) -> Executor:
+    """`auto` is Ray where an address is given, several workers are asked for, or there are GPUs for more than one
+    worker and Ray is installed. ConfigError for several workers without Ray.
+    """
     compute = config.compute
+    several = (compute.workers or 1) > 1
+    if compute.engine == "local" and several:
+        raise ConfigError(f"--workers {compute.workers} needs Ray, and --engine local is one worker: leave one out")
     if compute.engine != "auto":
-        return compute.engine
+        return Executor(compute.engine)
     if compute.ray_address is not None:
-        return "ray"
+        return Executor.RAY
+    if several and config.blocks is None:
+        if find_spec("ray") is None:
+            raise ConfigError(f"--workers {compute.workers} needs Ray, which is not installed: {INSTALL_RAY}")
+        return Executor.RAY
     gpus = _gpus() if compute.device in ("auto", "cuda") and compute.device_map is None else 1
-    if gpus < 2 or config.blocks is not None:
-        return "local"
+    idle = gpus - compute.tensor_parallel
+    if idle < compute.tensor_parallel or compute.workers == 1 or config.blocks is not None:
+        return Executor.LOCAL
     if find_spec("ray") is not None:
-        return "ray"
-    if compute.tensor_parallel > 1:
-        return "local"
+        return Executor.RAY
     progress.say(
-        f"{gpus - 1} of {gpus} GPUs stay idle: with Ray (pip install 'dpo-score[ray]') one run uses them all; without "
-        "it, --blocks 0/N … N-1/N, each process with its own CUDA_VISIBLE_DEVICES"
+        f"{idle} of {gpus} GPUs stay idle: with Ray ({INSTALL_RAY}) one run uses them all; without it, --blocks 0/N … "
+        "N-1/N, each process with its own CUDA_VISIBLE_DEVICES"
     )
-    return "local"
+    return Executor.LOCAL
 
 
 def _gpus() -> int:

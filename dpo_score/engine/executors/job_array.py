@@ -2,34 +2,34 @@
 
     dpo-score run PIPELINE --blocks 0/3     dpo-score run PIPELINE --blocks 1/3     …     dpo-score finish OUT
 
-Promises: each process works on its own contiguous run of blocks, stage one before stage two, under a lock of its own
-share; the first to come decides the numerics for all while the others wait; each writes down what it was asked for
-before it works, so that the end knows what to wait for; what N processes leave behind is what one would have left.
-Processes may be repeated, killed and run in any order. Not here: how blocks are computed (local.py).
-The folders OUT and, where it is not empty at the start, CACHE must be the same for all of them.
+Each process works on its own contiguous run of blocks, stage one before stage two, under a lock of its own share. The
+first to come decides the numerics for all while the others wait. Each writes down what it was asked for before it
+works, so that the end knows what must be there. N processes leave what one process would have left; they may be
+repeated, killed and run in any order. The folders OUT and, where it is not empty at the start, CACHE must be the same
+for all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 from itertools import groupby
 
 from dpo_score.config.load import dump_config
 from dpo_score.config.schema import PolicySpec, RunConfig
-from dpo_score.engine.context import RunContext
-from dpo_score.engine.finish import Outcome
+from dpo_score.engine.context import RunContext, run_context
+from dpo_score.engine.finish import Outcome, manifest_with_warnings
 from dpo_score.engine.plan import RunPlan
 from dpo_score.engine.prepare import prepare
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.resume import missing_of
-from dpo_score.engine.run import check, ended, run_context, run_stages
+from dpo_score.engine.run import checked_out, end_run, run_stages
 from dpo_score.errors import ConfigError, UsageError
 from dpo_score.results.source_text import stored_config
 from dpo_score.storage.base import Store
 from dpo_score.storage.commits import CommitRecord, read_records
 from dpo_score.storage.manifest import Manifest, read_manifest, reopen_manifest, save_manifest
 from dpo_score.storage.open import open_store
+from dpo_score.storage.stage import Stage
 
 PIPELINE = "pipeline.yaml"
 SHOWN_STAGES = 8
@@ -43,13 +43,15 @@ def run_share(config: RunConfig, progress: Progress, restart: bool = False) -> O
             "once, then start them"
         )
     index, shares = config.share
-    with run_context(config, progress, check(config), share=f"{index}-of-{shares}") as context:
-        plan, manifest = _begun(config, context)
+    with run_context(config, progress, checked_out(config), share=f"{index}-of-{shares}") as context:
+        plan, _ = _begun(config, context)
         progress.say(f"share {index} of {shares}: {len(list(plan.rows)):,} blocks, {plan.rows.mine:,} rows")
-        failures = run_stages(context, plan, manifest)
-        _keep_warnings(context)
+        failures = run_stages(context, plan)
+        with context.manifest_lock():
+            save_manifest(context.store, manifest_with_warnings(context))
     progress.say(f"share {index} of {shares} is done; when all are: dpo-score finish {config.out}")
-    return Outcome(str(config.out), {"policies": {}}, failures)
+    failed = {name: failure.reason for name, failure in failures.items() if not failure.waits}
+    return Outcome(str(config.out), {"policies": {}}, failed)
 
 
 def _begun(config: RunConfig, context: RunContext) -> tuple[RunPlan, Manifest]:
@@ -63,7 +65,7 @@ def _begun(config: RunConfig, context: RunContext) -> tuple[RunPlan, Manifest]:
                 plan, manifest = prepare(config, context)
                 _write_down(store, plan.config)
                 return plan, manifest
-    plan, manifest = prepare(config, context, opening=store.turn)
+    plan, manifest = prepare(config, context, lock=store.turn)
     with store.turn():
         _write_down(store, plan.config)
     return plan, manifest
@@ -89,16 +91,6 @@ def _others(store: Store, config: RunConfig) -> list[PolicySpec]:
     return [p.model_copy(update={"loss": p.loss or loss, "base": p.base or base}) for p in before.policies]
 
 
-def _keep_warnings(context: RunContext) -> None:
-    """What this process warned of, into the manifest that all share."""
-    with context.store.turn():
-        found = read_manifest(context.store)
-        assert found is not None
-        warnings = tuple(dict.fromkeys((*found.warnings, *context.progress.warnings)))
-        if warnings != found.warnings:
-            save_manifest(context.store, replace(found, warnings=warnings))
-
-
 def finish(out: str, progress: Progress, without: Sequence[str] = (), allowed: Collection[str] = ()) -> Outcome:
     """The summary, the card and the report of what the shares left, and state `complete`. Computes nothing.
 
@@ -111,15 +103,12 @@ def finish(out: str, progress: Progress, without: Sequence[str] = (), allowed: C
         assert found is not None
         config = _left(config, found, without)
         plan, _ = prepare(config, context, computes=False)
-        unscored = [
-            policy for policy in plan.policies if policy.failure and _missing(context.store, plan, policy.stage)
-        ]
+        unscored = [policy for policy in plan.policies if policy.failure and _missing(context, plan, policy.stage)]
         unnamed = sorted({*found.identities.policies} - {*without} - {policy.name for policy in plan.policies})
-        stages = [*(r.stage for r in plan.references), *(p.stage for p in plan.policies if p not in unscored)]
-        _refuse_missing(context.store, plan, [*stages, *(f"scores/{name}" for name in unnamed)], out)
+        stages = [task.stage for task in plan.tasks if task not in unscored]
+        _refuse_missing(context, plan, [*stages, *map(Stage.scores, unnamed)], out)
         _refuse_more(context.store, plan, out)
-        failed = [policy for policy in unscored if policy.name not in context.skipped]
-        return ended(context, plan, {policy.name: str(policy.failure) for policy in failed})
+        return end_run(context, plan, {policy.name: policy.failure for policy in unscored if policy.failure})
 
 
 def _begun_at(out: str, allowed: Collection[str]) -> RunConfig:
@@ -142,8 +131,8 @@ def _left(config: RunConfig, found: Manifest, without: Sequence[str]) -> RunConf
     return config.model_copy(update={"policies": tuple(p for p in config.policies if p.name not in without)})
 
 
-def _refuse_missing(store: Store, plan: RunPlan, stages: Sequence[str], out: str) -> None:
-    missing = {stage: blocks for stage in stages if (blocks := _missing(store, plan, stage))}
+def _refuse_missing(context: RunContext, plan: RunPlan, stages: Sequence[Stage], out: str) -> None:
+    missing = {stage: blocks for stage in stages if (blocks := _missing(context, plan, stage))}
     if not missing:
         return
     shown = [f"  {stage}: {_ranges(blocks)} of {len(list(plan.rows))} blocks" for stage, blocks in missing.items()]
@@ -157,16 +146,20 @@ def _refuse_missing(store: Store, plan: RunPlan, stages: Sequence[str], out: str
     )
 
 
-def _missing(store: Store, plan: RunPlan, stage: str) -> list[int]:
+def _missing(context: RunContext, plan: RunPlan, stage: Stage) -> list[int]:
     """Blocks that are not committed, or with fewer rows than are wanted now (an earlier --limit)."""
     size = plan.rows.block_rows
-    missing = missing_of(store, plan.rows, stage)
+    missing = missing_of(context, plan.rows, stage)
     return [block for start, stop in missing for block in range(start // size, -(-stop // size))]
 
 
 def _refuse_more(store: Store, plan: RunPlan, out: str) -> None:
     """Rows beyond --limit were not scored for nothing: the shares were not all started with one command."""
-    stops = [record.stop for record in read_records(store, "reference").values() if isinstance(record, CommitRecord)]
+    stops = [
+        record.stop
+        for record in read_records(store, Stage.reference().name).values()
+        if isinstance(record, CommitRecord)
+    ]
     scored = max(stops, default=0)
     if scored > plan.rows.wanted:
         raise UsageError(

@@ -1,11 +1,14 @@
-"""The same stages on a Ray cluster: one worker per replica holds the model and takes runs of blocks.
+"""The same stages on a Ray cluster: each worker holds the model and takes runs of blocks.
 
-    driver (lock, manifest, backlog) ──Assignment──▶ worker: reads, renders, computes, commits    ──Report──▶ driver
+    driver (lock, manifest, block queue) ──Assignment──▶ worker: reads, renders, computes, commits    ──Report──▶ driver
 
-Promises: bytes as a local run writes them; a run begun here is continued there and the other way round; a worker or
-node that is lost costs at most the blocks it had begun; errors, exit codes and signals are those of a local run. Ray
-places and restarts the workers and asks an autoscaler for nodes. Not promised: data, models, CACHE and OUT must be
-under the same paths, or on an object store, for all machines.
+The bytes are those of a run in one process; a run begun here is continued there and the other way round. A worker or
+node that is lost costs at most the blocks it had begun. Errors, exit codes and signals are those of a local run. Ray
+places the workers, starts a dead one again, on another node if it must, and asks an autoscaler for nodes. Data, models,
+CACHE and OUT must be under the same paths, or on an object store, for all machines.
+
+A worker is one actor with all the devices of one replica of the model, so they are on one node; the other ranks of a
+tensor-parallel group are its own child processes.
 """
 
 from __future__ import annotations
@@ -17,14 +20,15 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 from dpo_score.config.schema import RunConfig
 from dpo_score.engine.context import RunContext
-from dpo_score.engine.executors.pool import LostError, WorkerHandle, WorkerPool, explicit
+from dpo_score.engine.executors.pool import LostError, WorkerHandle, WorkerPool, shared_config
 from dpo_score.engine.executors.worker import Assignment, Report, Worker, WorkerReady
 from dpo_score.engine.signals import SIGNALS
 from dpo_score.errors import ConfigError, DpoScoreError
@@ -32,39 +36,35 @@ from dpo_score.models.numerics import Numerics
 from dpo_score.storage.manifest import read_manifest
 from dpo_score.storage.paths import alive
 
-if TYPE_CHECKING:
-    from types import ModuleType
-
 CONNECT_SECONDS = 10.0
 STARTS = 3
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+KILLED_SECONDS = 10.0
+COUNT_SECONDS = 10.0
+"""How long a count of the cluster's devices is good for: nodes join while a run works."""
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_COLOR_PREFIX": "0"}
 """No usage reports to anybody, and no advice about a default of Ray's that is not used here."""
 
 
 @contextmanager
-def with_workers(config: RunConfig, context: RunContext) -> Iterator[RunConfig]:
-    """The desk with a crew on a cluster; yields the configuration with what the machines must agree on spelt out."""
-    ray = _ray()
-    with _cluster(ray, config):
-        config = explicit(config, context, _threads(config))
-        with WorkerPool(RayBackend(ray, _device(ray, config, context)), config, context) as pool:
-            if read_manifest(context.store) is None:
-                pool.decide()
-            context.pool = pool
-            yield config
-
-
-def _ray() -> ModuleType:
+def with_ray_workers(config: RunConfig, context: RunContext) -> Iterator[tuple[RunConfig, RunContext]]:
+    """The context with workers on a cluster, and the configuration with what all machines must agree on."""
     if find_spec("ray") is None:
         raise ConfigError("--engine ray needs Ray, which is not installed: pip install 'dpo-score[ray]'")
     import ray
 
-    found: ModuleType = ray
-    return found
+    with _cluster(ray, config):
+        config = shared_config(config, context, _threads(config))
+        with WorkerPool(RayBackend(ray, _device(ray, config, context)), config, context) as pool:
+            if read_manifest(context.store) is None:
+                pool.decide()
+            yield config, replace(context, workers=pool)
+
+
+# --- the cluster ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _cluster(ray: Any, config: RunConfig) -> Iterator[None]:
+def _cluster(ray: ModuleType, config: RunConfig) -> Iterator[None]:
     """A cluster: the one this process has joined, else that at --ray-address or RAY_ADDRESS, else one made here."""
     if ray.is_initialized():
         yield
@@ -73,11 +73,11 @@ def _cluster(ray: Any, config: RunConfig) -> Iterator[None]:
         os.environ.setdefault(name, value)
     address = config.compute.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     _refuse_unreachable(address)
-    heard = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         _join(ray, address)
     finally:
-        for number, handler in heard.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
     try:
         yield
@@ -86,13 +86,13 @@ def _cluster(ray: Any, config: RunConfig) -> Iterator[None]:
 
 
 def _join(ray: Any, address: str) -> None:
-    """Connected afterwards. A cluster of its own that does not stand in time is begun again on a busy machine."""
+    """Connected afterwards. A cluster of its own that does not start in time is started again on a busy machine."""
     for again in reversed(range(STARTS)):
         try:
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"no Ray cluster at {address}: {' '.join(str(error).split())}") from None
-        except Exception as error:  # Ray has no narrower one for a node that did not stand within 30 s
+        except Exception as error:  # Ray has no narrower one for a node that did not start within 30 s
             ray.shutdown()
             if not again or address != "local":
                 raise DpoScoreError(
@@ -123,27 +123,6 @@ def _threads(config: RunConfig) -> int:
     return max(torch.get_num_threads() // config.compute.tensor_parallel, 1)
 
 
-def _device(ray: Any, config: RunConfig, context: RunContext) -> Device:
-    """As many GPUs as a replica has ranks where the run computes on GPUs, else --threads cores for each rank."""
-    there, asked, ways = ray.cluster_resources(), config.compute.device, config.compute.tensor_parallel
-    if ":" in asked:
-        raise ConfigError(f"--device {asked} names one GPU; Ray gives each worker its own: say --device cuda")
-    found = read_manifest(context.store)
-    if found is not None and found.numerics.get("run"):
-        asked = Numerics.from_json(found.numerics["run"]).device_kind
-    if asked == "cuda" or (asked == "auto" and int(there.get("GPU", 0))):
-        return Device(ways, ways, config.compute.workers)
-    return Device(int(config.compute.threads or 1) * ways, 0, config.compute.workers)
-
-
-# --- ray pool ------------------------------------------------------------
-
-
-KILLED_SECONDS = 10.0
-ROOM_SECONDS = 10.0
-"""How long a count of the cluster's devices is good for: nodes join while a run works."""
-
-
 @dataclass(frozen=True, slots=True)
 class Device:
     """What one worker asks of the cluster. `workers`: as many as were asked for, None for as many as fit."""
@@ -152,12 +131,28 @@ class Device:
     gpus: int
     workers: int | None = None
 
-    def room(self, resources: Mapping[str, float]) -> int:
-        """How many such workers a cluster has place for; one, that waits, where there is none."""
+    def capacity(self, resources: Mapping[str, float]) -> int:
+        """How many such workers a cluster has room for; one, that waits, where there is none."""
         if self.workers is not None:
             return self.workers
         there = resources.get("GPU", 0) if self.gpus else resources.get("CPU", 0)
         return max(int(there) // (self.gpus or self.cpus), 1)
+
+
+def _device(ray: Any, config: RunConfig, context: RunContext) -> Device:
+    """As many GPUs as a replica has ranks where the run computes on GPUs, else --threads cores for each rank."""
+    there, asked, ranks = ray.cluster_resources(), config.compute.device, config.compute.tensor_parallel
+    if ":" in asked:
+        raise ConfigError(f"--device {asked} names one GPU; Ray gives each worker its own: say --device cuda")
+    found = read_manifest(context.store)
+    if found is not None and found.numerics.get("run"):
+        asked = Numerics.from_json(found.numerics["run"]).device_kind
+    if asked == "cuda" or (asked == "auto" and int(there.get("GPU", 0))):
+        return Device(ranks, ranks, config.compute.workers)
+    return Device(int(config.compute.threads or 1) * ranks, 0, config.compute.workers)
+
+
+# --- workers ----------------------------------------------------------------------------------------------------------
 
 
 class RayWorkerHandle:
@@ -165,13 +160,13 @@ class RayWorkerHandle:
 
     def __init__(self, ray: Any, actor: Any) -> None:
         self._ray, self._actor = ray, actor
-        self._standing: WorkerReady | None = None
+        self._at: WorkerReady | None = None
         self._dead = self._streaming = False
         self.awaited: Any = None
-        self._stand()
+        self._ask_ready()
 
-    def _stand(self) -> None:
-        """Answered when the worker stands, however often it has to be started."""
+    def _ask_ready(self) -> None:
+        """Answered when the worker is ready, however often it has to be started."""
         self._dead = self._streaming = False
         self.awaited = self._actor.ready.options(max_task_retries=-1).remote()
 
@@ -211,22 +206,22 @@ class RayWorkerHandle:
         found: WorkerReady | Report = self._ray.get(self.awaited)
         self.awaited = None
         if isinstance(found, WorkerReady):
-            self._standing = found
+            self._at = found
         return found
 
     def restart(self) -> None:
         if not self._dead:
             self._ray.kill(self._actor, no_restart=False)
-        self._stand()
+        self._ask_ready()
 
     def kill(self) -> None:
         self._ray.kill(self._actor, no_restart=True)
 
-    def see_dead(self) -> None:
-        """On this machine the process is watched; on others Ray's word is taken."""
+    def wait_dead(self) -> None:
+        """On this machine the process is watched; of others Ray's word is taken."""
         with suppress(self._ray.exceptions.RayError):
             self._ray.get(self._actor.ready.remote(), timeout=KILLED_SECONDS)
-        found, until = self._standing, time.monotonic() + KILLED_SECONDS
+        found, until = self._at, time.monotonic() + KILLED_SECONDS
         while found is not None and found.host == platform.node() and alive(found.process):
             if time.monotonic() > until:
                 return
@@ -238,16 +233,16 @@ class RayBackend:
 
     def __init__(self, ray: Any, device: Device) -> None:
         self._ray, self._device = ray, device
-        self._room, self._counted = 0, -ROOM_SECONDS
+        self._capacity, self._counted = 0, -COUNT_SECONDS
         self._kind = ray.remote(num_cpus=device.cpus, num_gpus=device.gpus, max_restarts=-1, max_task_retries=0)(Worker)
 
     @property
-    def room(self) -> int:
-        """Counted anew after ROOM_SECONDS."""
+    def capacity(self) -> int:
+        """Counted anew after COUNT_SECONDS."""
         now = time.monotonic()
-        if now - self._counted >= ROOM_SECONDS:
-            self._room, self._counted = self._device.room(self._ray.cluster_resources()), now
-        return self._room
+        if now - self._counted >= COUNT_SECONDS:
+            self._capacity, self._counted = self._device.capacity(self._ray.cluster_resources()), now
+        return self._capacity
 
     @property
     def needs(self) -> str:

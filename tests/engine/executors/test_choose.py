@@ -13,6 +13,7 @@ from dpo_score.config.load import load_config
 from dpo_score.config.schema import RunConfig
 from dpo_score.engine.executors import choose as engines
 from dpo_score.engine.progress import Progress
+from dpo_score.errors import ConfigError
 
 PIPELINES = Path(__file__).parents[3] / "pipelines"
 
@@ -43,6 +44,9 @@ def config(**options: Any) -> RunConfig:
         (4, True, {"blocks": "0/4"}, "local"),
         (4, True, {"tensor_parallel": 2}, "ray"),
         (4, False, {"tensor_parallel": 2}, "local"),
+        (2, True, {"tensor_parallel": 2}, "local"),
+        (0, True, {"workers": 2}, "ray"),
+        (4, True, {"workers": 1}, "local"),
         (0, True, {"ray_address": "auto"}, "ray"),
         (0, False, {"engine": "ray"}, "ray"),
     ],
@@ -52,14 +56,25 @@ def test_several_gpus_and_ray_make_ray_the_default(
 ) -> None:
     monkeypatch.setattr(engines, "_gpus", lambda: gpus)
     monkeypatch.setattr(engines, "find_spec", lambda name: object() if ray else None)
-    assert engines.chosen(config(**options), Heard()) == engine
+    assert engines.choose_executor(config(**options), Heard()).value == engine
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"workers": 2}, "pip install 'dpo-score\\[ray\\]'"), ({"workers": 2, "engine": "local"}, "leave one out")],
+)
+def test_several_workers_need_ray(options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_gpus", lambda: 0)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=said):
+        engines.choose_executor(config(**options), Heard())
 
 
 def test_idle_gpus_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "_gpus", lambda: 8)
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
     heard = Heard()
-    engines.chosen(config(), heard)
+    engines.choose_executor(config(), heard)
     assert "7 of 8 GPUs stay idle" in heard.lines[0]
     assert "pip install 'dpo-score[ray]'" in heard.lines[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Here:
     def kill(self) -> None:
         self.alive = False
 
-    def see_dead(self) -> None:
+    def wait_dead(self) -> None:
         assert not self.alive
 
 
@@ -69,7 +70,7 @@ class Machine:
         self.hired: list[Here] = []
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         return self._rooms()
 
     def start_worker(self, config: RunConfig) -> WorkerHandle:
@@ -97,13 +98,13 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def scored(place: Machine, config: RunConfig, progress: Progress) -> None:
     with (
-        local.run_context(config, progress, local.check(config)) as context,
+        local.run_context(config, progress, local.checked_out(config)) as context,
         WorkerPool(place, config, context) as pool,
     ):
         pool.decide()
-        context.pool = pool
-        job, manifest = prepare.prepare(config, context)
-        local.ended(context, job, local.run_stages(context, job, manifest))
+        working = replace(context, workers=pool)
+        plan, _ = prepare.prepare(config, working)
+        local.end_run(context, plan, local.run_stages(working, plan))
 
 
 def test_room_that_comes_while_blocks_are_computed_is_used(runner: Runner, data: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def ray() -> Iterator[Any]:
     """A cluster of two one-core workers on this machine, as long as this file's tests."""
     module = pytest.importorskip("ray")
     os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        [str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
     module.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield module

@@ -45,8 +45,8 @@ def reporters(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def noted(hand: RayWorkerHandle) -> Any:
         said = answer(hand)
-        if isinstance(said, Report) and hand._standing is not None:
-            found.append(hand._standing.process)
+        if isinstance(said, Report) and hand._at is not None:
+            found.append(hand._at.process)
         return said
 
     monkeypatch.setattr(RayWorkerHandle, "answer", noted)

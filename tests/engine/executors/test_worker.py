@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from dpo_score.config.schema import RunConfig
-from dpo_score.engine.context import RunContext
-from dpo_score.engine.executors.pool import explicit
+from dpo_score.engine.context import RunContext, open_context
+from dpo_score.engine.executors.pool import shared_config
 from dpo_score.engine.executors.worker import Assignment, Report, Worker
 from dpo_score.engine.prepare import prepare
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.run import open_context
 from dpo_score.errors import IdentityError
 from dpo_score.logprobs import scorer
 from dpo_score.storage.commits import CommitRecord, read_record, record_name
@@ -27,7 +26,7 @@ from tests.run_fixtures import preference_rows, write_rows
 BLOCKS = 3
 
 
-def desk_of(config: RunConfig) -> RunContext:
+def context_of(config: RunConfig) -> RunContext:
     return open_context(config, Progress(quiet=True), open_store(str(config.out)))
 
 
@@ -41,7 +40,7 @@ def config(runner: Any, tmp_path: Path) -> RunConfig:
 @pytest.fixture
 def assignment(config: RunConfig) -> Assignment:
     """All of stage one."""
-    job, _ = prepare(config, desk_of(config))
+    job, _ = prepare(config, context_of(config))
     return Assignment.of(job.references[0], tuple(range(BLOCKS)))
 
 
@@ -60,7 +59,7 @@ def test_a_digest_of_each_record_returns_and_nothing_that_grows_with_rows(
         assert isinstance(record, CommitRecord)
         assert report.record == digest(record.to_json())
         assert report.rows == record.stop - record.start == 64
-        assert len(pickle.dumps(replace(report, said=(), warned=()))) < 512
+        assert len(pickle.dumps(replace(report, lines=(), warnings=()))) < 512
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -77,7 +76,7 @@ def test_a_worker_computes_with_the_threads_of_the_run_whatever_its_machine_has(
     monkeypatch.setattr(scorer.PairScorer, "_score_unique", counted)
     compute = config.compute.model_copy(update={"threads": threads})
     config = config.model_copy(update={"compute": compute})
-    job, _ = prepare(config, desk_of(config))
+    job, _ = prepare(config, context_of(config))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -89,9 +88,9 @@ def test_a_worker_computes_with_the_threads_of_the_run_whatever_its_machine_has(
 
 def test_the_driver_spells_out_threads_and_cache_for_all_machines(config: RunConfig) -> None:
     unsaid = config.model_copy(update={"compute": config.compute.model_copy(update={"threads": None})})
-    assert explicit(unsaid, desk_of(unsaid), 7).compute.threads == 7
-    prepare(config, desk_of(config))
-    found = explicit(unsaid, desk_of(unsaid), 7)
+    assert shared_config(unsaid, context_of(unsaid), 7).compute.threads == 7
+    prepare(config, context_of(config))
+    found = shared_config(unsaid, context_of(unsaid), 7)
     assert found.compute.threads == 1
     assert Path(str(found.cache_dir)).is_absolute()
 

@@ -1,4 +1,4 @@
-"""Models larger than a device: two replicas of two ranks each on this machine, over gloo."""
+"""Models larger than a device: groups of two ranks on this machine, over gloo; one in this process, two on Ray."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import psutil
 import pytest
 
 from dpo_score.api import score
-from dpo_score.config.load import load_config
 from dpo_score.engine.executors import choose as engines
-from dpo_score.engine.executors.replicas import gpu_replicas
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError, IdentityError, Interrupted
 from dpo_score.results.verify.verify import verify
@@ -71,17 +69,17 @@ class Watching(AtRow):
         self.most = max(self.most, len(ranks()))
 
 
-def test_two_replicas_stopped_resumed_and_one_rank_killed(runner: Any, data: Path, tmp_path: Path) -> None:
-    """The bytes of one replica in this process, and the rows of a whole model within its noise."""
-    one, split = (runner.config(data, tmp_path / "split", tensor_parallel=2, workers=count) for count in (1, 2))
+def test_one_group_stopped_resumed_and_a_rank_killed(runner: Any, data: Path, tmp_path: Path) -> None:
+    """In this process, without Ray: the bytes of an undisturbed run, and the rows of a whole model within its noise."""
+    split = runner.config(data, tmp_path / "split", tensor_parallel=2)
     with pytest.raises(Interrupted) as stopped:
-        engines.run(one, AtRow(2, lambda: os.kill(os.getpid(), signal.SIGINT)))
+        engines.run(split, AtRow(2, lambda: os.kill(os.getpid(), signal.SIGINT)))
     assert stopped.value.exit_code == 130
     assert gone()
     progress = Watching()
     engines.run(split, progress)
-    assert progress.most == 2
-    assert [line for line in progress.warnings if "a worker was lost" in line], progress.warnings
+    assert progress.most == 1
+    assert [line for line in progress.warnings if "its processes are started again" in line], progress.warnings
     verify(str(tmp_path / "split")).raise_damage()
     assert gone()
     runner(data, tmp_path / "one", tensor_parallel=2, cache_dir=str(tmp_path / "one-cache"))
@@ -89,6 +87,29 @@ def test_two_replicas_stopped_resumed_and_one_rank_killed(runner: Any, data: Pat
     assert results(tmp_path / "split") == results(tmp_path / "one")
     runner(data, tmp_path / "whole")
     refuse_differences(scores(tmp_path / "split"), scores(tmp_path / "whole"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_groups_on_ray_and_a_rank_killed(
+    runner: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes of one group in one process."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]), prepend=os.pathsep)
+    runner(data, tmp_path / "one", tensor_parallel=2)
+    progress = Watching()
+    shared = runner.config(
+        data, tmp_path / "two", tensor_parallel=2, workers=2, engine="ray", cache_dir=str(tmp_path / "two-cache")
+    )
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        engines.run(shared, progress)
+    finally:
+        ray.shutdown()
+    assert progress.most == 2
+    assert [line for line in progress.warnings if "a worker was lost" in line], progress.warnings
+    verify(str(tmp_path / "two")).raise_damage()
+    assert results(tmp_path / "two") == results(tmp_path / "one")
 
 
 def refuse_differences(ours: pl.DataFrame, theirs: pl.DataFrame) -> None:
@@ -111,7 +132,7 @@ def test_other_numerics_than_those_of_a_whole_model(
         runner(data, tmp_path / "parts", limit=64, tensor_parallel=2, path="plain")
 
 
-def test_what_a_replica_refuses_is_refused_here(runner: Any, data: Path, tmp_path: Path) -> None:
+def test_what_does_not_divide_is_refused(runner: Any, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="2 key-value heads"):
         engines.run(runner.config(data, tmp_path / "out", tensor_parallel=4), QUIET)
     assert not (tmp_path / "out/manifest.json").exists()
@@ -120,28 +141,3 @@ def test_what_a_replica_refuses_is_refused_here(runner: Any, data: Path, tmp_pat
 def test_pairs_in_memory_are_not_dealt_out(models: Any) -> None:
     with pytest.raises(ConfigError, match="use run"):
         score(preference_rows(3), policy=models["better"], reference=models["reference"], tensor_parallel=2)
-
-
-@pytest.mark.parametrize(
-    ("visible", "ways", "workers", "replicas"),
-    [("0,1,2,3", 2, None, ["0,1", "2,3"]), ("4,5,6", 2, None, ["4,5"]), ("0,1,2,3", 2, 1, ["0,1"]), ("7", 1, 1, ["7"])],
-)
-def test_devices_are_dealt_out_to_replicas(
-    visible: str, ways: int, workers: int | None, replicas: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    config = load_config(None, {"data": ["a"], "tensor_parallel": ways, "workers": workers}, environment={})
-    assert gpu_replicas(config) == replicas
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"tensor_parallel": 4}, "only 3 CUDA devices are visible"),
-        ({"tensor_parallel": 2, "workers": 2}, "needs 4 GPUs; 3 are visible"),
-    ],
-)
-def test_more_devices_than_there_are(options: dict[str, int], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
-    with pytest.raises(ConfigError, match=said):
-        gpu_replicas(load_config(None, {"data": ["a"], **options}, environment={}))

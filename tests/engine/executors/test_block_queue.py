@@ -33,13 +33,13 @@ def test_the_last_runs_are_short() -> None:
 def test_what_was_lost_comes_first() -> None:
     backlog = BlockQueue(range(10))
     assert backlog.take(1) == (0, 1, 2, 3, 4)
-    backlog.lost([3, 4])
+    backlog.put_back([3, 4])
     assert backlog.take(1)[0] == 3
 
 
 def test_a_block_that_kills_its_workers_ends_the_run() -> None:
     backlog = BlockQueue([5])
     for _ in range(ATTEMPTS - 1):
-        backlog.lost(backlog.take(1))
+        backlog.put_back(backlog.take(1))
     with pytest.raises(StorageError, match="block 5 has cost 3 workers"):
-        backlog.lost(backlog.take(1))
+        backlog.put_back(backlog.take(1))

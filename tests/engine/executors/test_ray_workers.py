@@ -86,7 +86,7 @@ def test_what_ray_cannot_do_is_one_paragraph(how: str) -> None:
 def test_the_end_waits_for_no_worker_whatever_it_died_of() -> None:
     ray, hand = at_work(DEATHS["memory monitor"])
     hand.kill()
-    hand.see_dead()
+    hand.wait_dead()
     assert ray.kills == [True]
 
 
@@ -101,16 +101,16 @@ def test_the_end_waits_for_no_worker_whatever_it_died_of() -> None:
     ],
 )
 def test_room_is_what_fits_unless_a_number_is_asked_for(device: Device, room: int) -> None:
-    assert device.room({"GPU": 5.0, "CPU": 12.0}) == room
-    assert Device(1, 1).room({"CPU": 4.0}) == 1, "a worker that waits asks an autoscaler for its node"
+    assert device.capacity({"GPU": 5.0, "CPU": 12.0}) == room
+    assert Device(1, 1).capacity({"CPU": 4.0}) == 1, "a worker that waits asks an autoscaler for its node"
 
 
 def test_devices_of_nodes_that_joined_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     there: Mapping[str, float] = {"CPU": 2.0}
     cluster = SimpleNamespace(remote=lambda **_: lambda kind: kind, cluster_resources=lambda: there)
     place = RayBackend(cluster, Device(1, 0))
-    assert place.room == 2
+    assert place.capacity == 2
     there = {"CPU": 6.0}
-    assert place.room == 2, "counted a moment ago"
-    monkeypatch.setattr(ray_crew, "ROOM_SECONDS", 0.0)
-    assert place.room == 6
+    assert place.capacity == 2, "counted a moment ago"
+    monkeypatch.setattr(ray_crew, "COUNT_SECONDS", 0.0)
+    assert place.capacity == 6
