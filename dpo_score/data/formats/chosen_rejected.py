@@ -61,6 +61,7 @@ SIDE_NAMES = (
     ("chosen", "rejected"),
     *((f"chosen_{ending}", f"rejected_{ending}") for ending in _SIDE_ENDINGS),
     ("response", "rejected_response"),
+    ("output", "rejected_response"),
     ("chosen", "reject"),
     ("preferred", "dispreferred"),
     ("preferred", "rejected"),
@@ -301,9 +302,14 @@ def hh_transcript(row: Row, options: ReadOptions) -> Found:
 @preference_format(
     name="messages-full",
     code="F3",
-    needs=(Column("prompt", is_text, also=PROMPT_NAMES[1:], optional=True), *_sides(is_messages)),
-    unless=lambda shapes: is_turns(shapes.get("prompt")) or is_messages(shapes.get("conversations")),
-    columns="chosen, rejected: message lists that both begin with the prompt (a prompt string beside them is not read)",
+    needs=(Column("prompt", is_text, also=PROMPT_NAMES[1:], optional=True), *_sides(is_turns)),
+    unless=lambda shapes: (
+        is_turns(shapes.get("prompt"))
+        or is_messages(shapes.get("conversations"))
+        or (is_message(shapes.get("chosen")) and not text_prompts(shapes))
+    ),
+    columns="chosen, rejected: message lists that both begin with the prompt (a prompt string beside them is not "
+    "read), or that hold the answer alone beside a prompt string",
     polarity=CHOSEN_IS_BETTER,
     content=Content.CONVERSATION,
     beside=("messages", "question", "conversation", "generation_prompt", "all_generated_responses"),

@@ -177,6 +177,12 @@ def _way_out(view: Shapes, names: ColumnMap) -> str:
     prompts = [name for name in PROMPT_LIKE if name in view]
     if names_its_sides(view) and prompts:
         name, shape = names[prompts[0]], view[prompts[0]]
+        if name == "prompt" and (is_text(shape) or is_messages(shape)):
+            sides = " and ".join(f"{names[side]} ({str(view[side])[:120]})" for side in ("chosen", "rejected"))
+            return (
+                f"Beside such a prompt, {sides} should be strings or messages (role and content), both of one type. "
+                "Change the columns, or name others with --map chosen=COLUMN,rejected=COLUMN."
+            )
         if is_text(shape) or is_messages(shape):
             return (
                 f"Column {name!r} looks like the prompt: say --map prompt={name}, or --map prompt=COLUMN for another."

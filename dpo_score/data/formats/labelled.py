@@ -40,6 +40,7 @@ from dpo_score.data.formats.cells import (
     label_cell,
     list_cell,
     number_cell,
+    optional_text,
     struct_item,
     text_cell,
     text_inside,
@@ -105,11 +106,12 @@ def helpsteer3(row: Row, options: ReadOptions) -> Found:
         PROMPT,
         Column("response_0", is_text),
         Column("response_1", is_text),
-        Column("better_response_id", is_number, optional=True),
-        Column("safer_response_id", is_number, optional=True),
+        Column("better_response_id", is_label, optional=True),
+        Column("safer_response_id", is_label, optional=True),
     ),
     unless=lambda shapes: (
-        names_its_sides(shapes) or not {"better_response_id", "safer_response_id"}.intersection(shapes)
+        names_its_sides(shapes)
+        or not any(is_label(shapes.get(f"{which}_response_id")) for which in ("better", "safer"))
     ),
     columns="prompt, response_0, response_1: strings; better_response_id and/or safer_response_id: 0 or 1",
     polarity="the response that better_response_id (or, as --preference says, safer_response_id) numbers is better",
@@ -348,6 +350,8 @@ def ab_text(row: Row, options: ReadOptions) -> Found:
         Column("chosen_model_name", is_text),
         Column("both_equal", is_label, optional=True),
         Column("turn", is_number, optional=True),
+        Column("system_prompt_a", is_text, optional=True),
+        Column("system_prompt_b", is_text, optional=True),
     ),
     unless=lambda shapes: names_its_sides(shapes) or "winner" in shapes,
     columns="conversation_a, conversation_b: message lists; model_a_name, model_b_name, chosen_model_name: strings; "
@@ -358,6 +362,11 @@ def ab_text(row: Row, options: ReadOptions) -> Found:
 def chosen_model(row: Row, options: ReadOptions) -> Found:
     first, second = _judged(row)
     context = same_context(first, second, "conversation_a, conversation_b")
+    systems = [optional_text(row, f"system_prompt_{side}") for side in "ab"]
+    if systems[0] != systems[1]:
+        raise Unusable("context_mismatch", "the two models had different system prompts", "system_prompt_a", systems[0])
+    if systems[0]:
+        context = ({"role": "system", "content": systems[0]}, *context)
     return ordered(context, first[-1:], second[-1:], _chosen_model(row), options, "both_equal")
 
 

@@ -189,6 +189,10 @@ LABELS = [
     Case("other roles stay as they are", "messages-full",
          [{side: [user("q"), {"role": "critic", "content": "c"}, bot(text)] for side, text in SIDES.items()}],
          [("user q|critic c", YES, NO)]),
+    *(Case(f"an index of the better answer as {type(zero).__name__}", "better-id",
+           [{"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": label}
+            for label in (zero, one)], [A, B])
+      for zero, one in ((False, True), ("0", "1"))),
     *(Case(f"SHP with labels as {type(true).__name__} {true}", "ab-label/shp",
            [{"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": label} for label in (true, false)],
            [A, B])
@@ -247,6 +251,14 @@ FORMS = [
            "conversation_b": chat("yes", "q"), "chosen_model_name": name, "both_equal": equal}
           for name, equal in (("y", False), ("z", False), (None, True))],
          [("user q", YES, NO), "invalid_label", "tie"]),
+    Case("compar:IA with system prompts", "ab-label/chosen-model",
+         [{"model_a_name": "x", "model_b_name": "y", "conversation_a": chat("yes", "q"), "chosen_model_name": "x",
+           "conversation_b": chat("no", "q"), "system_prompt_a": "Be kind", "system_prompt_b": text}
+          for text in ("Be kind", "Be rude")], [("system Be kind|user q", YES, NO), "context_mismatch"]),
+    Case("ms-swift alpaca with a rejected response", "pair-text/alpaca",
+         [{"instruction": "q", "input": "", "output": "yes", "rejected_response": "no"}], [("q", "yes", "no")]),
+    Case("a prompt string and single messages", "messages-full",
+         [{"prompt": "q", "chosen": bot("yes"), "rejected": bot("no")}], [("user q", YES, NO)]),
     Case("RMB", "messages-explicit/answer-structs",
          [{"conversation_input": [user("q")], "chosen": {"answer": "yes"}, "reject": {"answer": "no"}}],
          [("user q", YES, NO)]),
@@ -319,6 +331,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
         {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "system": "Be kind"}, {"system": "system"},
         "--map system=… is not read by ids",
     ),
+    "sides that are no answers": (
+        {"prompt": "q", "chosen": {"a": 1}, "rejected": {"a": 2}}, {}, "should be strings or messages"),
     "KTO": ({"prompt": "q", "completion": "a", "label": True}, {}, "DPO needs pairs"),
     "KTO in LLaMA-Factory's words": (
         {"instruction": "q", "input": "", "output": "a", "kto_tag": True}, {}, "DPO needs pairs"),
