@@ -15,7 +15,7 @@ from dpo_score.logprobs.types import Values
 def to_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     """A copy on the device (on a CPU the array itself); to CUDA from pinned memory, so that the host goes on."""
     tensor = torch.from_numpy(array)
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

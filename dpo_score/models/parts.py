@@ -152,7 +152,10 @@ def _matches(anatomy: ModelParts) -> bool:
     rows = int(embedding.weight.shape[0])
     ids = torch.arange(7, 13, device=anatomy.device)[None] % rows
     own = model(input_ids=ids, use_cache=False).logits[0].float()
-    ours = head.logits(anatomy.hidden(ids)[0])
+    hidden = anatomy.hidden(ids)[0]
+    if head.weight is not None and hidden.shape[-1] != head.weight.shape[1]:  # more than a linear layer lies between
+        return False
+    ours = head.logits(hidden)
     if head.group is None:
         return _alike(ours, own, model.dtype)
     return head.group.agreed(_alike(ours, own[:, head.first : head.first + head.vocabulary], model.dtype), own.device)

@@ -92,7 +92,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"num_key_value_heads": 4},
     **{key: {"num_key_value_heads": 4} for key in ("deepseek_v2", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite")},
     **{key: {"num_key_value_heads": 4} for key in ("axk1", "axk2", "bailing_hybrid")},
-    "codegen": {"rotary_dim": 8},
+    **{key: {"num_key_value_heads": 4} for key in ("kimi_linear", "longcat_flash", "minicpm3", "youtu")},
+    **{key: {"rotary_dim": 8} for key in ("codegen", "gptj")},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "zaya": {"num_experts_per_tok": 1},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2, "num_hidden_layers": None},
+    "roc_bert": {"pronunciation_vocab_size": 32, "shape_vocab_size": 32},
+    "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 32]},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"], "intermediate_size": 64,
                      "activation_sparsity_pattern": None, "laurel_rank": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -101,7 +109,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xlm": {"n_heads": 4, "emb_dim": 32, "n_words": VOCAB, "causal": True},
     "mpt": {"n_heads": 4},
     "ctrl": {"n_embd": 32, "dff": 64},
-    "reformer": {"attn_layers": ["local", "lsh"]},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": WINDOW},
 }  # fmt: skip
 LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
@@ -190,7 +197,9 @@ def tiny(name: str) -> Any:
 
 def _config(kind: str, given: dict[str, Any], changes: dict[str, Any]) -> Any:
     """The configuration with what it takes of `given`; some attributes are only views of others."""
-    given = {**given, **SPECIAL.get(kind, {}), **changes}
+    given = {
+        k: v for k, v in {**given, **SPECIAL.get(kind, {}), **changes}.items() if (k, v) != ("num_hidden_layers", None)
+    }
     while True:
         try:
             return AutoConfig.for_model(kind, **given)
