@@ -75,7 +75,13 @@ def no_runtime_is_asked_for(monkeypatch):
     """What a CPU build does through the device's runtime before it reaches an operator, by operators alone."""
     if torch.cuda.is_available():
         return
-    by_operators = {"__getitem__": indexed, "__setitem__": assigned, "contiguous": contiguous, "copy_": copied}
+    by_operators = {
+        "__getitem__": indexed,
+        "__setitem__": assigned,
+        "contiguous": contiguous,
+        "copy_": copied,
+        "bool": lambda tensor: torch.ops.aten._to_copy.default(tensor, dtype=torch.bool),
+    }
     for name, ours in by_operators.items():
         own = getattr(torch.Tensor, name)
 
