@@ -9,6 +9,7 @@ import typer
 
 from dpo_score.cli.options import AsJson, Quiet, with_settings
 from dpo_score.config.schema import FIRST
+from dpo_score.errors import ConfigError
 
 Pipeline = Annotated[str | None, typer.Argument(metavar="PIPELINE.yaml", help="a pipeline file; options override it")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done; score nothing", rich_help_panel=FIRST)]
@@ -62,6 +63,8 @@ def run(
     probe: Annotated[bool, typer.Option("--probe", help="score three packs; print rows/s and hours")] = False,
     price_per_hour: Annotated[float | None, typer.Option(help="with --probe: print money, too")] = None,
     by_subset: Annotated[bool, typer.Option("--by-subset", help="a table line per subset, too")] = False,
+    watch: Annotated[float | None, typer.Option(help="look for new checkpoints every so many seconds")] = None,
+    until: Annotated[int | None, typer.Option(help="with --watch: end when this step is scored")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="ask nothing")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -76,6 +79,21 @@ def run(
     from dpo_score.engine.executors import choose
     from dpo_score.engine.progress import Progress
 
+    if watch is not None:
+        from dpo_score.engine import watch as watching
+
+        if restart or dry_run or probe:
+            raise ConfigError("--watch does not go together with --restart, --dry-run or --probe: leave one out")
+        last = watching.watch(
+            lambda: load_config(pipeline, settings),
+            Progress(quiet),
+            watch,
+            until,
+            finished=lambda outcome: console.outcome(outcome, as_json=as_json, by_subset=by_subset),
+        )
+        if last is not None:
+            last.raise_failures()
+        return
     config, progress = load_config(pipeline, settings), Progress(quiet)
     if dry_run or probe:
         found = preview.probe(config, progress, price_per_hour) if probe else preview.dry_run(config, progress)
