@@ -232,7 +232,7 @@ class LocalStore:
         return kept
 
     def sweep(self) -> tuple[str, ...]:
-        """Remove unfinished files of dead processes of this host, and day-old ones of others; returns their names."""
+        """Remove unfinished files of this machine's dead processes, and day-old ones of others; returns the names."""
         stale: list[str] = []
         with suppress(StorageError):  # the workshop of a shared cache may be closed to this user
             stale += [name for name in self.list(names.WORK) if self._is_stale(name)]
@@ -244,7 +244,7 @@ class LocalStore:
         match = names.TEMP.search(name)
         if match is None:
             return False
-        if match["host"] != names.host_tag():
+        if match["machine"] != names.machine():
             found = self.stat(name)
             return found is not None and time.time() - found.modified > FOREIGN_TEMP_SECONDS
         if int(match["pid"]) == os.getpid():

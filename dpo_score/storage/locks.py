@@ -41,8 +41,9 @@ SHARE_SECONDS = 10.0
 
 
 def owner() -> dict[str, Any]:
-    """This process, for the message another one will print."""
-    return {"pid": os.getpid(), "host": socket.gethostname(), "start": datetime.now(UTC).isoformat(timespec="seconds")}
+    """This process, for the message another one will print, and where its process number holds (`paths.machine`)."""
+    start = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"pid": os.getpid(), "host": socket.gethostname(), "machine": names.machine(), "start": start}
 
 
 def busy(where: str | Path, found: Mapping[str, Any]) -> UsageError:
@@ -87,6 +88,8 @@ def moment(path: Path) -> Iterator[None]:
 
 RENEW_SECONDS = 30.0
 TAKEOVER_SECONDS = 300.0
+WATCH_SECONDS = 40.0
+"""How long a lease of another machine that seems to have run out is watched before it is taken over."""
 HELD_SECONDS = 240.0
 WHOLE = "lease"
 """The lease of a whole run; others are of one share of a run, or of a turn among shares."""
@@ -153,8 +156,8 @@ def _generations(store: Store) -> dict[str, int]:
 def refuse_shares(store: Store) -> None:
     """The UsageError that names the living holder of a share, if there is one."""
     for kind, generation in _generations(store).items():
-        found = _read(store, _name(kind, generation)) if kind.startswith("share-") else {}
-        if _holds(found, time.time()):
+        found = _in_force(store, _name(kind, generation)) if kind.startswith("share-") else None
+        if found is not None:
             raise busy(store.url(), found)
 
 
@@ -162,8 +165,8 @@ def acquire(store: Store, kind: str = WHOLE) -> Lease:
     """The next generation, or the UsageError that names its living holder."""
     last = newest(store, kind)
     if last:
-        found = _read(store, _name(kind, last))
-        if _holds(found, time.time()):
+        found = _in_force(store, _name(kind, last))
+        if found is not None:
             raise busy(store.url(), found)
     lease = Lease(store, last + 1, owner() | {"token": secrets.token_hex(8)}, time.time(), kind=kind)
     won = _write(store, lease.name, lease.holder | {"renewed": lease.renewed}, if_absent=True)
@@ -191,12 +194,38 @@ def acquired(store: Store, kind: str, seconds: float) -> Lease:
 
 def _holds(found: dict[str, Any], now: float) -> bool:
     """Whether a lease is in force: renewed of late, and its process not known to be dead."""
-    if abs(now - float(found.get("renewed", 0.0))) >= TAKEOVER_SECONDS:  # a clock set back must not hold for ever
+    if abs(now - _number(found, "renewed")) >= TAKEOVER_SECONDS:  # a clock set back must not hold for ever
         return False
-    if found.get("host") != owner()["host"]:
+    if found.get("machine") != owner()["machine"]:
         return True
-    pid = int(found.get("pid", 0))
+    pid = int(_number(found, "pid"))
     return found.get("token") in _tokens if pid == os.getpid() else names.alive(pid)
+
+
+def _number(found: Mapping[str, Any], name: str) -> float:
+    """A field of a lease that another process wrote; 0 where it holds no number."""
+    value = found.get(name)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _in_force(store: Store, name: str) -> dict[str, Any] | None:
+    """What a lease says of its holder, None when it may be taken over.
+
+    The clocks of two machines may differ, so one that seems to have run out is watched for longer than a holder waits
+    between two renewals: a live one is renewed meanwhile.
+    """
+    found = _read(store, name)
+    if _holds(found, time.time()):
+        return found
+    if not found or found.get("machine") == owner()["machine"]:
+        return None
+    until = time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < until:
+        time.sleep(min(POLL_SECONDS, WATCH_SECONDS))
+        again = _read(store, name)
+        if again and again.get("renewed") != found.get("renewed"):
+            return again
+    return None
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Names inside a store: POSIX-relative, never leaving it; and the names of files that are not finished.
 
-A temporary file is `.work/<name>.tmp-<pid>-<host><random>`: the process that owns it can be told, so a later
-run sweeps what a dead process left and never touches what a living one writes.
+A temporary file is `.work/<name>.tmp-<pid>-<machine><random>`: the process that writes it can be told, so a later
+run sweeps what a dead process left and never touches what a living one writes. A process number means something only
+where it was given: on one host, since its last start, in one PID namespace (two containers may share a host's name).
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import os
 import re
 import secrets
 import socket
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 
 from dpo_score.errors import UsageError
 
 WORK = ".work"
 QUARANTINE = f"{WORK}/quarantine"
-TEMP = re.compile(r"\.tmp-(?P<pid>\d+)-(?P<host>[0-9a-f]{8})(?P<rand>[0-9a-f]{8})$")
+TEMP = re.compile(r"\.tmp-(?P<pid>\d+)-(?P<machine>[0-9a-f]{8})(?P<rand>[0-9a-f]{8})$")
 
 
 def checked(name: str) -> str:
@@ -30,14 +34,24 @@ def checked(name: str) -> str:
     return name
 
 
-def host_tag() -> str:
-    """Eight hexadecimal digits that stand for this host."""
-    return hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+@cache
+def machine() -> str:
+    """Eight hexadecimal digits that stand for where process numbers of this process hold.
+
+    Made of the host's name, the id of its last start and the PID namespace; where the system tells neither of the
+    last two, of the name alone.
+    """
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip())
+    with suppress(OSError):
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=4).hexdigest()
 
 
 def temp_name(name: str) -> str:
     """A fresh unfinished name for `name`; long names are cut, since only the ending matters."""
-    return f"{WORK}/{name.rsplit('/', 1)[-1][:60]}.tmp-{os.getpid()}-{host_tag()}{secrets.token_hex(4)}"
+    return f"{WORK}/{name.rsplit('/', 1)[-1][:60]}.tmp-{os.getpid()}-{machine()}{secrets.token_hex(4)}"
 
 
 def quarantine_name(name: str) -> str:
@@ -46,7 +60,7 @@ def quarantine_name(name: str) -> str:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this host runs under `pid`."""
+    """Whether a process of this machine runs under `pid`; ask only of a process number that this machine gave."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

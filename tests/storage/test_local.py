@@ -340,7 +340,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 
 
 def _leftover(store: LocalStore, pid: int, host: str | None = None, age: float = 0.0) -> str:
-    name = f".work/part.parquet.tmp-{pid}-{host or names.host_tag()}{'0' * 8}"
+    name = f".work/part.parquet.tmp-{pid}-{host or names.machine()}{'0' * 8}"
     store.write_bytes(name, b"half")
     os.utime(store.root / name, ((store.root / name).stat().st_mtime - age,) * 2)
     return name

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import fsspec
 import pytest
 
 from dpo_score.errors import StorageError, UsageError
-from dpo_score.storage import locks
+from dpo_score.storage import locks, paths
 from dpo_score.storage.base import Store
 from dpo_score.storage.open import open_store
 
@@ -59,6 +61,7 @@ def test_a_moment_that_never_ends_is_an_error_with_a_way_out(tmp_path: Path, mon
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     monkeypatch.setattr(locks, "LEASE_SHARE_SECONDS", 0.0)
+    monkeypatch.setattr(locks, "WATCH_SECONDS", 0.0)
     fsspec.filesystem("memory").store.clear()
     yield open_store("memory://leases/out")
     fsspec.filesystem("memory").store.clear()
@@ -71,8 +74,10 @@ def dead_pid() -> int:
 
 
 def leave(store: Store, kind: str, host: str, renewed: float, pid: int = 1) -> None:
-    """A lease as a process of `host` left it."""
-    store.write_json(f".work/{kind}-000003.json", {"pid": pid, "host": host, "start": "then", "renewed": renewed})
+    """A lease as a process of `host` left it; of this machine where that is this host's name."""
+    machine = paths.machine() if host == locks.owner()["host"] else host
+    fields = {"pid": pid, "host": host, "machine": machine, "start": "then", "renewed": renewed}
+    store.write_json(f".work/{kind}-000003.json", fields)
 
 
 def take_all(store: Store) -> None:
@@ -101,3 +106,67 @@ def test_a_lease_that_is_renewed_holds(store: Store, kind: str) -> None:
     leave(store, kind, "another host", time.time() - 1)
     with pytest.raises(UsageError, match="in use by another run"):
         take_all(store)
+
+
+def test_a_live_lease_is_not_taken_by_a_machine_whose_clock_is_ahead(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "WATCH_SECONDS", 5.0)
+    monkeypatch.setattr(locks, "POLL_SECONDS", 0.01)
+    leave(store, "lease", "another host", time.time() - 3 * locks.TAKEOVER_SECONDS)
+    asleep = time.sleep
+
+    def renewed_meanwhile(seconds: float) -> None:
+        leave(store, "lease", "another host", time.time() - 3 * locks.TAKEOVER_SECONDS + 30)
+        asleep(seconds)
+
+    monkeypatch.setattr(locks.time, "sleep", renewed_meanwhile)
+    with pytest.raises(UsageError, match="in use by another run"):
+        locks.acquire(store)
+
+
+@pytest.mark.parametrize("renewed", ["yesterday", None, [], True])
+def test_a_lease_that_says_nonsense_is_taken_over(store: Store, renewed: object) -> None:
+    fields = {"pid": "x", "host": 3, "machine": "elsewhere", "renewed": renewed}
+    store.write_json(".work/lease-000003.json", fields)
+    take_all(store)
+
+
+# two containers with one host's name: process numbers of one mean nothing in the other
+
+IN_A_NAMESPACE = """
+import os, sys
+from dpo_score.errors import UsageError
+from dpo_score.storage import locks, paths
+from dpo_score.storage.local import LocalStore
+from dpo_score.storage.open import open_store
+folder, machine = sys.argv[1], sys.argv[2]
+assert paths.machine() != machine, "a PID namespace of its own is another machine"
+print(open_store(folder).sweep())
+lease = {"pid": int(sys.argv[3]), "host": os.uname().nodename, "machine": machine, "renewed": __import__("time").time()}
+assert locks._holds(lease, lease["renewed"]), "a live lease of another namespace holds"
+"""
+
+
+def test_another_pid_namespace_leaves_a_live_writer_its_file_and_its_lease(tmp_path: Path) -> None:
+    unshare = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("this machine allows no new PID namespace")
+    writer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        name = paths.temp_name("part.parquet").replace(f".tmp-{os.getpid()}-", f".tmp-{writer.pid}-")
+        file = tmp_path / name
+        file.parent.mkdir()
+        file.write_bytes(b"half written")
+        command = [*unshare, sys.executable, "-c", IN_A_NAMESPACE, str(tmp_path), paths.machine(), str(writer.pid)]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (found.returncode, found.stdout) == (0, "()\n"), found.stderr
+        assert file.exists()
+        assert open_store(tmp_path).sweep() == (), "its process lives"
+    finally:
+        writer.kill()
+        writer.wait()
+    assert open_store(tmp_path).sweep() == (name,)

@@ -18,6 +18,7 @@ from dpo_score.cli.main import main
 from dpo_score.errors import ConfigError, DamageError, StorageError, UsageError
 from dpo_score.storage import io as storage
 from dpo_score.storage import locks
+from dpo_score.storage import paths as names
 from dpo_score.storage.cache.cache import open_cache
 from dpo_score.storage.locks import Lease
 from dpo_score.storage.object_store import RemoteStore
@@ -175,7 +176,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def elsewhere(monkeypatch: pytest.MonkeyPatch, host: str = "another") -> None:
     """From here on this process is seen as one of another host."""
-    who = {"pid": 7, "host": host, "start": "2026-01-01"}
+    machine = names.machine() if host == locks.owner()["host"] else host
+    who = {"pid": 7, "host": host, "machine": machine, "start": "2026-01-01"}
+    monkeypatch.setattr(locks, "WATCH_SECONDS", 0.0)
     monkeypatch.setattr(locks, "owner", lambda: dict(who))
 
 
