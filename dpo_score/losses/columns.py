@@ -202,7 +202,7 @@ def derive_table(
         derived["accuracy"] = np.where(tied == 1.0, np.nan, derived["accuracy"])
     table = table.drop_columns([name for name in DERIVED if name in table.column_names])
     for name in DERIVED:
-        table = table.append_column(_field(name, loss), _arrow(derived[name]))
+        table = table.append_column(_field(name, loss), as_arrow(derived[name]))
     return table
 
 
@@ -211,7 +211,8 @@ def _field(name: str, loss: ResolvedLoss) -> pa.Field:
     return pa.field(name, pa.string() if name == "loss_code" else pa.float64(), metadata=metadata)
 
 
-def _arrow(values: NDArray[Any]) -> pa.Array:
+def as_arrow(values: NDArray[Any]) -> pa.Array:
+    """A derived column: null where a number is not finite."""
     if values.dtype == object:
         return pa.array(values, type=pa.string())
     return pa.array(values, type=pa.float64(), mask=~np.isfinite(values))

@@ -76,7 +76,7 @@ def cell(rows: ScoreArrays) -> dict[str, Any]:
         "margins_nats": measure(v["margins_nats"], clusters, NO_REFERENCE),
         "chosen_rewards": measure(v["chosen_rewards"], clusters),
         "rejected_rewards": measure(v["rejected_rewards"], clusters),
-        **_accuracies(rows, margins),
+        **accuracies(rows, margins),
         "ranking": ranking(rows),
         "truncated": int(np.count_nonzero(rows.flags["truncated"])),
         "without_truncated": _without_truncated(rows, margins),
@@ -130,7 +130,8 @@ def order(better: Floats, worse: Floats) -> Floats:
     return np.where(better > worse, 1.0, np.where(better < worse, 0.0, np.nan))
 
 
-def _accuracies(rows: ScoreArrays, margins: Floats) -> dict[str, Any]:
+def accuracies(rows: ScoreArrays, margins: Floats) -> dict[str, Any]:
+    """The share of pairs ranked right, and how many are ties of the rewards or of the labels."""
     v = rows.values
     labelled = rows.flags["tied"]
     outcomes = np.where(labelled, np.nan, order(v["chosen_rewards"], v["rejected_rewards"]))
@@ -173,7 +174,7 @@ def _without_truncated(rows: ScoreArrays, margins: Floats) -> dict[str, Any] | N
         return None
     kept = rows.take(np.flatnonzero(whole))
     return {
-        "accuracy": _accuracies(kept, margins[whole])["accuracy"],
+        "accuracy": accuracies(kept, margins[whole])["accuracy"],
         "margins": measure(margins[whole], kept.repeated, "every pair was cut"),
     }
 
@@ -183,16 +184,17 @@ def _trl(rows: ScoreArrays, margins: Floats) -> dict[str, float | None]:
     v = rows.values
     right = np.where(np.isfinite(margins), (margins > 0.0) * 1.0, np.nan)
     return {
-        "rewards/chosen": _plain_mean(v["chosen_rewards"]),
-        "rewards/rejected": _plain_mean(v["rejected_rewards"]),
-        "rewards/accuracies": _plain_mean(right),
-        "rewards/margins": _plain_mean(margins),
-        "logps/chosen": _plain_mean(v["policy_chosen_logps"]),
-        "logps/rejected": _plain_mean(v["policy_rejected_logps"]),
+        "rewards/chosen": finite_mean(v["chosen_rewards"]),
+        "rewards/rejected": finite_mean(v["rejected_rewards"]),
+        "rewards/accuracies": finite_mean(right),
+        "rewards/margins": finite_mean(margins),
+        "logps/chosen": finite_mean(v["policy_chosen_logps"]),
+        "logps/rejected": finite_mean(v["policy_rejected_logps"]),
     }
 
 
-def _plain_mean(values: Floats) -> float | None:
+def finite_mean(values: Floats) -> float | None:
+    """Mean of the values that are there; None where there is none."""
     value = mean(values[np.isfinite(values)])
     return value if math.isfinite(value) else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from dpo_score.storage.parquet import ROW_GROUP_ROWS, FileRecord
 __all__ = ["FileRecord", "FileStat", "Store", "WarningsTo", "json_bytes", "log", "parse_json"]
 WarningsTo: TypeAlias = Callable[[str], None]
 log = logging.getLogger("dpo_score")
+JSON_BYTES = 1 << 28
+JSON_DEPTH = 100
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{\]}]')
+"""Strings, which may hold brackets, and the brackets outside of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,22 @@ def json_bytes(obj: Any) -> bytes:
 
 
 def parse_json(data: bytes, name: str) -> Any:
+    """JSON that may come from anywhere. DamageError unless it is strict and within JSON_BYTES and JSON_DEPTH."""
+    if len(data) > JSON_BYTES:
+        raise DamageError(f"{name}: {len(data):,} bytes of JSON, more than the {JSON_BYTES:,} that are read")
+    depth = deepest = 0
+    if data.count(b"[") + data.count(b"{") > JSON_DEPTH:
+        for match in _BRACKETS.finditer(data):
+            first = match[0][:1]
+            depth += (first in b"[{") - (first in b"]}")
+            deepest = max(deepest, depth)
+    if deepest > JSON_DEPTH:
+        raise DamageError(f"{name}: JSON nested {deepest:,} deep, more than the {JSON_DEPTH} that are read")
     try:
-        return json.loads(data)
-    except ValueError as error:
+        return json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise DamageError(f"{name}: not JSON ({error})") from error
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no number in JSON")

@@ -54,9 +54,30 @@ class CommitRecord:
         known = dict(unsealed(fields, name))
         try:
             files = tuple(FileRecord.from_json(file) for file in known.pop("files"))
+            for field_name, kind in _KINDS.items():
+                typed(known, field_name, kind)
+            for code in known["counts"]:
+                typed(known["counts"], code, int)
             return cls(files=files, **known)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamageError(f"{name}: not a commit record of this version ({error})") from error
+
+
+_KINDS: Mapping[str, type] = {
+    **dict.fromkeys(("stage", "identity", "row_ids_digest"), str),
+    **dict.fromkeys(("block", "blocks", "start", "stop"), int),
+    **dict.fromkeys(("counts", "notes", "versions"), dict),
+}
+
+
+def typed(fields: Mapping[str, Any], name: str, kind: type) -> Any:
+    """`fields[name]`, a whole number from 0 or of another `kind`. KeyError, TypeError or ValueError when it is none."""
+    value = fields[name]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r:.60}, not of type {kind.__name__}")
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"{name} is {value}, below 0")
+    return value
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,12 @@ class Identities:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Identities:
-        return cls(fields["text"], fields["reference"], fields["policies"])
+        """KeyError or TypeError when `fields` are no identities."""
+        text, reference, policies = fields["text"], fields["reference"], fields["policies"]
+        for value in (text, reference, policies, *policies.values(), *(p.get("loss", {}) for p in policies.values())):
+            if not isinstance(value, Mapping):
+                raise TypeError(f"identities hold {value!r:.60} where fields are needed")
+        return cls(text, reference, policies)
 
     def changes(self, new: Identities) -> tuple[FieldChange, ...]:
         """What differs where both say something: a policy only one of them names is no change."""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from dpo_score.errors import DamageError, IdentityError, StorageError, UsageError
 from dpo_score.storage.base import FileRecord, Store
-from dpo_score.storage.commits import COMMITS, sealed, unsealed
+from dpo_score.storage.commits import COMMITS, sealed, typed, unsealed
 from dpo_score.storage.fingerprint import FieldChange, Identities, diff, listed
 from dpo_score.storage.resume import BlockRange, block_count
 
@@ -74,11 +74,23 @@ class Manifest:
         _known_version(stored, name)
         known = dict(unsealed(stored, name))
         try:
+            for field_name, kind in _KINDS.items():
+                typed(known, field_name, kind)
+            if known["block_rows"] < 1:
+                raise ValueError("block_rows is 0")
             identities = Identities.from_json(known.pop("identities"))
             outputs = tuple(FileRecord.from_json(file) for file in known.pop("outputs"))
             return cls(identities=identities, outputs=outputs, warnings=tuple(known.pop("warnings")), **known)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamageError(f"{name}: not a manifest of this version ({error})") from error
+
+
+_KINDS: Mapping[str, type] = {
+    **dict.fromkeys(("block_rows", "total_rows", "schema_version"), int),
+    **dict.fromkeys(("identities", "numerics", "cache_snapshots", "versions", "notes"), dict),
+    **dict.fromkeys(("state", "started", "host"), str),
+    **dict.fromkeys(("outputs", "warnings"), list),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +144,9 @@ def read_manifest(store: Store) -> Manifest | None:
 
 
 def peek_manifest(store: Store) -> Manifest | None:
-    """As `read_manifest`, but a damaged one stays as it is: the twin answers in its place."""
+    """As `read_manifest`, but a damaged or missing one stays as it is: its copy under commits/ answers in its place."""
     if not store.exists(MANIFEST):
-        return None
+        return _read(store, TWIN) if store.exists(TWIN) else None
     try:
         return _read(store, MANIFEST)
     except (DamageError, UsageError) as error:

@@ -35,7 +35,10 @@ class FileRecord:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> FileRecord:
-        return cls(str(fields["name"]), int(fields["size"]), int(fields["rows"]), str(fields["sha256"]))
+        name, size, rows, sha256 = (fields[key] for key in ("name", "size", "rows", "sha256"))
+        if not (isinstance(name, str) and isinstance(sha256, str) and type(size) is type(rows) is int):
+            raise TypeError(f"a file is recorded as {fields!r:.100}")
+        return cls(name, size, rows, sha256)
 
 
 def canonical(schema: pa.Schema, metadata: Mapping[str, str]) -> pa.Schema:

@@ -1,43 +1,54 @@
-"""What a committed block holds, against its record, the manifest and the stage before it.
+"""What a committed block holds, against its record, the manifest, the stage before it, and itself.
 
-Its files are already known to be those that the record names (size, sha256): this finds what was wrong when they were
-written, or was altered together with the record.
+The files of the block are already known to be those that the record names (size, sha256). What is found here was wrong
+when the files were written, or was altered together with the record: row ids, counts, the reference's values repeated
+in the scores, sums beside the lists they are sums of, and the columns that follow from the log-probs.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from dpo_score.data.types import row_place
 from dpo_score.errors import ConfigError
 from dpo_score.losses.columns import DERIVED, derive_table
 from dpo_score.losses.parse import ResolvedLoss
 from dpo_score.results.verify.findings import Findings
-from dpo_score.results.verify.loss import OF_CUSTOM, Allowed, is_unknown, stored_loss
+from dpo_score.results.verify.stored_loss import OF_CUSTOM, Allowed, is_unknown, stored_loss
 from dpo_score.storage.commits import CommitRecord
 from dpo_score.storage.fingerprint import digest, has_reference
 from dpo_score.storage.manifest import Manifest
 
 Damage: TypeAlias = Iterator[tuple[str, str]]
 """(file, what is wrong with it)."""
+REDONE = "compute_dtype"
+"""The column of the reference's part that a policy may change: a pack computed again in float32."""
+TURN_TOLERANCE = 1e-9
+"""Turns are added up in another order than tokens: relative to the sum of the sizes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A committed block: its tables by file, `main` the one with its values; `before`: the record that it goes on
-    from, of the run's reference for a policy's own, of its reference for a policy."""
+    """A committed block: its tables by file, `main` the one with its values.
+
+    `before`: the record of the same block that this one goes on from (of the run's reference for a policy's own
+    reference, of its reference for a policy); `given`: the values of that one, for a policy.
+    """
 
     manifest: Manifest
     record: CommitRecord
     tables: Mapping[str, pa.Table]
     main: str
     before: CommitRecord | None
+    given: pa.Table | None = None
 
     @property
     def values(self) -> pa.Table:
@@ -46,10 +57,30 @@ class Block:
 
 def check(block: Block, allowed: Allowed, findings: Findings) -> None:
     """Adds what is wrong with a block; `allowed` losses of the user's own are computed again."""
-    for finding in (*_span(block), *_counts(block), *_equation(block), *_ids(block), *_finite(block)):
-        findings.add(*finding)
+    places = {name: row_places(table) for name, table in block.tables.items()}
+    found = [*_span(block), *_counts(block), *_equation(block, places), *_ids(block, places)]
+    not_finite = list(_finite(block))
+    for name, what in (*found, *not_finite, *(() if not_finite else (*_sums(block), *_same_as_given(block)))):
+        findings.add(name, what)
     if block.record.stage.startswith("scores/"):
         _derived(block, allowed, findings)
+
+
+def row_places(table: pa.Table) -> NDArray[np.int64]:
+    """(file, row, part) of every row id, -1 for no part: shape (rows, 3). ValueError for a text that is no row id."""
+    ids = table["row_id"].combine_chunks().cast(pa.string())
+    if ids.null_count:
+        raise ValueError("a row has no row_id")
+    parts = pc.split_pattern(ids, ":")
+    lengths = pc.list_value_length(parts).to_numpy(zero_copy_only=False)
+    numbers = pc.list_flatten(parts).cast(pa.int64()).to_numpy(zero_copy_only=False)
+    if not np.isin(lengths, (2, 3)).all():
+        raise ValueError("a row_id is not file:row or file:row:part")
+    places = np.full((len(ids), 3), -1, np.int64)
+    row = np.repeat(np.arange(len(ids)), lengths)
+    within = np.arange(len(numbers)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    places[row, within] = numbers
+    return places
 
 
 def _span(block: Block) -> Damage:
@@ -61,71 +92,78 @@ def _span(block: Block) -> Damage:
 
 
 def _counts(block: Block) -> Damage:
-    """The counts of the record are those of its files."""
+    """The counts of the record are those of its files, code by code."""
     record, scored = block.record, block.record.counts.get("scored")
     for file in record.files:
         if file.rows != block.tables[file.name].num_rows:
             yield file.name, f"holds {block.tables[file.name].num_rows} rows, its record says {file.rows}"
     if scored != block.values.num_rows:
         yield block.main, f"holds {block.values.num_rows} rows, its record counts {scored}"
-    lost = sum(table.num_rows for name, table in block.tables.items() if name != block.main)
-    elsewhere = _rejected(record, "rejected/data/") if record.stage.startswith("reference/") else 0
-    counted = _rejected(record) - elsewhere
-    if lost != counted:
-        yield record.name, f"counts {counted} rejected rows, the files hold {lost}"
+    held: Counter[str] = Counter()
+    for name, table in block.tables.items():
+        if name.startswith("rejects/"):
+            kind = _rejected_by(name)
+            held.update({f"rejected/{kind}/{code}": n for code, n in _value_counts(table["code"]).items()})
+    elsewhere = "rejected/data/" if record.stage.startswith("reference/") else None  # listed by the run's reference
+    counted = Counter({name: n for name, n in _rejected(record).items() if elsewhere is None or elsewhere not in name})
+    if held.total() != counted.total():
+        yield record.name, f"counts {counted.total()} rejected rows, the files hold {held.total()}"
+    elif held != counted:
+        codes = ", ".join(sorted((held - counted) | (counted - held)))
+        yield record.name, f"counts other reject codes than the files hold: {codes}"
 
 
-def _rejected(record: CommitRecord, where: str = "rejected/") -> int:
-    return sum(count for name, count in record.counts.items() if name.startswith(where))
+def _rejected_by(name: str) -> str:
+    """Who rejected the rows of a file of rejects: the data, a reference or a policy, as counts name them."""
+    kind = name.split("/")[1]
+    return kind if kind in ("data", "reference") else "policy"
 
 
-def _equation(block: Block) -> Damage:
+def _value_counts(column: pa.ChunkedArray) -> dict[str, int]:
+    return {str(item["values"]): int(item["counts"]) for item in pc.value_counts(column).to_pylist()}
+
+
+def _rejected(record: CommitRecord, where: str = "rejected/") -> dict[str, int]:
+    return {name: count for name, count in record.counts.items() if name.startswith(where)}
+
+
+def _equation(block: Block, places: Mapping[str, NDArray[np.int64]]) -> Damage:
     """Every row that goes in comes out: of the data in stage one, of stage one in a policy."""
     record, before = block.record, block.before
     if before is not None and (before.start, before.stop) != (record.start, record.stop):
         before = None  # one of the two was computed under another --limit
     if record.stage.startswith("scores/"):
-        yield from _of_stage_one(record, before) if before is not None else ()
+        if before is not None:
+            pairs, given = record.counts.get("scored", 0) + sum(_rejected(record).values()), before.counts.get("scored")
+            if pairs != given:
+                what = f"counts {pairs} pairs, scored and rejected; {before.name} counts {given} scored"
+                yield record.name, what
         return
     covered = record.stop - record.start
     if record.counts.get("rows") != covered:
         yield record.name, f"counts {record.counts.get('rows')} rows, and covers {covered}"
     if record.stage == "reference":
-        rows = {row_place(row_id)[:2] for table in block.tables.values() for row_id in _row_ids(table)}
-        if len(rows) != covered:
-            yield record.name, f"covers {covered} rows, its files hold {len(rows)}"
+        rows = len(np.unique(np.concatenate([found[:, :2] for found in places.values()]), axis=0))
+        if rows != covered:
+            yield record.name, f"covers {covered} rows, its files hold {rows}"
     elif before is not None:
-        yield from _of_the_same_pairs(record, before)
+        lost = [sum(_rejected(each, "rejected/data/").values()) for each in (record, before)]
+        if lost[0] != lost[1] or record.row_ids_digest != before.row_ids_digest:
+            yield record.name, f"covers other pairs than {before.name}"
 
 
-def _of_stage_one(record: CommitRecord, before: CommitRecord) -> Damage:
-    pairs, given = record.counts.get("scored", 0) + _rejected(record), before.counts.get("scored")
-    if pairs != given:
-        yield record.name, f"counts {pairs} pairs, scored and rejected; {before.name} counts {given} scored"
-
-
-def _of_the_same_pairs(record: CommitRecord, before: CommitRecord) -> Damage:
-    """A policy's own reference sees what the run's sees; rows that give no pair are listed there alone."""
-    lost = [_rejected(each, "rejected/data/") for each in (record, before)]
-    if lost[0] != lost[1] or record.row_ids_digest != before.row_ids_digest:
-        yield record.name, f"covers other pairs than {before.name}"
-
-
-def _ids(block: Block) -> Damage:
-    record, values = block.record, _row_ids(block.values)
+def _ids(block: Block, places: Mapping[str, NDArray[np.int64]]) -> Damage:
     own = [name for name in block.tables if not name.startswith("rejects/data/")]
-    ids = [row_id for name in own for row_id in _row_ids(block.tables[name])]
-    if len(set(ids)) != len(ids):
+    together = np.concatenate([places[name] for name in own])
+    order = np.lexsort(together.T[::-1])
+    if (np.diff(together[order], axis=0) == 0).all(axis=1).any():
         yield block.main, "a row_id occurs twice"
-    if values != sorted(values, key=row_place):
+    values = places[block.main]
+    if not (np.diff(np.lexsort(values.T[::-1])) > 0).all():
         yield block.main, "its rows are not in order"
-    if digest(sorted(ids, key=row_place)) != record.row_ids_digest:
+    ids = pa.chunked_array([chunk for name in own for chunk in block.tables[name]["row_id"].chunks], pa.string())
+    if digest(ids.take(pa.array(order)).to_pylist()) != block.record.row_ids_digest:
         yield block.main, "its rows are not those that the record covers"
-
-
-def _row_ids(table: pa.Table) -> list[str]:
-    found: list[str] = table["row_id"].to_pylist()
-    return found
 
 
 def _finite(block: Block) -> Damage:
@@ -151,6 +189,104 @@ def _is_finite(values: pa.ChunkedArray) -> bool:
     if pa.types.is_struct(kind):
         return all(_is_finite(pc.struct_field(values, place)) for place in range(kind.num_fields))
     return not pa.types.is_floating(kind) or bool(pc.all(pc.is_finite(values.drop_null()), min_count=0).as_py())
+
+
+# --- sums and the lists they are sums of ------------------------------------------------------------------------------
+
+
+def _sums(block: Block) -> Damage:
+    """Where token values or sums of turns are stored: sums and token counts are those of the lists."""
+    table = block.values
+    for role in ("ref", "policy"):
+        lists = [f"{role}_{side}_token_logps" for side in ("chosen", "rejected")]
+        if not all(name in table.column_names for name in lists):
+            lists = []
+        lengths = [_lengths(table[name]) for name in lists]
+        shared = np.minimum(*lengths) if lists else None
+        for place, side in enumerate(("chosen", "rejected")):
+            total = f"{role}_{side}_logps"
+            if total not in table.column_names:
+                continue
+            if lists:
+                values = pc.list_flatten(table[lists[place]]).to_numpy()
+                expected = {total: lengths[place], f"{total}_shared": shared}
+                for name, first in expected.items():
+                    if name in table.column_names and not _equal(
+                        table[name], _sum_first(values, lengths[place], first)
+                    ):
+                        yield block.main, f"column {name} is not the sum of {lists[place]}"
+                counts = f"{side}_tokens"
+                if not np.array_equal(table[counts].to_numpy(), lengths[place]):
+                    yield block.main, f"column {counts} is not the length of {lists[place]}"
+            turns = f"{role}_{side}_turn_logps"
+            if turns in table.column_names and not _adds_up(table[turns], table[total]):
+                yield block.main, f"column {turns} does not add up to {total}"
+
+
+def _lengths(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    found: NDArray[np.int64] = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
+    return found
+
+
+def _equal(column: pa.ChunkedArray, expected: NDArray[np.float64]) -> bool:
+    return column.null_count == 0 and bool(np.array_equal(column.to_numpy(), expected))
+
+
+def _sum_first(values: NDArray[Any], lengths: NDArray[np.int64], first: Any) -> NDArray[np.float64]:
+    """Of each list its first `first` values added up one after the other in float64, as they are when they are stored.
+
+    values: the lists one behind the other. Lists of like length are added up together, a position at a time.
+    """
+    starts, sums = np.cumsum(lengths) - lengths, np.zeros(len(lengths))
+    order = np.argsort(first, kind="stable")
+    counts = first[order]
+    begun = 0
+    for position in range(int(counts[-1]) if len(counts) else 0):
+        begun += int(np.searchsorted(counts[begun:], position, side="right"))
+        rows = order[begun:]
+        sums[rows] += values[starts[rows] + position]
+    return sums
+
+
+def _adds_up(turns: pa.ChunkedArray, total: pa.ChunkedArray) -> bool:
+    values, lengths = pc.list_flatten(turns).to_numpy(), _lengths(turns)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    sums = np.bincount(rows, values, len(lengths))
+    sizes = np.bincount(rows, np.abs(values), len(lengths))
+    return bool((np.abs(sums - total.to_numpy()) <= TURN_TOLERANCE * (1.0 + sizes)).all())
+
+
+# --- scores against the reference they go on from ---------------------------------------------------------------------
+
+
+def _same_as_given(block: Block) -> Damage:
+    """What a policy's part repeats of its reference's part is the same bit for bit."""
+    given = block.given
+    if given is None or block.before is None:
+        return
+    at = pc.index_in(block.values["row_id"], value_set=given["row_id"].combine_chunks())
+    if at.null_count:
+        yield block.main, f"holds rows that {block.before.name} did not score"
+        return
+    if len(at) != given.num_rows or not np.array_equal(at.to_numpy(), np.arange(given.num_rows)):
+        given = given.take(at)
+    for name in given.column_names:
+        repeated = name in block.values.column_names and name not in (REDONE, *DERIVED)
+        if repeated and not _same_bits(block.values[name], given[name]):
+            yield block.main, f"column {name} is not that of the reference's part"
+
+
+def _same_bits(one: pa.ChunkedArray, other: pa.ChunkedArray) -> bool:
+    """Equal values; of columns of the data, where NaN may stand, equal with NaN for NaN."""
+    if one.equals(other):
+        return True
+    if not pa.types.is_floating(one.type) or one.type != other.type or one.null_count != other.null_count:
+        return False
+    values = (one.to_numpy(), other.to_numpy())
+    return bool(one.is_valid().equals(other.is_valid()) and np.array_equal(values[0], values[1], equal_nan=True))
+
+
+# --- what follows from the log-probs ----------------------------------------------------------------------------------
 
 
 def _derived(block: Block, allowed: Allowed, findings: Findings) -> None:

@@ -1,40 +1,123 @@
-"""`dpo-score verify OUT`: prove again that what is stored is whole, counted, finite and consistent.
+"""`dpo-score verify OUT`: prove again that what is stored is whole, counted, finite and agrees with itself.
 
-Checks every commit record (its own checksum), every file it names (size, sha256, rows, schema), that ids are
-unique and in order, that scored + rejected covers every row, that no number is NaN or infinite, and that the
-derived columns follow bit for bit from the stored log-probs (verify_blocks.py); of a finished run, that no block and
-no record is missing and that grids of `rescore` are as they were written (verify_whole.py). Loads no model, changes
-nothing, and runs no code that OUT names: a loss of the user's own only from a file of `loss_files`. Not covered:
-report.html and audit.parquet, which are made from the rest.
+Checks every commit record (its own checksum), every file it names (size, sha256, rows), what each block holds
+(blocks.py), that nothing is missing of a finished run and nothing is there that no record names, and that summary.json
+and the grids of `rescore` follow from the parts (recompute.py). Loads no model, changes nothing, and runs no code that
+OUT names: a loss of the user's own only from a file of `loss_files`. Whatever a file holds, it is one finding with its
+name, and the other files are still checked. Not covered: report.html and audit.parquet, which are made from the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from dpo_score.errors import DamageError, StorageError, UsageError
-from dpo_score.results.run_folder import open_out
+from dpo_score.metrics.summary import summarise
+from dpo_score.results.rescore import GRIDS, SUMMARY
+from dpo_score.results.run_folder import missing_of_policy, open_out
+from dpo_score.results.source_text import stored_config
 from dpo_score.results.verify.blocks import Block, check
-from dpo_score.results.verify.completeness import DATA, StageFound, check_grids, check_whole
 from dpo_score.results.verify.findings import Findings
-from dpo_score.results.verify.loss import Allowed, allowed_losses
-from dpo_score.storage.base import Store
-from dpo_score.storage.commits import COMMITS, CommitRecord, DamagedRecord, read_record, read_records, record_name
+from dpo_score.results.verify.recompute import (
+    SHOWN,
+    Totals,
+    data_differences,
+    grid_differences,
+    grid_losses,
+    noise_again,
+    policy_differences,
+    stored_slices,
+)
+from dpo_score.results.verify.stored_loss import Allowed, allowed_losses
+from dpo_score.storage.base import FileRecord, Store
+from dpo_score.storage.commits import (
+    CHECKSUM,
+    COMMITS,
+    CommitRecord,
+    DamagedRecord,
+    read_record,
+    read_records,
+    record_name,
+    record_stage,
+    unsealed,
+)
 from dpo_score.storage.fingerprint import digest
 from dpo_score.storage.manifest import MANIFEST, TWIN, Manifest
-from dpo_score.storage.resume import FileState, file_states
+from dpo_score.storage.resume import FileState, file_state, file_states, row_ranges
+
+DATA = "data/"
+SHOWN_BLOCKS = 8
+BROKEN = (
+    DamageError,
+    StorageError,
+    UsageError,
+    pa.ArrowException,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+"""What reading a file that is not what it should be may raise: each becomes a finding about that file."""
+
+
+@dataclass(slots=True)
+class StageFound:
+    """What a look at a stage left.
+
+    records: names of all its records; damaged: of those that do not hold; named: the files that the others name;
+    scored: pairs; stop: the furthest row; exported: files of an exported data set; sound: whether nothing was wrong;
+    rejects: (dataset, code) of rejected rows by file; first: the record of block 0; summary: of the scores, made again.
+    """
+
+    records: frozenset[str]
+    damaged: list[str] = field(default_factory=list)
+    named: set[str] = field(default_factory=set)
+    scored: int = 0
+    stop: int = 0
+    exported: list[FileRecord] = field(default_factory=list)
+    sound: bool = True
+    rejects: list[tuple[str, pa.Table]] = field(default_factory=list)
+    margins: list[Any] = field(default_factory=list)
+    first: CommitRecord | None = None
+    summary: Mapping[str, Any] | None = None
+
+    def add(self, record: CommitRecord) -> None:
+        self.named.update(file.name for file in record.files)
+        self.scored += record.counts.get("scored", 0)
+        self.stop = max(self.stop, record.stop)
+        self.exported += record.files if record.stage.startswith(DATA) else ()
+        self.first = record if record.block == 0 else self.first
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What one look at OUT works with. `stages`: those that were looked at."""
+    """What one look at OUT works with. `summary`: summary.json, empty where there is none; `stages`: as looked at."""
 
     store: Store
     manifest: Manifest
     findings: Findings
     allowed: Allowed
+    summary: Mapping[str, Any]
+    totals: Totals = field(default_factory=Totals)
     stages: dict[str, StageFound] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Rows that summary.json speaks of."""
+        found = self.summary.get("data")
+        rows = found.get("rows") if isinstance(found, dict) else None
+        return rows if isinstance(rows, int) and 0 <= rows <= self.manifest.rows else 0
+
+    def policies(self) -> Mapping[str, Any]:
+        found = self.summary.get("policies")
+        return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
 
 
 def verify(out: str, loss_files: Sequence[str] = ()) -> Findings:
@@ -43,16 +126,38 @@ def verify(out: str, loss_files: Sequence[str] = ()) -> Findings:
     try:
         store, manifest = open_out(out, mend=False)
     except DamageError as error:
-        findings.add("manifest.json", str(error))
+        findings.add(MANIFEST, str(error))
         return findings
-    _both_manifests(store, findings)
-    proof = Proof(store, manifest, findings, allowed_losses(loss_files, manifest))
-    for stage in (*_stages(manifest), *_data_stages(store)):
+    for name in (MANIFEST, TWIN):  # of which one replaces the other: damage is mended, but said
+        findings.checked += 1
+        try:
+            Manifest.from_json(store.read_json(name), store.url(name))
+        except BROKEN as error:
+            findings.add(name, str(error))
+    summary = _summary(store, findings)
+    proof = Proof(store, manifest, findings, allowed_losses(loss_files, manifest), summary)
+    exported = list(dict.fromkeys(DATA + name.split("/")[2] for name in store.list(f"{COMMITS}/data")))
+    for stage in (*_stages(manifest), *exported):
         proof.stages[stage] = _stage(proof, stage)
     _outputs(proof)
-    check_whole(store, manifest, proof.stages, findings)
-    check_grids(store, findings)
+    _check_whole(proof)
+    _check_summary(proof)
+    _check_grids(proof)
     return findings
+
+
+def _summary(store: Store, findings: Findings) -> Mapping[str, Any]:
+    """Empty where there is none: `precompute` writes none, nor does a run under way."""
+    if not store.exists(SUMMARY):
+        return {}
+    try:
+        found = store.read_json(SUMMARY)
+        if not isinstance(found, dict):
+            raise DamageError(f"{SUMMARY} holds no fields")
+    except BROKEN as error:
+        findings.add(SUMMARY, str(error))
+        return {}
+    return found
 
 
 def _stages(manifest: Manifest) -> list[str]:
@@ -62,36 +167,93 @@ def _stages(manifest: Manifest) -> list[str]:
     return ["reference", *brought, *(f"scores/{name}" for name in sorted(policies))]
 
 
-def _data_stages(store: Store) -> list[str]:
-    """The splits of the data set that `precompute` wrote."""
-    return list(dict.fromkeys(DATA + name.split("/")[2] for name in store.list(f"{COMMITS}/data")))
-
-
-def _both_manifests(store: Store, findings: Findings) -> None:
-    """The manifest and its twin, of which one replaces the other: damage is mended, but said."""
-    for name in (MANIFEST, TWIN):
-        findings.checked += 1
-        try:
-            Manifest.from_json(store.read_json(name), store.url(name))
-        except (DamageError, StorageError, UsageError) as error:
-            findings.add(name, str(error))
+# --- blocks -----------------------------------------------------------------------------------------------------------
 
 
 def _stage(proof: Proof, stage: str) -> StageFound:
-    records, findings = read_records(proof.store, stage), proof.findings
-    found = StageFound(frozenset(records))
-    for name, record in records.items():
+    """Every block of a stage; of a policy that summary.json sums up, the summary of its parts too, in the same pass."""
+    found = StageFound(frozenset(read_records(proof.store, stage)))
+    before = len(proof.findings.damage)
+    tables = _blocks(proof, stage, found)
+    stored = proof.policies().get(stage.removeprefix("scores/")) if stage.startswith("scores/") else None
+    if stored is None:
+        for _ in tables:
+            pass
+    else:
+        found.summary = _summed_up(proof, stage, stored, tables, found)
+    found.sound = len(proof.findings.damage) == before
+    return found
+
+
+def _summed_up(
+    proof: Proof, stage: str, stored: Mapping[str, Any], tables: Iterator[pa.Table], found: StageFound
+) -> Mapping[str, Any] | None:
+    policy, manifest = stage.removeprefix("scores/"), proof.manifest
+    own = f"reference/{policy}" if "reference" in manifest.identities.policies[policy] else "reference"
+    try:
+        first = next(tables, None)
+        if first is None:
+            return None
+        slices = stored_slices(stored, first.column_names)
+        wanted = ["rejects/data", f"rejects/{own}", f"rejects/{policy}"]
+        rejects = (
+            table
+            for folder in wanted
+            for each in (found, *proof.stages.values())
+            for name, table in each.rejects
+            if name.rpartition("/")[0] == folder
+        )
+        again = summarise(_chained(first, tables), rejects=rejects, slices=slices)
+    except BROKEN as error:
+        proof.findings.add(stage, f"its parts cannot be summed up ({type(error).__name__}: {error})")
+        for _ in tables:
+            pass
+        return None
+    return again
+
+
+def _chained(first: pa.Table, rest: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    yield first
+    yield from rest
+
+
+def _blocks(proof: Proof, stage: str, found: StageFound) -> Iterator[pa.Table]:
+    """Checks one block after another; yields the values of those that summary.json counts."""
+    store, findings = proof.store, proof.findings
+    needed = -(-proof.rows // proof.manifest.block_rows)
+    for name, record in read_records(store, stage).items():
         findings.checked += 1
         if isinstance(record, DamagedRecord):
             findings.add(name, record.reason)
             found.damaged.append(name)
             continue
-        if record.identity != _identity(proof.manifest, record):
-            findings.add(name, "belongs to another request than the manifest")
-        found.add(record)
-        if _files(proof.store, record, findings):
-            _contents(proof, record)
-    return found
+        try:
+            if record.identity != _identity(proof.manifest, record):
+                findings.add(name, "belongs to another request than the manifest")
+            found.add(record)
+            tables = _tables(proof, record) if _files_are_sound(store, record, findings) else {}
+        except BROKEN as error:
+            findings.add(name, f"cannot be checked ({type(error).__name__}: {error})")
+            continue
+        main = next((file for file in tables if not file.startswith("rejects/")), None)
+        if main is None:
+            continue
+        values = tables[main]
+        findings.rows += values.num_rows
+        try:
+            check(Block(proof.manifest, record, tables, main, *_given(proof, record)), proof.allowed, findings)
+            if record.block < needed:
+                rejects = {file: table for file, table in tables.items() if file != main}
+                found.rejects += [(file, table.select(["dataset", "code"])) for file, table in rejects.items()]
+                if stage == "reference":
+                    proof.totals.add(record, values)
+                elif stage.startswith("scores/"):
+                    found.margins.append(values["margins_nats"].drop_null().to_numpy())
+        except BROKEN as error:
+            findings.add(main, f"cannot be checked ({type(error).__name__}: {error})")
+            continue
+        if record.block < needed:
+            yield values
 
 
 def _identity(manifest: Manifest, record: CommitRecord) -> str:
@@ -104,7 +266,7 @@ def _identity(manifest: Manifest, record: CommitRecord) -> str:
     return replace(identities, reference=identities.reference_of(own)).reference_digest
 
 
-def _files(store: Store, record: CommitRecord, findings: Findings) -> bool:
+def _files_are_sound(store: Store, record: CommitRecord, findings: Findings) -> bool:
     states = file_states(store, record)
     for file, state in zip(record.files, states, strict=True):
         findings.checked += 1
@@ -113,39 +275,230 @@ def _files(store: Store, record: CommitRecord, findings: Findings) -> bool:
     return all(state is FileState.SOUND for state in states)
 
 
-def _contents(proof: Proof, record: CommitRecord) -> None:
-    store, manifest, findings = proof.store, proof.manifest, proof.findings
+def _tables(proof: Proof, record: CommitRecord) -> dict[str, pa.Table]:
+    """What the files of a block hold. Of an exported data set nothing: its rows are those of the input."""
     if record.stage.startswith(DATA):
-        return  # its rows are those of the input; what was added to them stands in the parts of stage one
-    tables = {file.name: store.read_table(file.name) for file in record.files}
-    main = next((name for name in tables if not name.startswith("rejects/")), None)
-    if main is None:
-        findings.add(record.name, "names no part")
-        return
-    findings.rows += tables[main].num_rows
-    check(Block(manifest, record, tables, main, _before(proof, record)), proof.allowed, findings)
+        return {}
+    tables = {}
+    for file in record.files:
+        try:
+            tables[file.name] = proof.store.read_table(file.name)
+        except BROKEN as error:
+            proof.findings.add(file.name, str(error))
+            return {}
+    if all(name.startswith("rejects/") for name in tables):
+        proof.findings.add(record.name, "names no part")
+        return {}
+    return tables
 
 
-def _before(proof: Proof, record: CommitRecord) -> CommitRecord | None:
-    """The record of the same block that this one goes on from. None for the run's reference, or where it is no more."""
+def _given(proof: Proof, record: CommitRecord) -> tuple[CommitRecord | None, pa.Table | None]:
+    """The record of the same block that this one goes on from, and for a policy its values; None where they are no more
+    or damaged, which is said elsewhere."""
     kind, _, own = record.stage.partition("/")
     brought = kind == "scores" and "reference" in proof.manifest.identities.policies[own]
     stage = f"reference/{own}" if brought else "reference"
     name = record_name(stage, record.block, record.blocks)
     if not own or name not in proof.stages[stage].records:
-        return None
+        return None, None
     found = read_record(proof.store, name)
-    return found if isinstance(found, CommitRecord) else None
+    if not isinstance(found, CommitRecord):
+        return None, None
+    if kind != "scores":
+        return found, None
+    try:
+        part = next(file.name for file in found.files if not file.name.startswith("rejects/"))
+        return found, proof.store.read_table(part)
+    except (*BROKEN, StopIteration):
+        return found, None
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
 
 
 def _outputs(proof: Proof) -> None:
     """The files written at the end, against the manifest, but for those that were looked at with their records."""
-    store, findings = proof.store, proof.findings
     known = {file for found in proof.stages.values() for file in found.exported}
     for file in proof.manifest.outputs:
         if file in known:
             continue
-        findings.checked += 1
-        stat = store.stat(file.name)
-        if stat is None or stat.size != file.size or store.sha256(file.name) != file.sha256:
-            findings.add(file.name, "missing or altered since the run wrote it")
+        proof.findings.checked += 1
+        try:
+            state = file_state(proof.store, file)
+        except BROKEN as error:
+            proof.findings.add(file.name, str(error))
+            continue
+        if state is not FileState.SOUND:
+            proof.findings.add(file.name, "missing or altered since the run wrote it")
+
+
+def _check_whole(proof: Proof) -> None:
+    """Adds, of a finished run, what is missing and what nothing names. While one is under way blocks are missing, and
+    a part comes before its record."""
+    manifest, findings = proof.manifest, proof.findings
+    if manifest.state != "complete":
+        return
+    exported = [found.stop for stage, found in proof.stages.items() if stage.startswith(DATA)]
+    needed = -(-max(proof.rows, *exported, 0) // manifest.block_rows)
+    for stage, scored in _expected(proof).items():
+        found = proof.stages[stage]
+        missing = [block for block in range(needed) if record_name(stage, block, manifest.blocks) not in found.records]
+        if missing:
+            shown = ", ".join(map(str, missing[:SHOWN_BLOCKS])) + (", …" if len(missing) > SHOWN_BLOCKS else "")
+            findings.add(stage, f"{len(missing):,} of {needed:,} blocks are missing, counted from 0: {shown}")
+        elif found.scored < scored and not found.damaged:
+            findings.add(stage, f"holds {found.scored:,} rows, summary.json counts {scored:,}")
+    _check_policies(proof)
+    for name in _unnamed(proof):
+        findings.add(name, "no commit record names it")
+
+
+def _expected(proof: Proof) -> dict[str, int]:
+    """The stages that a finished run has every block of, with the pairs that they hold at least by summary.json."""
+    own = proof.manifest.identities.policies
+    data = proof.summary.get("data")
+    named = [name for name in proof.policies() if name in own]
+    return {
+        "reference": _number(data, "scored_by_reference"),
+        **{f"reference/{name}": 0 for name in named if "reference" in own[name]},
+        **{f"scores/{name}": _number(proof.policies()[name].get("overall"), "scored") for name in named},
+    }
+
+
+def _number(fields: Any, name: str) -> int:
+    value = fields.get(name) if isinstance(fields, dict) else None
+    return value if isinstance(value, int) else 0
+
+
+def _check_policies(proof: Proof) -> None:
+    """Every policy that was asked for is in summary.json, or the reason why it is not; and none but those of the
+    manifest.
+
+    One that is not there although some of its rows are committed is damage: a reader takes the part for the whole. One
+    of which nothing is stored is only named.
+    """
+    findings, summed = proof.findings, proof.policies()
+    for name in sorted(summed.keys() - proof.manifest.identities.policies.keys()):
+        findings.add(SUMMARY, f"sums up the policy {name!r}, which the manifest does not name")
+    if not proof.rows:
+        return
+    left_out: dict[str, str] = {}
+    for kind in ("skipped", "failed"):
+        reasons = proof.summary.get(kind)
+        left_out |= {str(k): str(v) for k, v in reasons.items()} if isinstance(reasons, dict) else {}
+    for name in sorted({*_asked(proof.store), *left_out} - summed.keys()):
+        stage, reason = f"scores/{name}", left_out.get(name)
+        if not read_records(proof.store, stage):
+            if reason is None and "failed" in proof.summary:
+                findings.add(
+                    stage, "pipeline.yaml asks for this policy, and summary.json names it neither as scored nor failed"
+                )
+            else:
+                findings.unproved[stage] = f"nothing is scored: {reason or 'summary.json does not say why'}"
+            continue
+        missing = missing_of_policy(proof.store, proof.manifest, name, proof.rows)
+        what = f"{row_ranges(missing)} of {proof.rows:,} are missing, counted from 0" if missing else "not summed up"
+        why = reason or "summary.json does not say why"
+        findings.add(stage, f"{what}; summary.json has no such policy: {why}")
+
+
+def _asked(store: Store) -> list[str]:
+    """The policies of pipeline.yaml. An altered one is found by its checksum."""
+    try:
+        return [policy.name for policy in stored_config(store).policies]
+    except BROKEN:
+        return []
+
+
+def _unnamed(proof: Proof) -> Iterator[str]:
+    """Parts that a reader of the folder would take for results, and records of policies that the manifest has not."""
+    store, stages = proof.store, proof.stages
+    folders = ["reference", "scores", "rejects", *(["data"] if any(name.startswith(DATA) for name in stages) else [])]
+    named = {name for found in stages.values() for name in found.named}
+    named |= {file for stage, found in stages.items() for name in found.damaged for file in _files_of(stage, name)}
+    for name in (name for folder in folders for name in store.list(folder)):
+        if name.endswith((".parquet", ".pq")) and name not in named:
+            yield name
+    for name in store.list(COMMITS):
+        if name != TWIN and record_stage(name) not in stages:
+            yield name
+
+
+def _files_of(stage: str, record: str) -> Iterator[str]:
+    """The files that a record which cannot be read may have named."""
+    part = record.rsplit("/", 1)[-1].removesuffix(".json")
+    if stage.startswith(DATA):
+        yield f"{stage}-{part}.parquet"
+        return
+    rejects = stage.removeprefix("scores/")
+    for folder in (stage, f"rejects/{rejects}", *(["rejects/data"] if stage == "reference" else [])):
+        yield f"{folder}/part-{part}.parquet"
+
+
+# --- numbers made again -----------------------------------------------------------------------------------------------
+
+
+def _check_summary(proof: Proof) -> None:
+    """summary.json of a finished run against the parts, where nothing is wrong with these."""
+    findings = proof.findings
+    if proof.manifest.state != "complete" or not proof.summary or findings.damage:
+        return
+    plain = "failed" not in proof.summary  # of an earlier release: intervals may have been made in another way
+    try:
+        found = [*data_differences(proof.summary, proof.totals)]
+        for name, stored in proof.policies().items():
+            stage = proof.stages.get(f"scores/{name}")
+            if stage is None or stage.summary is None:
+                continue
+            margins = np.concatenate([np.empty(0), *stage.margins])
+            loss = proof.manifest.identities.policies[name].get("loss")
+            again = {**stage.summary, "loss": loss}
+            if "reference" not in proof.manifest.identities.policies[name]:
+                again["noise"] = noise_again(proof.totals, stage.first, margins)
+            found += [f"policies.{name}.{path}" for path in policy_differences(stored, again, plain)]
+    except BROKEN as error:
+        findings.add(SUMMARY, f"cannot be compared with the parts ({type(error).__name__}: {error})")
+        return
+    if found:
+        more = f" and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
+        findings.add(SUMMARY, f"does not follow from the parts: {'; '.join(found[:SHOWN])}{more}")
+
+
+def _check_grids(proof: Proof) -> None:
+    """Adds what is not as `rescore` wrote it; says which grids carry nothing to be held against."""
+    folders: dict[str, list[str]] = {}
+    for name in proof.store.list(GRIDS):
+        folders.setdefault("/".join(name.split("/")[:2]), []).append(name)
+    for folder, names in folders.items():
+        proof.findings.checked += len(names)
+        try:
+            _check_grid(proof, folder, names)
+        except BROKEN as error:
+            proof.findings.add(f"{folder}/{SUMMARY}", str(error))
+
+
+def _check_grid(proof: Proof, folder: str, names: list[str]) -> None:
+    store, findings, summary = proof.store, proof.findings, f"{folder}/{SUMMARY}"
+    if summary not in names:
+        findings.unproved[folder] = f"no {SUMMARY}: `rescore` was interrupted; the same command writes it anew"
+        return
+    fields = store.read_json(summary)
+    if isinstance(fields, dict) and not fields.keys() & {CHECKSUM, "files"}:
+        findings.unproved[folder] = "was written before grids carried checksums; the same `rescore` adds them"
+        return
+    known = unsealed(fields, store.url(summary))
+    files = [FileRecord.from_json(file) for file in known["files"]]
+    before = len(findings.damage)
+    for file in files:
+        if file_state(store, file) is not FileState.SOUND:
+            findings.add(file.name, "missing or altered since `rescore` wrote it")
+    for name in sorted({*names} - {summary, *(file.name for file in files)}):
+        findings.add(name, f"{summary} does not name it")
+    if len(findings.damage) > before or not all(found.sound for found in proof.stages.values()):
+        return
+    losses = grid_losses(known)
+    if isinstance(losses, str):
+        findings.unproved[folder] = losses
+        return
+    for name, what in grid_differences(store, proof.manifest, folder, known, losses):
+        findings.add(name, what)

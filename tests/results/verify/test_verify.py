@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +14,17 @@ import pyarrow as pa
 import pytest
 
 from dpo_score.cli.main import main
-from dpo_score.config.schema import ModelSpec, PolicySpec
+from dpo_score.config.schema import LossSpec, ModelSpec, PolicySpec
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.run import run
 from dpo_score.errors import ConfigError
+from dpo_score.losses.columns import derive_table
+from dpo_score.losses.parse import parse_loss
 from dpo_score.results.rescore import rescore
 from dpo_score.results.verify.verify import verify
-from dpo_score.storage.commits import CommitRecord, read_record
-from dpo_score.storage.manifest import reopen_manifest
+from dpo_score.storage.base import FileRecord
+from dpo_score.storage.commits import CommitRecord, read_record, sealed, unsealed
+from dpo_score.storage.manifest import read_manifest, reopen_manifest, save_manifest
 from dpo_score.storage.open import open_store
 from tests.engine.test_damage import flip
 from tests.exported import export
@@ -242,6 +245,207 @@ def test_a_grid_holds_what_records_vouch_for(out: Path) -> None:
     assert [row["n"] for row in rows] == [129, 129]
 
 
+# what contradicts itself, though every checksum and record fits
+
+
+def shifted(out: Path, record: str, part: str, names: list[str], by: float = 5.0, again: bool = False) -> None:
+    table = open_store(out).read_table(part)
+    for name in names:
+        table = with_column(table, name, [value + by for value in table[name].to_pylist()])
+    if again:
+        spec = LossSpec.model_validate_json(table.schema.metadata[b"dpo_score.loss_spec"])
+        metadata = table.schema.metadata
+        table = derive_table(table, parse_loss(spec), has_reference=True).replace_schema_metadata(metadata)
+    rewritten(out, record, part, table)
+
+
+REFERENCE = ("commits/reference/00000-of-00003.json", f"reference/{PART}")
+BETTER = ("commits/scores/better/00000-of-00003.json", f"scores/better/{PART}")
+
+
+def test_scores_hold_the_values_of_their_reference(out: Path) -> None:
+    shifted(out, *REFERENCE, ["ref_chosen_logps", "ref_rejected_logps"])
+    found = damaged(out)
+    assert "column ref_rejected_logps is not the sum of ref_rejected_token_logps" in found[REFERENCE[1]]
+    assert "is not that of the reference's part" in found[BETTER[1]]
+
+
+def test_a_reference_changed_in_the_scores_alone_is_found(out: Path) -> None:
+    shifted(out, *BETTER, ["ref_chosen_logps"], again=True)
+    assert damaged(out) == {BETTER[1]: "column ref_chosen_logps is not that of the reference's part"}
+
+
+def test_sums_are_those_of_their_lists(out: Path) -> None:
+    shifted(out, *BETTER, ["policy_chosen_logps"], by=1e-7, again=True)
+    assert damaged(out) == {BETTER[1]: "column policy_chosen_logps is not the sum of policy_chosen_token_logps"}
+
+
+def test_token_counts_are_the_lengths_of_their_lists(out: Path) -> None:
+    for place in (REFERENCE, BETTER):
+        shifted(out, *place, ["chosen_tokens"], by=1, again=place is BETTER)
+    assert "column chosen_tokens is not the length of ref_chosen_token_logps" in damaged(out)[REFERENCE[1]]
+
+
+def test_reject_codes_are_counted_one_by_one(out: Path) -> None:
+    part = f"rejects/data/{PART}"
+    table = open_store(out).read_table(part)
+    rewritten(out, REFERENCE[0], part, with_column(table, "code", ["too_long"]))
+    assert "counts other reject codes" in damaged(out)[REFERENCE[0]]
+    assert "too_long" in damaged(out)[REFERENCE[0]]
+
+
+def remade(out: Path, name: str, change: Callable[[Any], None]) -> None:
+    """An output changed together with what the manifest records of it."""
+    store = open_store(out)
+    fields = store.read_json(name)
+    change(fields)
+    store.write_json(name, fields)
+    manifest = read_manifest(store)
+    assert manifest is not None
+    file = FileRecord(name, (out / name).stat().st_size, 0, store.sha256(name))
+    outputs = tuple(file if known.name == name else known for known in manifest.outputs)
+    save_manifest(store, replace(manifest, outputs=outputs))
+
+
+SUMMARY_PATHS = (
+    ("policies.better.overall.accuracy.value", 0.999),
+    ("policies.better.overall.accuracy.ci95", [0.9, 1.0]),
+    ("policies.better.subsets.pairs.a.margins.mean", 3.0),
+    ("policies.own.overall.scored", 128),
+    ("policies.better.noise.margin_mean", 0.5),
+    ("policies.better.overall.rejected", {}),
+    ("data.rows", 129),
+    ("data.scored_by_reference", 131),
+    ("data.rejected", {"rejected/data/null_field": 2}),
+    ("text.marks", {"identical_pair": {"pairs": 1, "first": "0:0"}}),
+)
+
+
+@pytest.mark.parametrize(("path", "value"), SUMMARY_PATHS)
+def test_every_number_of_the_summary_is_made_again(out: Path, path: str, value: Any) -> None:
+    def change(fields: Any) -> None:
+        *outer, last = path.split(".")
+        for name in outer:
+            fields = fields[name]
+        fields[last] = value
+
+    remade(out, "summary.json", change)
+    found = damaged(out)
+    assert found, path
+    assert any(path.rpartition(".")[2] in what or "summary.json counts" in what for what in found.values()), found
+
+
+def test_a_grid_follows_from_the_scores(out: Path, grid: Path) -> None:
+    name = str(grid.relative_to(out))
+    store = open_store(out)
+    part = f"{name}/better/{PART}"
+    table = store.read_table(part)
+    table = with_column(table, "loss", [1.5, *table["loss"].to_pylist()[1:]])
+    file = store.write_table(part, table, {})
+    fields = dict(unsealed(store.read_json(f"{name}/summary.json"), name))
+    sound = dict(fields)
+    fields["files"] = [file.to_json() if known["name"] == part else known for known in fields["files"]]
+    store.write_json(f"{name}/summary.json", sealed(fields))
+    assert damaged(out) == {part: "does not follow from the scores"}
+    sound["rows"][0]["accuracy"]["value"] = 0.999
+    store.write_json(f"{name}/summary.json", sealed(sound))
+    assert f"{name}/summary.json" in damaged(out) or part in damaged(out)
+
+
+def test_parts_and_policies_that_nothing_names(out: Path) -> None:
+    shutil.copy(out / BETTER[1], out / "scores/better/extra.pq")
+    shutil.copytree(out / "commits/scores/better", out / "commits/scores/ghost")
+    found = damaged(out)
+    assert found["scores/better/extra.pq"] == "no commit record names it"
+    assert "commits/scores/ghost/00000-of-00003.json" in found
+
+
+def test_a_policy_taken_out_of_everything_but_the_summary_is_missed(out: Path) -> None:
+    store = open_store(out)
+    for folder in ("scores/better", "commits/scores/better"):
+        shutil.rmtree(out / folder)
+    manifest = read_manifest(store)
+    assert manifest is not None
+    policies = {name: fields for name, fields in manifest.identities.policies.items() if name != "better"}
+    save_manifest(store, replace(manifest, identities=replace(manifest.identities, policies=policies)))
+    assert "'better', which the manifest does not name" in damaged(out)["summary.json"]
+
+
+# whatever a file holds: one finding with its name, and the others are checked
+
+
+DEEP = "[" * 20_000 + "]" * 20_000
+ODD = (
+    ("summary.json", DEEP),
+    ("summary.json", '{"data": {"rows": 1e13}}'),
+    ("summary.json", '{"data": {"rows": [1]}, "policies": {"better": 3, "own": {"overall": null}}}'),
+    ("summary.json", "NaN"),
+    ("commits/scores/better/00001-of-00003.json", DEEP),
+    ("commits/scores/better/00001-of-00003.json", "[]"),
+    ("commits/manifest.json", DEEP),
+    ("manifest.json", DEEP),
+    ("manifest.json", "null"),
+    ("manifest.json", ""),
+)
+
+
+@pytest.mark.parametrize(("name", "text"), ODD)
+def test_odd_json_is_one_finding_and_the_rest_is_checked(
+    out: Path, name: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (out / name).write_text(text)
+    flip(out / "scores/own" / PART)
+    assert exit_code(["verify", str(out)]) == 4
+    said = capsys.readouterr()
+    assert name in said.out
+    assert f"scores/own/{PART}" in said.out
+    assert "Traceback" not in said.out + said.err
+
+
+SEALED = (
+    {"counts": {"scored": None}},
+    {"counts": None},
+    {"block": -1},
+    {"start": "0"},
+    {"files": None},
+    {"files": [{"name": 1, "size": 2, "rows": 3, "sha256": 4}]},
+    {"files": [{"name": "../../etc/passwd", "size": 2, "rows": 3, "sha256": "x"}]},
+    {"notes": []},
+    {"row_ids_digest": 7},
+)
+
+
+@pytest.mark.parametrize("change", SEALED)
+def test_a_sealed_record_of_wrong_types_is_one_finding(out: Path, change: dict[str, Any]) -> None:
+    name = "commits/scores/better/00001-of-00003.json"
+    store = open_store(out)
+    store.write_json(name, sealed({**unsealed(store.read_json(name), name), **change}))
+    assert name in damaged(out)
+
+
+@pytest.mark.parametrize(
+    "change", [{"block_rows": 0}, {"schema_version": "1"}, {"identities": []}, {"outputs": 3}, {"total_rows": -5}]
+)
+def test_a_sealed_manifest_of_wrong_types_is_one_finding(out: Path, change: dict[str, Any]) -> None:
+    store = open_store(out)
+    store.write_json("manifest.json", sealed({**unsealed(store.read_json("manifest.json"), "m"), **change}))
+    assert list(damaged(out)) == ["manifest.json"]
+    store.write_json("commits/manifest.json", store.read_json("manifest.json"))
+    assert "manifest.json" in damaged(out)
+
+
+def test_a_manifest_that_is_gone_is_one_finding(out: Path) -> None:
+    (out / "manifest.json").unlink()
+    flip(out / BETTER[1])
+    assert {"manifest.json", BETTER[1]} <= damaged(out).keys()
+
+
+def test_a_part_without_its_columns_is_one_finding(out: Path) -> None:
+    for part, record in ((BETTER[1], BETTER[0]), (REFERENCE[1], REFERENCE[0])):
+        rewritten(out, record, part, pa.table({"other": [1, 2]}))
+    assert {BETTER[1], REFERENCE[1]} <= damaged(out).keys()
+
+
 # code
 
 
@@ -305,9 +509,11 @@ def test_a_custom_loss_is_said_to_be_left_out_and_the_rest_is_proved(
     assert "scores/better: loss and loss_code not recomputed: custom loss" in said
     assert "nothing damaged" in said
     out = Path(shutil.copytree(custom / "out", tmp_path / "out"))
-    for column, found in (("margins", True), ("dpo_weight", True), ("loss", False)):
+    for column, where in (("margins", "scores"), ("dpo_weight", "scores"), ("loss", "summary.json")):
         spoil(out, column)
-        assert [column in what for what in damaged(out).values()] == [True] * found
+        ((name, what),) = damaged(out).items()
+        assert name.startswith(where), "the value of a loss that is not run is still what summary.json was made of"
+        assert column in what
         shutil.rmtree(out)
         shutil.copytree(custom / "out", out)
 
