@@ -162,7 +162,7 @@ def test_a_damaged_index_of_the_cache_is_made_again(sound: Sound, tmp_path: Path
     cache = Path(shutil.copytree(sound.folder / "cache", tmp_path / "cache"))
     for space in open_cache(cache).spaces():
         space.compact()
-    indexes = sorted(cache.rglob("*.idx"))
+    indexes = sorted(cache.rglob("*.sqlite"))
     assert indexes
     flip(indexes[0])
     progress = sound.run(tmp_path / "out", cache)
