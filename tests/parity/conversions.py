@@ -128,6 +128,10 @@ def sharegpt(pair: Row, number: int) -> Written:
     return [{"conversations": turns, **sides}]
 
 
+def objects(pair: Row, number: int) -> Written:
+    return [{side: {"messages": pair["prompt"] + pair[side], "tools": None} for side in ("chosen", "rejected")}]
+
+
 def repeated(pair: Row, number: int) -> Written:
     question, (better, worse) = alone(pair), said(pair)
     row = {"prompt": question, "chosen": f"{question}{better}", "rejected": f"{question}{worse}"}

@@ -91,6 +91,7 @@ FORMS = (
     Form("messages-full", "messages-full", of.full),
     Form("messages-full in Json() columns", "messages-full", of.full, write=json_columns),
     Form("UltraFeedback, binarized", "messages-full", of.ultrafeedback),
+    Form("objects", "messages-full/objects", of.objects),
     Form("openai", "openai", of.openai),
     Form("sharegpt", "sharegpt", of.sharegpt),
     Form("pair-text", "pair-text", of.pair_text, CHAT),

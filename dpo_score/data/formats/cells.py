@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, TypeAlias
 
-from dpo_score.data.column_types import Shape
+from dpo_score.data.column_types import Shape, decoded_or_text
 from dpo_score.data.types import Message, Unusable
 from dpo_score.escape import seen
 
@@ -230,12 +230,15 @@ def _with_decoded_arguments(function: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def decoded_json(value: Any, column: str) -> Any:
-    """A JSON string decoded; anything else as it is."""
+    """A JSON string, or a list or object as Python prints it, decoded; anything else as it is."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
+        decoded = decoded_or_text(value)
+        if not isinstance(decoded, str):
+            return decoded
         raise Unusable("invalid_json", f"{column} is not JSON: {seen(str(error), 80)}", column, value) from None
 
 

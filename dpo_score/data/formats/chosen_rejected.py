@@ -36,6 +36,7 @@ from dpo_score.data.formats.cells import (
     answer,
     checked_text,
     conversation,
+    decoded_json,
     ended_by_assistant,
     list_cell,
     optional_text,
@@ -320,6 +321,26 @@ def messages_full(row: Row, options: ReadOptions) -> Found:
     if len(chosen) == len(rejected) == 1 and row.get("prompt"):
         return [pair(user_prompt(text_cell(row, "prompt")), chosen, rejected)]
     return [whole_conversations(chosen, rejected)]
+
+
+@preference_format(
+    name="messages-full",
+    variant="objects",
+    code="F3",
+    needs=_sides(struct_with(messages=is_messages)),
+    unless=lambda shapes: is_turns(shapes.get("prompt")),
+    columns="chosen, rejected: structs (or JSON texts) with messages, which begin with the prompt, and tools",
+    polarity=CHOSEN_IS_BETTER,
+    content=Content.CONVERSATION,
+    beside=("messages",),
+)
+def message_objects(row: Row, options: ReadOptions) -> Found:
+    chosen, rejected = (struct_item(row.get(side), side) for side in ("chosen", "rejected"))
+    tools = [decoded_json(side.get("tools"), "tools") or None for side in (chosen, rejected)]
+    if tools[0] != tools[1]:
+        raise Unusable("context_mismatch", "the two sides have different tools", "tools")
+    found = whole_conversations(answer(chosen, "messages"), answer(rejected, "messages"))
+    return [replace(found, tools=tools[0])]
 
 
 @preference_format(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dpo_score.config.schema import DataSpec
-from dpo_score.data.column_types import Shapes, either, is_messages, is_text
+from dpo_score.data.column_types import Shapes, either, is_message, is_messages, is_text
 from dpo_score.data.formats.base import Column, ColumnMap, Format
 from dpo_score.data.formats.cells import Row, plain
 from dpo_score.data.formats.chosen_rejected import (
@@ -29,7 +29,7 @@ from dpo_score.errors import DataError, nearest
 SAMPLE_ROWS = 1000
 
 
-SYSTEM = Column("system", either(is_text, is_messages), also=("system_prompt", "system_message"))
+SYSTEM = Column("system", either(is_text, is_messages, is_message), also=("system_prompt", "system_message"))
 """Read with every format but token ids, and put before the conversation in one place: row.py."""
 CARRIED = ("id", "subset", "group_id", "tools", "chat_template_kwargs")
 _CARRIED_ALSO: Mapping[str, tuple[str, ...]] = {"id": ("id", "prompt_id")}

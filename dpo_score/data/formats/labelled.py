@@ -274,7 +274,7 @@ def _to_turn(row: Row, turns: tuple[Message, ...], column: str) -> tuple[Message
 
 def _refuse_earlier_turns(row: Row, turns: tuple[Message, ...]) -> None:
     """Arena votes after a session's first come with the whole session: each side saw its own earlier answers."""
-    session = row.get("full_conversation")
+    session = decoded_json(row.get("full_conversation"), "full_conversation")
     asked = sum(turn["role"] == "user" for turn in turns)
     if isinstance(session, list | tuple) and len(session) > asked:
         reason = f"full_conversation holds {len(session)} questions, the judged conversation {asked}: what came before "
@@ -290,7 +290,7 @@ def _refuse_earlier_turns(row: Row, turns: tuple[Message, ...]) -> None:
         Column("conversation_b", is_messages, also=("messages_b",)),
         Column("winner", is_text),
         Column("turn", is_number, optional=True),
-        Column("full_conversation", items_with(user=present), optional=True),
+        Column("full_conversation", either(items_with(user=present), is_text), optional=True),
     ),
     unless=names_its_sides,
     columns="conversation_a, conversation_b (or messages_*): message lists; winner: model_a, model_b or tie; "

@@ -283,6 +283,10 @@ SWIFT_TURNED = [{"messages": chat(b, q), "rejected_response": a} for q, (a, b) i
 SWIFT_LISTS = [
     {"messages": chat(a, q), "rejected_messages": chat(b, q)} for q, (a, b) in zip(QUESTIONS, THREE, strict=True)
 ]
+OBJECTS = [
+    {"chosen": {"messages": chat(a, q)}, "rejected": {"messages": chat(b, q)}}
+    for q, (a, b) in zip(QUESTIONS, THREE, strict=True)
+]
 TORCHTUNE = [
     {"chosen_conversations": chat(a, q), "rejected_conversations": chat(b, q)}
     for q, (a, b) in zip(QUESTIONS, THREE, strict=True)

@@ -40,6 +40,7 @@ GOOD: Mapping[str, Row] = {
     "messages-explicit/answer-structs": rows.RMB[0], "ms-swift/rejected-response": rows.SWIFT[0],
     "ms-swift/rejected-messages": rows.SWIFT_LISTS[0], "ab-label/chosen-model": rows.COMPARIA[0],
     "ranked/ranked-completions": rows.NEMO[0], "best-of-n/losers": rows.RMB_LOSERS[0],
+    "messages-full/objects": rows.OBJECTS[0],
     "ab-label/alpaca-farm": rows.ALPACA_FARM[0],
 }  # fmt: skip
 
@@ -125,6 +126,8 @@ BAD: Mapping[str, list[Change]] = {
                               ({"conversation_a": 1}, "wrong_type")],
     "ab-label/alpaca-farm": [({"preference": None}, "null_field"), ({"preference": 0}, "invalid_label"),
                              ({"preference": 1.5}, "invalid_label"), ({"output_1": 3}, "wrong_type")],
+    "messages-full/objects": [({"chosen": None}, "null_field"), ({"rejected": 5}, "wrong_type"),
+                              ({"chosen": {"messages": [user("q")]}}, "not_assistant_last")],
     "best-of-n/losers": [({"loser_list": []}, "null_field"), ({"bon_best": {"answer": None}}, "null_field"),
                          ({"loser_list": [{"answer": 3}]}, "wrong_type")],
     "ranked/ranked-completions": [({"completions": None}, "null_field"), ({"completions": rows.NEMO[2]["completions"]},

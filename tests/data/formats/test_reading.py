@@ -251,6 +251,17 @@ FORMS = [
            "conversation_b": chat("yes", "q"), "chosen_model_name": name, "both_equal": equal}
           for name, equal in (("y", False), ("z", False), (None, True))],
          [("user q", YES, NO), "invalid_label", "tie"]),
+    Case("an object with messages and tools for each side, as JSON text", "messages-full/objects",
+         [{side: json.dumps({"messages": chat(text, "q"), "tools": []}) for side, text in SIDES.items()}] * 2,
+         [("user q", YES, NO)] * 2),
+    Case("messages as Python prints them", "messages-explicit",
+         [{"prompt": str([user("it's q")]), **{side: str([bot(text)]) for side, text in SIDES.items()}}] * 2,
+         [("user it's q", YES, NO)] * 2),
+    Case("arena conversations as JSON text", "ab-label/winner",
+         [{"winner": "model_a", "conversation_a": json.dumps(chat("yes", "q")),
+           "conversation_b": json.dumps(chat("no", "q")),
+           "full_conversation": json.dumps([{"user": user("q")}] * votes)} for votes in (1, 2)],
+         [("user q", YES, NO), "context_mismatch"]),
     Case("compar:IA with system prompts", "ab-label/chosen-model",
          [{"model_a_name": "x", "model_b_name": "y", "conversation_a": chat("yes", "q"), "chosen_model_name": "x",
            "conversation_b": chat("no", "q"), "system_prompt_a": "Be kind", "system_prompt_b": text}
