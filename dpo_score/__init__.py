@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpo_score.api import precompute, rescore, run, score, select
+    from dpo_score.losses.compat import dpo_gradients, dpo_loss, get_batch_logps
     from dpo_score.losses.evaluate import evaluate_pairs
     from dpo_score.losses.torch import DPOLoss, sequence_logps
 
@@ -17,7 +18,10 @@ __version__ = "0.1.0"
 __all__ = [
     "DPOLoss",
     "__version__",
+    "dpo_gradients",
+    "dpo_loss",
     "evaluate_pairs",
+    "get_batch_logps",
     "precompute",
     "rescore",
     "run",
@@ -27,7 +31,10 @@ __all__ = [
 ]
 _HOMES = {
     "DPOLoss": "dpo_score.losses.torch",
+    "dpo_gradients": "dpo_score.losses.compat",
+    "dpo_loss": "dpo_score.losses.compat",
     "evaluate_pairs": "dpo_score.losses.evaluate",
+    "get_batch_logps": "dpo_score.losses.compat",
     "precompute": "dpo_score.api",
     "rescore": "dpo_score.api",
     "run": "dpo_score.api",

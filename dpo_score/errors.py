@@ -3,7 +3,7 @@
     DpoScoreError                     1   something failed that is not the user's mistake
     ├── UsageError                    2   the request cannot be carried out as it stands
     │   ├── ConfigError               2   an option or a key of the pipeline file
-    │   ├── DataError                 2   a data file: names file, row, column and the value seen
+    │   ├── DataError                 2   a data file: names file, row, column and the value seen; a value in Python
     │   ├── ModelError                2   a model folder, a tokenizer, an adapter
     │   │   └── HalfWrittenError      2   weights that a writer has not finished: found by a glob, they wait
     │   │       └── WeightsChangedError   weights that changed while they were scored: nothing of them is kept
@@ -16,7 +16,8 @@
     └── PolicyFailedError             6   the run finished, but a policy could not be scored
     Interrupted              130 or 143   stopped by a signal: the same command resumes
 
-A message is one paragraph: what is wrong, where, the value seen, and the way out. Row problems
+A message is one paragraph: what is wrong, where, the value seen, and the way out. ConfigError and DataError are
+ValueErrors too, for callers in Python. Row problems
 are not exceptions: they are `dpo_score.data.types.Rejected` values with a code.
 """
 
@@ -38,11 +39,11 @@ class UsageError(DpoScoreError):
     exit_code = 2
 
 
-class ConfigError(UsageError):
+class ConfigError(UsageError, ValueError):
     pass
 
 
-class DataError(UsageError):
+class DataError(UsageError, ValueError):
     pass
 
 

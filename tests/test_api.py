@@ -29,7 +29,10 @@ ROOT = Path(__file__).parents[1]
 PUBLIC = {
     "DPOLoss",
     "__version__",
+    "dpo_gradients",
+    "dpo_loss",
     "evaluate_pairs",
+    "get_batch_logps",
     "precompute",
     "rescore",
     "run",

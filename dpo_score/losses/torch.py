@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_score.config.schema import LossSpec
-from dpo_score.errors import UsageError
+from dpo_score.errors import DataError
 from dpo_score.losses.parse import LossInputs, evaluate, parse_loss
 
 
@@ -54,7 +54,7 @@ class DPOLoss(nn.Module):
 def _check_one_shape(*tensors: Tensor) -> None:
     shapes = [tuple(tensor.shape) for tensor in tensors]
     if len(set(shapes)) > 1:
-        raise UsageError(f"DPOLoss needs four tensors of one shape (batch,), got {', '.join(map(str, shapes))}")
+        raise DataError(f"DPOLoss needs four tensors of one shape (batch,), got {', '.join(map(str, shapes))}")
 
 
 def sequence_logps(
@@ -69,10 +69,10 @@ def sequence_logps(
     `logits` (batch, length, vocabulary), `labels` (batch, length); positions labelled `label_pad_token_id` are left
     out. In a decoder-only model position t predicts label t + 1, so the first label is never scored; an
     encoder-decoder model's labels line up with its logits. 16-bit logits are computed in float32. A row without a
-    label sums to 0 and averages to NaN. Neither argument is changed. UsageError when the shapes do not fit.
+    label sums to 0 and averages to NaN. Neither argument is changed. DataError when the shapes do not fit.
     """
     if logits.shape[:-1] != labels.shape:
-        raise UsageError(
+        raise DataError(
             f"logits of shape {tuple(logits.shape)} need labels of shape {tuple(logits.shape[:-1])}, "
             f"got {tuple(labels.shape)}"
         )

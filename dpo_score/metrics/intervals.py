@@ -29,8 +29,8 @@ NO_SPREAD = "no spread between independent pairs to estimate an error from"
 TOO_FEW_GROUPS = "fewer than two independent groups of pairs"
 SKEWED = 0.2
 """Skewness of a mean from which its interval is corrected: Cochran's rule n > 25·γ², as γ/√n."""
-LEAST_FOR_SKEWNESS = 8
-"""Fewer clusters than this do not tell how skewed they are."""
+LEAST_FOR_SKEWNESS, EVEN = 15, 0.7
+"""Fewer degrees of freedom than this, or than this share of G − 1, do not tell how skewed the clusters are."""
 LARGE_CLUSTER = 0.1
 """The share of all pairs from which one prompt or group is worth a warning."""
 _SLICE = 65_536
@@ -167,7 +167,7 @@ def mean_test(values: Floats, clusters: Clusters | None = None) -> MeanTest:
     error = math.sqrt(total(residuals * residuals / rest)) / n
     if error <= _ROUNDING * float(np.abs(values).max()):
         return MeanTest(centre, 0.0, df, None if values.any() else 1.0)
-    skewness = _skewness(residuals, n * error)
+    skewness = _skewness(residuals, n * error) if df >= max(LEAST_FOR_SKEWNESS, EVEN * (len(sizes) - 1)) else 0.0
     return MeanTest(centre, error, df, t_two_sided_p(_unskewed(centre / error, skewness), df), skewness)
 
 
@@ -186,10 +186,7 @@ def _skewness(residuals: Floats, scale: float) -> float:
 
     A sample shows less skewness than its population has; 1 + 8.5/G makes up for it (Hazen 1930).
     """
-    groups = len(residuals)
-    if groups < LEAST_FOR_SKEWNESS:
-        return 0.0
-    found = (1.0 + 8.5 / groups) * total(residuals**3) / scale**3
+    found = (1.0 + 8.5 / len(residuals)) * total(residuals**3) / scale**3
     return found if abs(found) > SKEWED else 0.0
 
 
