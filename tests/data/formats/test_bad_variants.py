@@ -148,7 +148,7 @@ UNLABELLED |= {
     "ms-swift/rejected-response",
     "ms-swift/rejected-messages",
 }
-UNLABELLED |= {name for name in BAD if name.startswith(("pair-text/", "messages-explicit/"))}
+UNLABELLED |= {name for name in BAD if name.startswith(("pair-text/", "messages-explicit/", "messages-full/"))}
 
 
 def found(folder: Path, good: Row, bad: Row, name: str) -> str:
