@@ -33,7 +33,7 @@ CPU_RUNTIME = {
 """Read by OpenMP and oneDNN when torch is imported; what the user has set is kept."""
 HELP_FLAGS = {"help_option_names": ["-h", "--help"]}
 COMMANDS = {
-    "Before a run": (doctor.doctor, results.formats, run.inspect),
+    "Before a run": (run.quickstart, doctor.doctor, results.formats, run.inspect),
     "Score": (run.run, run.precompute, results.finish),
     "Look at the results": (
         results.status, results.verify, results.report, results.compare, results.rescore, results.audit,

@@ -1,4 +1,4 @@
-"""What the README tells a reader to type."""
+"""What the README and the recipes tell a reader to type."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import shlex
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
-README = (PROJECT / "README.md").read_text()
+PAGES = {name: (PROJECT / name).read_text() for name in ("README.md", "pipelines/README.md")}
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, page: str = "README.md") -> list[str]:
     """The code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
 
 
-def commands() -> list[str]:
+def commands(page: str = "README.md") -> list[str]:
     """Each command line, continuation lines joined."""
-    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    text = "\n".join(blocks("bash", page)).replace("\\\n", " ")
     return [part.strip() for line in text.splitlines() for part in line.split("&&") if part.strip()]
 
 
 def own_commands() -> list[list[str]]:
-    """The words behind each `dpo-score`."""
-    lines = (shlex.split(line, comments=True) for line in commands())
-    return [words[1:] for words in lines if words and words[0].removeprefix(".venv/bin/") == "dpo-score"]
+    """The words behind each `dpo-score` of all pages, in order, each once."""
+    lines = (shlex.split(line, comments=True) for page in PAGES for line in commands(page))
+    found = [words[1:] for words in lines if words and words[0].removeprefix(".venv/bin/") == "dpo-score"]
+    return [words for index, words in enumerate(found) if words not in found[:index]]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from tests.e2e.readme import PROJECT, blocks, commands
+from tests.e2e.readme import PAGES, PROJECT, blocks, commands
 
 TESTS = "python -m pytest -n auto --dist loadfile"
 
@@ -13,7 +15,7 @@ def test_the_two_commands_are_there_and_install_from_the_constraints() -> None:
     setup = [line for line in commands() if "pip install" in line]
     assert setup
     assert all("-c constraints.txt" in line for line in setup)
-    assert ".venv/bin/dpo-score run pipelines/quickstart.yaml" in commands()
+    assert ".venv/bin/dpo-score quickstart" in commands()
     assert f".venv/bin/{TESTS}" in commands()
 
 
@@ -25,3 +27,15 @@ def test_ci_calls_the_test_command() -> None:
 def test_the_python_example_runs(source: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(source, "README", "exec"), {})
     assert capsys.readouterr().out
+
+
+def test_the_first_page_is_short_and_its_links_lead_somewhere() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 120
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert ((PROJECT / page).parent / target).exists(), (page, target)
+
+
+def test_every_recipe_s_file_is_named_on_the_page() -> None:
+    files = {path.name for path in (PROJECT / "pipelines").iterdir()} - {"README.md", "GUARANTEES.md", "SCALE.md"}
+    assert {name for name in files if name not in PAGES["pipelines/README.md"]} == set()

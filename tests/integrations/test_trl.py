@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -235,23 +232,6 @@ def test_the_stock_trainer_is_not_let_ignore_the_columns(
     options = {"precompute_ref_log_probs": True, "max_length": 40}
     with pytest.raises(ValueError, match="max_length was 1024, here it is 40"):
         stock_trainer(str(models / "m0"), args=config(tmp_path, **options), train_dataset=data)
-
-
-def test_trl_dpo_with_its_own_config_file(text_set: Path, models: Path, tmp_path: Path) -> None:
-    """`python load_ref_logps.py --config dpo.yaml` is `trl dpo` on the data beside it."""
-    settings = {
-        "model_name_or_path": str(models / "m0"), "output_dir": str(tmp_path / "out"), "max_steps": 1, "use_cpu": True,
-        "bf16": False, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False,
-        "per_device_train_batch_size": 2, "dtype": "float32",
-    }  # fmt: skip
-    (tmp_path / "dpo.yaml").write_text(json.dumps(settings))
-    program = [sys.executable, str(text_set / "load_ref_logps.py"), "--config", str(tmp_path / "dpo.yaml")]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "hf")}
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "have no reference log-probs" in done.stderr
-    assert (tmp_path / "out/model.safetensors").is_file()
 
 
 # --- it refuses, naming field and both values ----------------------------------------------------------------------
