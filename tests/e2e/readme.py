@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
-PAGES = {name: (PROJECT / name).read_text() for name in ("README.md", "pipelines/README.md")}
+PAGES = {name: (PROJECT / name).read_text() for name in ("README.md", "pipelines/README.md", "dpo_score/README.md")}
 
 
 def blocks(language: str, page: str = "README.md") -> list[str]:

@@ -39,3 +39,15 @@ def test_the_first_page_is_short_and_its_links_lead_somewhere() -> None:
 def test_every_recipe_s_file_is_named_on_the_page() -> None:
     files = {path.name for path in (PROJECT / "pipelines").iterdir()} - {"README.md", "GUARANTEES.md", "SCALE.md"}
     assert {name for name in files if name not in PAGES["pipelines/README.md"]} == set()
+
+
+def test_the_house_names_what_is_there() -> None:
+    """Every path and every `word` of the layout's page that looks like a file exists."""
+    text = PAGES["dpo_score/README.md"]
+    package = PROJECT / "dpo_score"
+    places = (package, PROJECT, package / "engine")
+    named = re.findall(r"`((?:\w+/)+(?:\w+\.\w+)?)`", text)
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
+    rooms = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert {room for room in rooms if f"`{room}/`" not in text} == set()
+    assert len(text.splitlines()) <= 100
