@@ -75,6 +75,21 @@ def cache_fields(source: ModelSource, numerics: Numerics) -> dict[str, Any]:
     }
 
 
+def cache_state(context: RunContext, source: ModelSource, numerics: Numerics) -> dict[str, list[str]]:
+    """What the cache holds for a model now, as the manifest keeps it: the value files that lookups of this OUT see, and
+    the noise that was measured of their values."""
+    space = context.cache.namespace(cache_fields(source, numerics))
+    return {
+        source.key: list(space.snapshot()),
+        noise_name(source): noise.as_snapshot(context.cache.store, _namespace(space)),
+    }
+
+
+def noise_name(source: ModelSource) -> str:
+    """Under which name a manifest's snapshots keep the noise of a model."""
+    return f"noise/{source.key}"
+
+
 def continued_numerics(stored: Numerics, asked: ComputeSpec) -> Numerics:
     """What OUT decided, with what is now asked for by name: a difference shows up as another identity. Which of several
     GPUs computes is none (`on_device`)."""
@@ -114,11 +129,15 @@ class CachedLogprobs:
         stats: Sequence[str] = (),
         snapshot: Sequence[str] | None = None,
         upcoming: ModelSource | None = None,
+        noise_then: Sequence[str] = (),
     ) -> None:
+        """`snapshot`, `noise_then`: value files and measured noise that the cache held when the run began (noise.py);
+        those of now where they are not given."""
         self._context, self._source, self._begun, self._stats = context, source, numerics, tuple(stats)
         self._space: CacheSpace = context.cache.namespace(cache_fields(source, numerics))
         self.snapshot = tuple(self._space.snapshot() if snapshot is None else snapshot)
         self._view = self._space.view(self.snapshot)
+        self._noise_then = tuple(noise_then)
         self._upcoming = upcoming
         self._scorer: PairScorer | None = None
         self._model: Any = None
@@ -162,7 +181,7 @@ class CachedLogprobs:
     def _noise(self, sequences: Sequence[TokenSequence], entries: Sequence[Entry]) -> noise.Noise:
         store = self._context.cache.store
         if self._scorer is None:
-            return noise.remembered(store, _namespace(self._space))
+            return noise.from_snapshot(self._noise_then, store, _namespace(self._space))
         found = noise.measure(self._model, self._numerics, sequences, entries)
         noise.remember(store, _namespace(self._own_space), found)
         return found

@@ -29,7 +29,7 @@ from dpo_score.engine.environment import (
     versions,
 )
 from dpo_score.engine.limits import warn_of_lengths
-from dpo_score.engine.model_logprobs import cache_fields, checked_numerics, continued_numerics, on_device
+from dpo_score.engine.model_logprobs import cache_state, checked_numerics, continued_numerics, on_device
 from dpo_score.engine.plan import (
     PolicyFailure,
     PolicyTask,
@@ -361,11 +361,9 @@ def parameters(source: ModelSource) -> int:
 
 
 def _snapshots(context: RunContext, plan: RunPlan) -> dict[str, list[str]]:
-    """Cache files that exist now, by the weights they belong to: lookups of this folder see these and no others."""
-    return {
-        source.key: list(context.cache.namespace(cache_fields(source, numerics)).snapshot())
-        for _, source, numerics in plan.models
-    }
+    """What the cache holds now for every model: lookups of this OUT see these files and no others."""
+    states = [cache_state(context, source, numerics) for _, source, numerics in plan.models]
+    return {name: files for state in states for name, files in state.items()}
 
 
 # --- tasks and identities ---------------------------------------------------------------------------------------------

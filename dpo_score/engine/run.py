@@ -23,7 +23,7 @@ from dpo_score.engine.context import RunContext, run_context
 from dpo_score.engine.environment import versions
 from dpo_score.engine.finish import Outcome, finish
 from dpo_score.engine.limits import TokenGuard, refuse_other_kind, refuse_unfit
-from dpo_score.engine.model_logprobs import CachedLogprobs, FastPathRefusedError, warn_slower
+from dpo_score.engine.model_logprobs import CachedLogprobs, FastPathRefusedError, noise_name, warn_slower
 from dpo_score.engine.plan import PolicyFailure, PolicyTask, ReferenceTask, RunPlan, Task
 from dpo_score.engine.prepare import prepare
 from dpo_score.engine.progress import Progress
@@ -227,8 +227,9 @@ def block_function(context: RunContext, plan: RunPlan, task: Task) -> Compute:
     logprobs = None
     if task.source is not None and task.numerics is not None and not _taken_over(task):
         source, stats = task.source, [STATS[name] for name in plan.stats]
-        snapshot = plan.cache_snapshots.get(source.key)
-        logprobs = CachedLogprobs(context, source, task.numerics, stats, snapshot, plan.model_after(source))
+        snapshot, noise_then = plan.cache_snapshots.get(source.key), plan.cache_snapshots.get(noise_name(source), ())
+        upcoming = plan.model_after(source)
+        logprobs = CachedLogprobs(context, source, task.numerics, stats, snapshot, upcoming, noise_then)
     guard = TokenGuard(plan.tokenizer, task.source, plan.config.text.max_length)
 
     def compute(text: BlockText) -> BlockResult:

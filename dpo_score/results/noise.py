@@ -8,6 +8,7 @@ are told by the keys of their sequences.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -22,10 +23,16 @@ from dpo_score.logprobs.types import SequenceLogps
 from dpo_score.models.numerics import Numerics
 from dpo_score.storage.base import Store
 from dpo_score.storage.cache.cache import CacheEntry
+from dpo_score.storage.fingerprint import digest
 
 PAIRS, TOKENS = 8, 2048
 NO_PAIR = "no pair of the sample could be scored on both sides"
 Noise = Mapping[str, Any]
+NOT_MEASURED: Noise = {
+    "sequences": 0,
+    "reason": "the values came from the cache, which holds no measurement of their noise",
+}
+CHECKSUM = "checksum"
 
 
 def sample_size(text: pa.Table) -> int:
@@ -50,19 +57,39 @@ def measure(model: Any, numerics: Numerics, sequences: Sequence[TokenSequence], 
 
 
 def remembered(store: Store, namespace: str) -> Noise:
-    """What was measured when the cached values were computed."""
+    """What was measured when the cached values were computed; nothing where the file is damaged."""
     name = f"noise/{namespace}.json"
     try:
         if store.exists(name):
-            found = store.read_json(name)
-            return dict(found)
-    except (DamageError, TypeError, ValueError):
+            return _unsealed(store.read_json(name))
+    except DamageError:
         pass
-    return {"sequences": 0, "reason": "the values came from the cache, which holds no measurement of their noise"}
+    return NOT_MEASURED
 
 
 def remember(store: Store, namespace: str, found: Noise) -> None:
-    store.write_json(f"noise/{namespace}.json", found)
+    """Keep a measurement with a checksum: nothing but it would show a flipped bit."""
+    store.write_json(f"noise/{namespace}.json", {**found, CHECKSUM: digest(dict(found))})
+
+
+def _unsealed(found: Any) -> Noise:
+    if not isinstance(found, dict):
+        return NOT_MEASURED
+    kept = {name: value for name, value in found.items() if name != CHECKSUM}
+    return kept if found.get(CHECKSUM) == digest(kept) else NOT_MEASURED
+
+
+def as_snapshot(store: Store, namespace: str) -> list[str]:
+    """The namespace and what is remembered of it, as a manifest keeps it when a run begins, so that a resumed run
+    reports the same whatever other runs measure meanwhile."""
+    return [namespace, json.dumps(dict(remembered(store, namespace)), sort_keys=True)]
+
+
+def from_snapshot(kept: Sequence[str], store: Store, namespace: str) -> Noise:
+    """What was remembered of `namespace` when the run began; as it is now where the manifest kept none of it."""
+    if len(kept) == 2 and kept[0] == namespace:
+        return dict(json.loads(kept[1]))
+    return remembered(store, namespace)
 
 
 def of_policy(policy: Noise | None, reference: Noise | None, margins: NDArray[np.float64]) -> dict[str, Any]:

@@ -164,8 +164,19 @@ def entry_at(block: EntryBlock, row: int) -> CacheEntry:
     return CacheEntry(own.pop(LOGPS), own)
 
 
+NAMESPACE = "namespace"
 OPEN_FILES = 16
 GROUPS_AT_ONCE = 64
+
+
+def misplaced(metadata: Mapping[bytes, bytes] | None, name: str) -> str | None:
+    """Why a value file must not answer where it lies (`name` in the cache): it was made for another namespace, that is
+    for other weights, numerics or versions. None where it is at home."""
+    here = name.rpartition("/")[0].rpartition("/")[2]
+    made_for = (metadata or {}).get(NAMESPACE.encode(), b"").decode(errors="replace")
+    if made_for == here:
+        return None
+    return f"it was made for another namespace of the cache ({made_for or 'it names none'})"
 
 
 class ValueFiles:
@@ -234,7 +245,11 @@ class ValueFiles:
         if name not in self._open:
             while len(self._open) >= OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
-            self._open[name] = self._store.open_table(name)
+            opened = self._store.open_table(name)
+            if reason := misplaced(opened.schema_arrow.metadata, name):
+                opened.close()
+                raise DamageError(f"{self._store.url(name)}: {reason}")
+            self._open[name] = opened
         self._open.move_to_end(name)
         return self._open[name]
 

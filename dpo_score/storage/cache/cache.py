@@ -19,7 +19,7 @@ from typing import Any
 
 from dpo_score.errors import DamageError
 from dpo_score.storage.base import Store, WarningsTo, log
-from dpo_score.storage.cache.blocks import CacheEntry, from_table
+from dpo_score.storage.cache.blocks import CacheEntry, from_table, misplaced
 from dpo_score.storage.cache.namespace import DESCRIPTION, CacheSpace, CacheView, content_digest_of
 from dpo_score.storage.fingerprint import digest
 from dpo_score.storage.open import open_store
@@ -98,7 +98,10 @@ class LogpCache:
 
     def _file_damage(self, name: str) -> str | None:
         try:
-            block = from_table(self.store.read_table(name), self.store.url(name))
+            table = self.store.read_table(name)
+            if reason := misplaced(table.schema.metadata, name):
+                return f"{self.store.url(name)}: {reason}"
+            block = from_table(table, self.store.url(name))
         except DamageError as error:
             return str(error)
         if block.content_digest != content_digest_of(name):

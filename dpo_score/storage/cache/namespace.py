@@ -21,6 +21,7 @@ from dpo_score.errors import DamageError, StorageError
 from dpo_score.storage.base import Store, WarningsTo
 from dpo_score.storage.cache import key_index
 from dpo_score.storage.cache.blocks import (
+    NAMESPACE,
     CacheEntry,
     EntryBlock,
     ValueFiles,
@@ -50,6 +51,11 @@ class CacheSpace:
         self._contents: Contents | None = None
         self._whole: set[str] = set()
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a value file says of itself: which namespace its values belong to."""
+        return {"dpo_score": "cache 1", NAMESPACE: self.folder.rpartition("/")[2]}
+
     def snapshot(self) -> tuple[str, ...]:
         """Names of the value files present now, sorted."""
         found = (name.removeprefix(f"{self.folder}/") for name in self.store.list(self.folder))
@@ -73,7 +79,7 @@ class CacheSpace:
         name = file_name(_UNSAFE.sub("-", name_hint)[:80] or "block", content)
         self._describe()
         table = to_table(block)
-        self.store.write_tables(f"{self.folder}/{name}", table.schema, [table], {"dpo_score": "cache 1"}, GROUP_ROWS)
+        self.store.write_tables(f"{self.folder}/{name}", table.schema, [table], self.metadata, GROUP_ROWS)
         contents.add(content, name)
         return name
 
