@@ -177,5 +177,5 @@ def test_measured_noise_in_the_cache_is_checked_and_is_that_of_the_runs_beginnin
     assert json.loads((tmp_path / "resumed/summary.json").read_text())["policies"] == expected
 
     for path in runner.cache.glob("noise/*.json"):
-        path.write_text(path.read_text().replace('"mean":', '"mean":1'))
+        path.write_text(path.read_text().replace('"sequences": 12', '"sequences": 13'))
     assert "holds no measurement" in json.dumps(runner(data, tmp_path / "flipped").summary)
