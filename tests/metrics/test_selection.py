@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_score.errors import ConfigError
@@ -192,12 +192,13 @@ RULES = ("margin:high", "margin:low", "difficulty", "on-policy", "random")
 margins = st.lists(st.floats(-20, 20, width=16), min_size=8, max_size=40)
 
 
+@settings(max_examples=40, deadline=None)
 @given(margins, st.sampled_from(RULES), st.booleans(), st.booleans(), st.integers(0, 3))
 def test_kept_sets_are_nested_and_do_not_depend_on_the_order_of_rows(
     values: list[float], rule: str, by_subset: bool, length_match: bool, seed: int
 ) -> None:
     candidates = pairs(values)
-    settings = {"by_subset": by_subset, "length_match": length_match, "seed": seed}
+    controls = {"by_subset": by_subset, "length_match": length_match, "seed": seed}
     sizes = sorted({1, len(values) // 3 or 1, len(values) // 2, len(values)})
     sets = [set(kept(rule, candidates, keep=keep, **settings)) for keep in sizes]
     assert [len(found) for found in sets] == sizes
@@ -217,10 +218,11 @@ def test_kept_sets_are_nested_and_do_not_depend_on_the_order_of_rows(
             for j in candidates.judges
         ],
     )
-    again = {int(turned[row]) for row in kept(rule, moved, keep=sizes[1], **settings)}
+    again = {int(turned[row]) for row in kept(rule, moved, keep=sizes[1], **controls)}
     assert again == sets[1]
 
 
+@settings(max_examples=40, deadline=None)
 @given(margins, st.floats(0.1, 0.9))
 def test_shares_of_subsets_are_those_of_the_whole_set_within_one_pair(values: list[float], share: float) -> None:
     keep = max(1, int(len(values) * share))

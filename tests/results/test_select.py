@@ -13,7 +13,7 @@ import dpo_score
 from dpo_score.cli.main import main
 from dpo_score.errors import ConfigError, UsageError
 from dpo_score.results.select import Request, compare, parse_keep, select
-from tests.run_fixtures import Runner, preference_rows, write_rows
+from tests.run_fixtures import WORDS, Runner, preference_rows, write_rows
 
 
 @pytest.fixture
@@ -100,9 +100,10 @@ def test_mistakes(out: str, request_: Request, error: type[Exception], said: str
 
 
 def test_near_duplicates_of_prompts(tmp_path: Path, runner: Runner) -> None:
-    """The same prompt in other case and spacing is another sequence of tokens, and the same prompt to a reader."""
+    """A prompt with another last word is another prompt, and asks for the same answers."""
     rows = preference_rows(12, seed=1)
-    rows[5]["prompt"] = "  " + rows[2]["prompt"].upper().replace(" ", "  ")
+    rows[2]["prompt"] = " ".join(["2", *WORDS, *reversed(WORDS)])
+    rows[5]["prompt"] = rows[2]["prompt"] + " today"
     data = write_rows(tmp_path / "pairs.parquet", rows)
     runner(data, tmp_path / "out")
     found = select(str(tmp_path / "out"), Request("random", 11, dedupe=True))
@@ -126,7 +127,7 @@ def test_all_rules_side_by_side(out: str, capsys: pytest.CaptureFixture[str]) ->
         main(["select", out, "--rules", "all", "--keep", "25%"])
     shown = capsys.readouterr().out
     assert "each rule keeps 10 of 39 scored pairs" in shown
-    assert "(they may have trained on these pairs;" in shown
+    assert "(they may have trained on these pairs;" in " ".join(shown.split())
 
 
 def test_in_python_on_a_folder_and_on_a_frame(out: str) -> None:
