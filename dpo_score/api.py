@@ -55,6 +55,7 @@ class ScoreSettings(TypedDict, total=False):
     map: Mapping[str, str] | str
     pairing: Literal["best-worst", "all", "adjacent", "random"]
     preference: Literal["better", "safer"]
+    ignore_columns: str | Sequence[str]
     keep_ties: bool
     seed: int
     reference_revision: str
@@ -258,6 +259,7 @@ def precompute(
     from dpo_score.engine.progress import Progress
     from dpo_score.export import precompute as stage
 
+    stage.refuse_unread_options(settings)
     config = configured(pipeline, {"data": data, "reference": reference, "out": out, **settings})
     return stage.precompute(config, Progress(quiet), restart=restart, to=to, rename=rename)
 

@@ -123,6 +123,7 @@ def precompute(
     from dpo_score.engine.progress import Progress
     from dpo_score.export import precompute as stage
 
+    stage.refuse_unread_options(settings)
     config, progress = load_config(pipeline, settings), Progress(quiet)
     if dry_run:
         console.preview(preview.dry_run(config, progress))

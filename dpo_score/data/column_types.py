@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
-Kind: TypeAlias = Literal["text", "int", "float", "bool", "list", "struct", "map", "json", "binary", "null", "other"]
+Kind: TypeAlias = Literal["text", "int", "float", "bool", "list", "struct", "map", "json", "null", "other"]
 
 MAX_LITERAL = 1 << 20
 """Characters of a Python literal that is decoded; Python's own parser takes far more memory than JSON's."""
@@ -176,8 +176,6 @@ def _scalar_kind(type_: pa.DataType) -> Kind:
         return "int"
     if pa.types.is_floating(type_) or pa.types.is_decimal(type_):
         return "float"
-    if pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_fixed_size_binary(type_):
-        return "binary"
     return "null" if pa.types.is_null(type_) else "other"
 
 

@@ -28,10 +28,25 @@ _DESCRIPTION = """id ids uuid hash key digest meta metadata count counts num num
     labels category categories tag tags domain topic date time timestamp created status model models judge
     judgement judgment critique rationale feedback raw generation generations generated labelling labeling
     annotation annotations annotator annotators difficulty level quality flag flags logps logprobs perplexity
-    embedding order version split fingerprint stats success"""
+    embedding order version split fingerprint stats success config configs configuration
+    parameters params settings args kwargs"""
 _MEDIA_WORDS, _CONTEXT_WORDS = frozenset(_MEDIA.split()), frozenset(_CONTEXT.split())
 _NOT_CONTEXT_WORDS = frozenset(_DESCRIPTION.split())
 """A name with one of these words tells something about a row or about how its answers were made."""
+_MAGIC = (
+    b"\x89PNG",
+    b"\xff\xd8\xff",
+    b"GIF8",
+    b"RIFF",
+    b"II*\0",
+    b"MM\0*",
+    b"ID3",
+    b"\xff\xfb",
+    b"fLaC",
+    b"OggS",
+    b"%PDF",
+)
+"""How files of pictures, sounds and films begin; MP4 and its like have "ftyp" at byte 4."""
 _SHORT = 3
 """Texts of so few characters are part of anything: they are no evidence."""
 
@@ -85,15 +100,16 @@ def account(
     for name, shape in shapes.items():
         if name in read or name in ignored:
             continue
-        if complete or shape.kind == "null" or not _looks_like_context(name, shape):
+        media = _holds_media(name, shape, [row.get(name) for row in sample])
+        if complete or shape.kind == "null" or not (media or _looks_like_context(name, shape)):
             unread.append(name)
             continue
         filled = [row for row in sample if not _is_empty(row.get(name))]
         new = [row for row in filled if not _is_repeated(row, name, read)]
-        if name.replace("-", "_") in beside and (_holds_media(name, shape) or len(new) < len(filled) or not filled):
+        if name.replace("-", "_") in beside and (media or len(new) < len(filled) or not filled):
             unread.append(name)
         elif new:
-            raise DataError(_refusal(spec, name, shape, new[0].get(name)))
+            raise DataError(_refusal(spec, name, shape, new[0].get(name), media))
         else:
             repeated.append(name)
     return ColumnAccount(tuple(read), tuple(ignored), tuple(unread), tuple(repeated))
@@ -111,8 +127,8 @@ def unread_context(row: Mapping[str, Any], accounted: ColumnAccount) -> Problem 
     return None
 
 
-def _refusal(spec: DataSpec, name: str, shape: Shape, example: Any) -> str:
-    what = "holds media" if _holds_media(name, shape) else "looks like a part of the question"
+def _refusal(spec: DataSpec, name: str, shape: Shape, example: Any, media: bool) -> str:
+    what = "holds media" if media else "looks like a part of the question"
     return (
         f"data set {spec.name!r} ({spec.path}): column {name!r} ({str(shape)[:120]}, for example {seen(example, 80)!r})"
         f" {what}, but it is not read. Say what it is with --map NAME={name} (--map help lists the names), or leave it "
@@ -121,28 +137,33 @@ def _refusal(spec: DataSpec, name: str, shape: Shape, example: Any) -> str:
 
 
 def _looks_like_context(name: str, shape: Shape) -> bool:
-    if _holds_media(name, shape) or is_messages(shape):
-        return not _describes(name) or _holds_media(name, shape)
-    if shape.kind in ("int", "float", "bool"):
+    if shape.kind in ("int", "float", "bool") or _words(name) & _NOT_CONTEXT_WORDS:
         return False
-    return bool(_words(name) & _CONTEXT_WORDS) and not _describes(name)
+    return is_messages(shape) or bool(_words(name) & _CONTEXT_WORDS)
 
 
 def _words(name: str) -> set[str]:
     return set(re.split(r"[^a-z]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower())) - {""}
 
 
-def _describes(name: str) -> bool:
-    return bool(_words(name) & _NOT_CONTEXT_WORDS)
-
-
-def _holds_media(name: str, shape: Shape) -> bool:
-    """Bytes, structs of bytes and path (as the datasets library keeps images), or a name that says so."""
+def _holds_media(name: str, shape: Shape, values: Sequence[Any]) -> bool:
+    """Bytes of a picture, sound or film, a struct of bytes and path (a picture of the datasets library), or such a name."""
     item = shape.item if shape.kind == "list" and shape.item is not None else shape
-    if item.kind == "binary" or "bytes" in item.fields:
+    if "bytes" in item.fields:
         return True
-    named = bool(_words(name) & _MEDIA_WORDS) and not _describes(name)
-    return named and item.kind not in ("int", "float", "bool")
+    if item.binary:
+        flat = (part for value in values for part in (value if isinstance(value, list) else [value]))
+        if any(isinstance(part, bytes) and (part.startswith(_MAGIC) or part[4:8] == b"ftyp") for part in flat):
+            return True
+    words = _words(name)
+    return bool(words & _MEDIA_WORDS) and not words & _NOT_CONTEXT_WORDS and item.kind not in ("int", "float", "bool")
+
+
+def _as_text(value: bytes) -> str | None:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
 
 
 def _is_empty(value: Any) -> bool:
@@ -172,6 +193,6 @@ def _texts(value: Any, depth: int = 0) -> Iterator[str]:
         for part in value:
             yield from _texts(part, depth + 1)
     elif isinstance(value, bytes):
-        yield repr(value[:40])
+        yield _as_text(value) or repr(value[:40])
     elif value is not None:
         yield str(value)

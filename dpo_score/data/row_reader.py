@@ -110,9 +110,7 @@ class ParquetRows:
             total, largest = sum(g.total_byte_size for g in groups), max((g.total_byte_size for g in groups), default=1)
             by_mean, at_worst = BATCH_BYTES * self.rows // max(total, 1), WORST_BATCH_BYTES // max(largest, 1)
             self._batch_rows = max(1, min(BATCH_ROWS, by_mean, max(at_worst, 4)))
-        self._binary_text: frozenset[str] = frozenset()
         self.shapes = _arrow_shapes(schema, path)
-        self.shapes, self._binary_text = _with_binary_text(self)
 
     def _open(self) -> pq.ParquetFile:
         try:
@@ -150,8 +148,7 @@ class ParquetRows:
             batch_size=self._batch_rows, row_groups=groups, columns=present, use_threads=False
         )
         try:
-            for batch in batches:
-                yield _as_text(batch, self._binary_text)
+            yield from batches
         except client_errors(*_DAMAGE) as error:
             raise DataError(_damaged(self.path, error)) from None
 
@@ -178,9 +175,7 @@ class ArrowRows:
         if schema is None:
             with open_binary(path) as handle:
                 schema = self._reader(handle).schema
-        self._binary_text: frozenset[str] = frozenset()
         self.shapes = _arrow_shapes(schema, path)
-        self.shapes, self._binary_text = _with_binary_text(self)
 
     def stream(self, start: int, columns: Sequence[str]) -> Iterator[RawRow]:
         return _skipping(self._batches(columns), start)
@@ -197,7 +192,6 @@ class ArrowRows:
                 for batch in self._reader(handle):
                     if columns is not None:
                         batch = batch.select([name for name in columns if name in batch.schema.names])
-                        batch = _as_text(batch, self._binary_text)
                     size = max(1, min(BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(batch.nbytes, 1)))
                     yield from (batch.slice(at, size) for at in range(0, batch.num_rows, size))
         except client_errors(*_DAMAGE) as error:
@@ -228,36 +222,6 @@ def _arrow_shapes(schema: pa.Schema, path: str) -> Shapes:
         return {field.name: from_arrow(field.type) for field in schema}
     except RecursionError:
         raise DataError(f"{path} has a column that is nested too deep to be read") from None
-
-
-def _with_binary_text(file: ParquetRows | ArrowRows) -> tuple[Shapes, frozenset[str]]:
-    """The shapes, and which binary columns hold text: Spark and Hive write strings without saying so."""
-    binary = [name for name, shape in file.shapes.items() if shape.kind == "binary"]
-    head = list(islice(file.stream(0, binary), SPREAD_SAMPLE)) if binary else []
-    text = set()
-    for name in binary:
-        values = [row[name] for row in head if isinstance(row, Mapping) and row.get(name) is not None]
-        if values and all(b"\0" not in value and _is_utf8(value) for value in values):
-            text.add(name)
-    return {**file.shapes, **dict.fromkeys(text, Shape("text"))}, frozenset(text)
-
-
-def _is_utf8(value: bytes) -> bool:
-    try:
-        value.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _as_text(batch: pa.RecordBatch, binary_text: frozenset[str]) -> pa.RecordBatch:
-    """Binary columns that hold text as strings. The bytes stay: what is not UTF-8 becomes a problem of its row."""
-    for index, name in enumerate(batch.schema.names):
-        if name in binary_text:
-            column = batch.column(index).cast(pa.large_binary())
-            strings = pa.Array.from_buffers(pa.large_string(), len(column), column.buffers(), offset=column.offset)
-            batch = batch.set_column(index, name, strings)
-    return batch
 
 
 def _skipping(batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[RawRow]:

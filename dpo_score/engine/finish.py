@@ -6,6 +6,7 @@ uninterrupted one. No times and no host names in summary.json.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -53,7 +54,8 @@ class Outcome:
     report: str | None = None
 
     def raise_failures(self) -> None:
-        """PolicyFailedError, also where every policy waits, else BadRowsError for more rejects than --max-bad-rows."""
+        """PolicyFailedError, also where every policy waits; BadRowsError for a set of which nothing was scored, or for
+        more rejects than --max-bad-rows."""
         if self.failures:
             lines = "\n".join(f"  {name}: {reason}" for name, reason in self.failures.items())
             raise PolicyFailedError(f"the run finished, but these policies were not scored:\n{lines}")
@@ -62,7 +64,29 @@ class Outcome:
             raise PolicyFailedError(f"the run finished and no policy was scored: none is whole yet of {names}")
         for name, summary in self.summary["policies"].items():
             counts = summary["overall"]
+            refuse_nothing_scored({name: (c["n"], c["scored"]) for name, c in summary["datasets"].items()}, self.out)
             check_bad_rows(f"policy {name!r}", counts["n"], counts["n"] - counts["scored"], self.max_bad_rows, self.out)
+
+
+def refuse_nothing_scored(counts: Mapping[str, tuple[int, int]], out: str) -> None:
+    """BadRowsError for a data set of which every row was rejected. counts: set → rows, scored rows."""
+    for name, (rows, scored) in counts.items():
+        if rows and not scored:
+            raise BadRowsError(
+                f"nothing of data set {name!r} was scored: all {rows:,} rows were rejected; see {out}/rejects for "
+                "row, code and reason"
+            )
+
+
+def scored_of_sets(store: Store, plan: RunPlan) -> dict[str, tuple[int, int]]:
+    """Data set → its pairs and rejected rows, its pairs with reference log-probs."""
+    scored: Counter[str] = Counter()
+    lost: Counter[str] = Counter()
+    for folder, count in (("reference", scored), ("rejects/data", lost), ("rejects/reference", lost)):
+        for table in _tables(store, plan, folder, ["dataset"]):
+            count.update(table["dataset"].to_pylist())
+    names = [dataset.spec.name for dataset in plan.datasets]
+    return {name: (scored[name] + lost[name], scored[name]) for name in names}
 
 
 def check_bad_rows(label: str, rows: int, bad: int, allowed: float | None, out: str) -> None:

@@ -24,7 +24,15 @@ from dpo_score.config.schema import LossSpec, RunConfig
 from dpo_score.engine.context import RunContext, run_context
 from dpo_score.engine.environment import now
 from dpo_score.engine.executors.choose import Executor, choose_executor, with_workers
-from dpo_score.engine.finish import check_bad_rows, manifest_with_warnings, marks, total_counts, warn_of_marks
+from dpo_score.engine.finish import (
+    check_bad_rows,
+    manifest_with_warnings,
+    marks,
+    refuse_nothing_scored,
+    scored_of_sets,
+    total_counts,
+    warn_of_marks,
+)
 from dpo_score.engine.plan import RunPlan
 from dpo_score.engine.prepare import prepare
 from dpo_score.engine.progress import Progress
@@ -82,9 +90,11 @@ class PrecomputeOutcome:
             yield f"in Python: DPOTrainerWithRefLogps of dpo_score.integrations.trl, train_dataset={self.out!r}"
 
     def raise_failures(self) -> None:
-        """BadRowsError when more rows were rejected than --max-bad-rows allows."""
+        """BadRowsError when nothing of a set was scored, or more rows were rejected than --max-bad-rows allows."""
+        out = self.out or "the cache"
+        refuse_nothing_scored({n: (s["rows"], s["scored"]) for n, s in self.summary["datasets"].items()}, out)
         bad = sum(self.summary["rejected"].values())
-        check_bad_rows("reference", bad + self.summary["scored"], bad, self.max_bad_rows, self.out or "the cache")
+        check_bad_rows("reference", bad + self.summary["scored"], bad, self.max_bad_rows, out)
 
 
 def precompute(
@@ -237,7 +247,7 @@ def export_of(plan: RunPlan, to: str, rename: str | None) -> Export:
 
 
 def _summary(store: Store, plan: RunPlan) -> dict[str, Any]:
-    counts = total_counts(store, plan, Stage.reference())
+    counts, sets = total_counts(store, plan, Stage.reference()), scored_of_sets(store, plan)
     rejected: dict[str, int] = {}
     for name, count in counts.items():
         if name.startswith("rejected/"):
@@ -248,7 +258,15 @@ def _summary(store: Store, plan: RunPlan) -> dict[str, Any]:
         "scored": counts.get("scored", 0),
         "rejected": dict(sorted(rejected.items())),
         "marks": marks(store, plan),
-        "datasets": {d.spec.name: {"format": d.format.full_name, "polarity": d.format.polarity} for d in plan.datasets},
+        "datasets": {
+            d.spec.name: {
+                "format": d.format.full_name,
+                "polarity": d.format.polarity,
+                "rows": sets[d.spec.name][0],
+                "scored": sets[d.spec.name][1],
+            }
+            for d in plan.datasets
+        },
     }
 
 
@@ -261,6 +279,19 @@ def split_rows(writer: DatasetWriter) -> dict[str, int]:
 
 
 # --- refusals and the way back ------------------------------------------------------------------------------------
+
+
+UNREAD_OPTIONS = ("policy", "loss", "beta", "label_smoothing", "rewardbench", "slice")
+
+
+def refuse_unread_options(given: Mapping[str, Any]) -> None:
+    """ConfigError for an option that `precompute` does not read: it computes the reference alone."""
+    for name in UNREAD_OPTIONS:
+        if given.get(name):
+            raise ConfigError(
+                f"precompute does not read --{name.replace('_', '-')}: it computes the reference alone. "
+                "Leave it out; `dpo-score run` scores policies"
+            )
 
 
 def _refuse_no_model(config: RunConfig) -> None:

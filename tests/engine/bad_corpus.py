@@ -173,7 +173,7 @@ FILES: dict[str, BadFile] = {
     "messages as maps": BadFile(stored(maps), words=["--map"]),
     "partitions": BadFile(partitioned, exit_code=0),
     "left-over temporaries": BadFile(leftovers, exit_code=0),
-    "a bomb": BadFile(stored(bomb, compression="zstd"), exit_code=0, rejects=(("too_large", 4),)),
+    "a bomb": BadFile(stored(bomb, compression="zstd"), exit_code=3, rejects=(("too_large", 4),)),
     "bytes that are not UTF-8": BadFile(stored(not_utf8), exit_code=0, rejects=(("invalid_utf8", 1),)),
     "no JSON objects": BadFile(raw(b"[1, 2, 3]", "a.json"), words=["is a JSON object"]),
     "a broken JSON array": BadFile(raw(b'[{"prompt": ', "a.json"), words=["not one JSON array"]),

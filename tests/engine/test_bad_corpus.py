@@ -51,7 +51,9 @@ def test_a_file(command: Command, tmp_path: Path, name: str) -> None:
     assert "Traceback" not in said
     assert code == bad.exit_code, said
     assert [word for word in bad.words if word not in said] == [], said
-    if code:
+    if code == 3:
+        assert "\nerror: nothing of data set" in said
+    elif code:
         assert said.startswith("error: ")
         assert "\n" not in said.strip()
         return

@@ -165,7 +165,7 @@ def test_a_hostile_template_spoils_its_rows_and_nothing_else(
     template = TEMPLATES[what].replace("CANARY", str(canary))
     data = write_rows(tmp_path / "chat.parquet", CHAT)
     code, said = command(reference=with_template(hostile, template), data=data)
-    assert code in (0, 2), said
+    assert code in (0, 2, 3), said  # 3: all rows were rejected
     if code == 0:
         rejected = pl.read_parquet(tmp_path / "out/rejects/data/*.parquet")
         assert set(rejected["code"]) <= {"template_error", "too_large", "no_completion_tokens"}
