@@ -147,7 +147,7 @@ def _words(name: str) -> set[str]:
 
 
 def _holds_media(name: str, shape: Shape, values: Sequence[Any]) -> bool:
-    """Bytes of a picture, sound or film, a struct of bytes and path (a picture of the datasets library), or such a name."""
+    """Bytes of a picture, sound or film; a struct of bytes and path, as the datasets library has it; or such a name."""
     item = shape.item if shape.kind == "list" and shape.item is not None else shape
     if "bytes" in item.fields:
         return True
