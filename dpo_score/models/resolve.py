@@ -166,6 +166,7 @@ class Resolver:
         settings = _stamps([config_path])
         config = files.read_json(config_path)
         found = files.model_weights(folder, config, self.allow_pickle)
+        files.refuse_impossible_size(config_path, config, found)
         code = files.code_files(folder, config) if self.trust_remote_code else ()
         hashes, stamps = self._hashed((*found.files, *code))
         digest = self._as_loaded(model_digest(hashes, config))

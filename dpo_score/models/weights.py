@@ -198,6 +198,28 @@ def model_weights(folder: Path, config: Mapping[str, Any], allow_pickle: bool) -
     return _pickles(folder, allow_pickle) if layout is None else _as_state(layout, allow_pickle)
 
 
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+ANY_LAYERS = 1000
+"""More layers than any model has: beyond it they are counted against the weights that are there."""
+
+
+def refuse_impossible_size(path: Path, config: Mapping[str, Any], found: WeightFiles) -> None:
+    """Refuse a configuration with more layers than its weights have tensors, before transformers builds them all."""
+    asked = [(key, value) for key, value in _items(config) if key in LAYER_KEYS and isinstance(value, int)]
+    for key, layers in asked:
+        if layers <= ANY_LAYERS:
+            continue
+        held = sum(
+            len(tensor_shapes(file)) if file.suffix == ".safetensors" else file.stat().st_size // 1024
+            for file in found.files
+        )
+        if layers > held:
+            raise ModelError(
+                f"{path} says {key} {layers:,}, but the weights beside it hold {held:,} tensors: it is damaged, or "
+                "belongs to another model"
+            )
+
+
 def _has_any(folder: Path, names: Iterable[str]) -> bool:
     return any((folder / name).is_file() for name in names)
 

@@ -181,3 +181,17 @@ def test_an_adapter_pickle_is_refused_and_never_opened(saved: Path, adapter: Pat
 def test_a_folder_without_adapter_config_is_no_adapter(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no adapter_config\.json: name a folder written by PEFT"):
         source(saved, tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 10**6}, {"text_config": {"num_hidden_layers": 10**6}}])
+def test_more_layers_than_the_weights_have_tensors_are_refused_before_they_are_built(
+    folder: Path, change: dict[str, Any]
+) -> None:
+    edit(folder / "config.json", **change)
+    refused(folder, r"config\.json says num_hidden_layers 1,000,000, but the weights beside it hold 2\d tensors")
+
+
+@pytest.mark.parametrize("depth", [200, 900, 20_000])
+def test_a_configuration_nested_without_end_is_refused(folder: Path, depth: int) -> None:
+    (folder / "config.json").write_text('{"a": ' * depth + "1" + "}" * depth)
+    refused(folder, "nested more than 100 levels deep")
