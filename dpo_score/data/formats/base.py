@@ -76,13 +76,15 @@ class Column:
     """A column that a format reads.
 
     name: what the reader calls it, and the key of --map. fits: whether a column of this shape can be it.
-    also: other names it has in public sets, best first. optional: the format fits without it, too.
+    also: other names it has in public sets, best first. optional: the format fits without it, too. earlier_turns: it
+    holds the turns before the prompt, so that a set of texts that has it is read as conversations.
     """
 
     name: str
     fits: Callable[[Shape | None], bool]
     also: tuple[str, ...] = ()
     optional: bool = False
+    earlier_turns: bool = False
 
     def find(self, shapes: Shapes, fixed: Collection[str] = ()) -> str | None:
         """The name under which a set has this column. `fixed`: names that a person gave with --map."""
@@ -131,7 +133,8 @@ class Format:
 
     def is_conversational(self, columns: ColumnMap) -> bool:
         """Whether rows are conversations, which a chat template renders: so are texts with a system text or history."""
-        return self.content is Content.CONVERSATION or "system" in columns or "history" in columns
+        turns = any(column.earlier_turns and column.name in columns for column in self.needs)
+        return self.content is Content.CONVERSATION or "system" in columns or turns
 
     def match(self, shapes: Shapes, fixed: Collection[str] = ()) -> dict[str, str] | None:
         """The columns of a set that this format reads, or None if the set is no such format.

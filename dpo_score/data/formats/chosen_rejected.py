@@ -113,7 +113,7 @@ def _has_steps(shapes: Shapes) -> bool:
     return is_text(shapes.get("initial_reason_steps"))
 
 
-HISTORY = Column("history", either(is_messages, is_turn_pairs), also=("context",), optional=True)
+HISTORY = Column("history", either(is_messages, is_turn_pairs), also=("context",), optional=True, earlier_turns=True)
 _BESIDE = ("messages", "labelling_prompt", "generations", "generation_prompt")
 
 
