@@ -200,7 +200,7 @@ def test_kept_sets_are_nested_and_do_not_depend_on_the_order_of_rows(
     candidates = pairs(values)
     controls = {"by_subset": by_subset, "length_match": length_match, "seed": seed}
     sizes = sorted({1, len(values) // 3 or 1, len(values) // 2, len(values)})
-    sets = [set(kept(rule, candidates, keep=keep, **settings)) for keep in sizes]
+    sets = [set(kept(rule, candidates, keep=keep, **controls)) for keep in sizes]
     assert [len(found) for found in sets] == sizes
     assert all(small <= large for small, large in itertools.pairwise(sets))
     turned = np.random.default_rng(0).permutation(len(values))
