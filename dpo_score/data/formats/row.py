@@ -47,7 +47,10 @@ class RowReader:
             rows = [self._cells(row, self.columns) for row in raw]
             row: Row = {"rows": rows} if self.format.grouped_by else rows[0]
             found = list(self.format.read(row, self.options))
-            system = _system_text(rows[0])
+            systems = [_system_text(cells) for cells in rows]
+            if any(system != systems[0] for system in systems):
+                raise Unusable("context_mismatch", "the rows of one prompt have different system texts", "system")
+            system = systems[0]
         except Unusable as unusable:
             return [rejected(source(None), unusable.problem)]
         parts: list[int | None] = [None] if len(found) == 1 else list(range(len(found)))

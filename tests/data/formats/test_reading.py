@@ -175,6 +175,12 @@ LABELS = [
          [{"prompt": "a", "response": f"a{score}", "helpfulness": score} for score in (4, None, 0)]
          + [{"prompt": "b", "response": "b", "helpfulness": score} for score in (None, 1)],
          [("user a", "assistant a4", "assistant a0"), "null_field", "null_field"]),
+    Case("rows of one prompt with another system text each", "ranked/two-rows",
+         [{"prompt": "a", "response": "x", "helpfulness": 1, "system": "Be kind"},
+          {"prompt": "a", "response": "y", "helpfulness": 2, "system": "Be rude"},
+          {"prompt": "b", "response": "x", "helpfulness": 1, "system": "Be kind"},
+          {"prompt": "b", "response": "y", "helpfulness": 2, "system": "Be kind"}],
+         ["context_mismatch", ("system Be kind|user b", "assistant y", "assistant x")]),
     Case("as many rows as a prompt has answers", "ranked/two-rows",
          [{"prompt": prompt, "response": f"{prompt}{score}", "helpfulness": score}
           for prompt, scores in (("a", (4, 1, 0)), ("b", (1, 3)), ("c", (2,)), ("d", (0, 3, 2, 4)))
