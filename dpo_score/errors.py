@@ -28,11 +28,16 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from dpo_score.escape import without_secrets
+
 
 class DpoScoreError(Exception):
-    """Root of all errors raised on purpose."""
+    """Root of all errors raised on purpose. No message holds a password or a token, whoever prints it."""
 
     exit_code = 1
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(without_secrets(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class UsageError(DpoScoreError):

@@ -1,20 +1,72 @@
 """One way for untrusted text to reach a terminal, a log line, an error message or a table cell.
 
-Promises: no control, bidi or other format character passes raw (ANSI, OSC, CR, U+202E …); length is bounded.
-HTML escaping is the template engine's work, not this module's.
+No control, bidi or other format character passes raw (ANSI, OSC, CR, U+202E …); length is bounded; passwords, tokens
+and signatures are shown as `***`. HTML escaping is the template engine's work, not this module's.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import unicodedata
 
 _KEPT = frozenset("\n\t")
 _HIDDEN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 
 
+SECRET_VARIABLES = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "WANDB_API_KEY",
+    "AZURE_STORAGE_KEY",
+)
+"""Environment variables whose values are never shown, whatever library puts them into a message."""
+SHORTEST_SECRET = 6
+_SECRETS = (
+    (re.compile(r"(?<=://)[^/\s'\"?#]*@"), "***@"),
+    (
+        re.compile(
+            r"([?&;#](?:[\w.-]*(?:token|secret|passw|pwd|signature|credential|apikey|accesskey|access[-_]key|api[-_]key)"
+            r"[\w.-]*|sig|key|auth|code)=)[^&;\s'\"#<>]+",
+            re.IGNORECASE,
+        ),
+        r"\1***",
+    ),
+    (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_***"),
+    (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{12,}"), "***"),
+    (re.compile(r"\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE), r"\1 ***"),
+    (
+        re.compile(
+            r"(\baws_(?:secret_access_key|session_token)['\"]?\s*[=:]\s*['\"]?)[A-Za-z0-9/+=]{8,}",
+            re.IGNORECASE,
+        ),
+        r"\1***",
+    ),
+)
+_MAY_HOLD_SECRETS = re.compile(r"://|[?&;#][\w.-]+=|hf_|AKIA|ASIA|bearer|basic|aws_", re.IGNORECASE)
+
+
+def without_secrets(text: str) -> str:
+    """`text` with user, password, token and signature parts of URLs, and known credentials, as `***`.
+
+    Every output goes through it: messages, pages, pipeline copies, trackers.
+    """
+    for name in SECRET_VARIABLES:
+        value = os.environ.get(name)
+        if value and len(value) >= SHORTEST_SECRET and value in text:
+            text = text.replace(value, "***")
+    if _MAY_HOLD_SECRETS.search(text) is None:
+        return text
+    for pattern, shown in _SECRETS:
+        text = pattern.sub(shown, text)
+    return text
+
+
 def safe(text: object, limit: int | None = None, keep_newlines: bool = False) -> str:
     """`text` with hidden characters as escapes, cut to `limit` characters with an ellipsis."""
-    shown = str(text)
+    shown = without_secrets(str(text))
     if limit is not None and len(shown) > limit:
         shown = shown[: limit - 1] + "…"
     if shown.isascii() and shown.isprintable():

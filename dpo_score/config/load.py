@@ -20,6 +20,7 @@ from dpo_score.config.checkpoint_glob import expanded, policy_stem
 from dpo_score.config.hints import meant_by
 from dpo_score.config.schema import BY_NAME, OPTIONS, RunConfig, Spec, section_of
 from dpo_score.errors import ConfigError
+from dpo_score.escape import without_secrets
 
 Tree = dict[Any, Any]
 """A pipeline file as it was read: nested mappings, lists and scalars."""
@@ -52,12 +53,12 @@ def load_config(
 
 
 def dump_config(config: RunConfig) -> str:
-    """YAML that `load_config` reads back to the same configuration."""
+    """YAML that `load_config` reads back to the same configuration, but for secrets in URLs, which are `***` there."""
     tree = json.loads(config.model_dump_json(exclude_defaults=True))
     for key in ("data", "policies"):
         if key in tree:
             tree[key] = {item.pop("name"): item for item in tree[key]}
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return without_secrets(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
 
 
 def default_cache_dir() -> Path:
@@ -66,6 +67,10 @@ def default_cache_dir() -> Path:
     if root and "://" not in root:
         return Path(root).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-score"
+
+
+PIPELINE_BYTES, PIPELINE_NODES = 1 << 23, 1_000_000
+"""The largest pipeline file that is read, and the most values in it."""
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -77,7 +82,7 @@ def _read_file(file: str) -> Tree:
     if not path.is_file():
         raise ConfigError(f"pipeline file {file!r} does not exist (looked at {path.absolute()})")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _bounded_yaml(path)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not a YAML file: {' '.join(str(error).split())}") from None
     except OSError as error:
@@ -92,6 +97,35 @@ def _read_file(file: str) -> Tree:
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
     return tree
+
+
+def _bounded_yaml(path: Path) -> Any:
+    """The value in a YAML file, which may come from anywhere. ValueError when it is larger than PIPELINE_BYTES, or
+    grows beyond PIPELINE_NODES values once its aliases are written out."""
+    if path.stat().st_size > PIPELINE_BYTES:
+        raise ValueError(f"{path.stat().st_size:,} bytes, more than the {PIPELINE_BYTES:,} that are read")
+    loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        sizes: dict[int, int] = {}
+        if _written_out(root, sizes) > PIPELINE_NODES:
+            raise ValueError(f"its aliases stand for more than {PIPELINE_NODES:,} values")
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _written_out(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Values below a node with every alias written out; one that holds itself has no end."""
+    if id(node) in sizes:
+        return sizes[id(node)]
+    sizes[id(node)] = PIPELINE_NODES + 1  # until it is known: met again inside itself
+    below = node.value if isinstance(node, yaml.CollectionNode) else ()
+    children = [child for item in below for child in (item if isinstance(item, tuple) else (item,))]
+    sizes[id(node)] = 1 + sum(_written_out(child, sizes) for child in children)
+    return sizes[id(node)]
 
 
 def _section(name: str, value: Any) -> Tree:

@@ -51,7 +51,7 @@ def select(spec: DataSpec) -> tuple[list[Located], Mapping[str, str]]:
 
     try:
         fs, root = fsspec.core.url_to_fs(spec.path)
-    except (ValueError, ImportError) as error:
+    except client_errors(OSError, ValueError, ImportError) as error:
         raise DataError(f"data set {spec.name!r}: cannot open {spec.path}: {error}") from None
     try:
         place, found, base, config = _found(fs, str(root))

@@ -21,6 +21,8 @@ from dpo_score.losses.custom import evaluate_custom
 from dpo_score.losses.ops import Dual, Floats
 from dpo_score.losses.parse import LossInputs, ResolvedLoss, evaluate, formula_inputs
 
+LARGEST_VALUE = 1e150
+"""Rewards and losses beyond are null: their squares, which deviations and intervals need, are no numbers any more."""
 DERIVED = (
     "chosen_rewards",
     "rejected_rewards",
@@ -93,7 +95,8 @@ def derive(
         rewards = _rewards(inputs, loss, has_reference)
         complete = _complete(columns, loss)
         values, weights = _loss_and_weight(columns, inputs, loss, complete)
-    overflow = complete & ~np.isfinite(values)
+    overflow = complete & ~(np.abs(values) <= LARGEST_VALUE)
+    rewards = {name: np.where(np.abs(found) <= LARGEST_VALUE, found, np.nan) for name, found in rewards.items()}
     code = np.full(len(values), None, dtype=object)
     code[overflow] = "overflow"
     weights = np.where(np.isfinite(weights) & ~overflow, weights, np.nan)

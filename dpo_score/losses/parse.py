@@ -51,14 +51,18 @@ FLAGS = ("wpo", "reference_free")
 KEYS = (*NUMBERS, *FLAGS, "f_divergence", "offset_column")
 
 
+LARGEST = 1e12
+"""The largest β, weight or parameter: beyond, rewards and their squares leave the range of float64."""
+
+
 def checked_number(key: str, value: Any) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     allowed, words = NUMBERS[key]
-    if isinstance(value, bool) or not math.isfinite(number) or not allowed(number):
-        raise ConfigError(f"loss parameter {key}={value!r}: must be {words}")
+    if isinstance(value, bool) or not abs(number) <= LARGEST or not allowed(number):
+        raise ConfigError(f"loss parameter {key}={value!r}: must be {words}, at most {LARGEST:g}")
     return number
 
 
@@ -243,14 +247,16 @@ def _parse_term(text: str, whole: str) -> tuple[float, Loss]:
         weight = 1.0 if match[1] is None else float(match[1])
     except ValueError:
         weight = math.nan
-    if not math.isfinite(weight):
-        raise ConfigError(f"the weight {match[1]!r} in the loss {whole!r} is not a finite number")
+    if not abs(weight) <= LARGEST:
+        raise ConfigError(f"the weight {match[1]!r} in the loss {whole!r} is not a finite number up to {LARGEST:g}")
     return weight, LOSSES[match[2]]
 
 
 def _checked_beta(beta: float) -> float:
-    if not (math.isfinite(beta) and beta > 0.0):
-        raise ConfigError(f"beta={beta!r}: must be a finite number above 0")
+    if not 1.0 / LARGEST <= beta <= LARGEST:
+        raise ConfigError(
+            f"beta={beta!r}: must be a finite number above 0, from {1.0 / LARGEST:g} to {LARGEST:g} (usual: 0.01 to 10)"
+        )
     return float(beta)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_score.errors import ConfigError, DpoScoreError, nearest
-from dpo_score.escape import safe
+from dpo_score.escape import safe, without_secrets
 from dpo_score.report.build import gather, read_summary
 from dpo_score.report.page import render
 from dpo_score.results.run_folder import STEP, step_of
@@ -154,7 +154,8 @@ def _sent(name: str, payload: Mapping[str, Any]) -> str | None:
     here = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)  # the child finds what this process found
     how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": SECONDS, "check": False}
     try:
-        done = subprocess.run(command, input=json.dumps(payload), env={**os.environ, "PYTHONPATH": here}, **how)
+        given = without_secrets(json.dumps(payload))
+        done = subprocess.run(command, input=given, env={**os.environ, "PYTHONPATH": here}, **how)
     except subprocess.TimeoutExpired:
         return f"no answer within {SECONDS} s"
     except OSError as error:
