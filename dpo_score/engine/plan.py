@@ -240,6 +240,21 @@ def loss_spec(config: RunConfig, policy: PolicySpec) -> LossSpec:
     return spec if policy.beta is None else spec.model_copy(update={"beta": policy.beta})
 
 
+def limited_rows(config: RunConfig, datasets: Sequence[Dataset]) -> tuple[int, ...] | None:
+    """`--limit` with several sets: the first rows of each set, as numbers over all sets; None where one limit does.
+
+    One set, or --sample, needs no list: the limit is then a number of rows from the beginning.
+    """
+    if config.limit is None or config.sample is not None or len(datasets) < 2:
+        return None
+    rows: list[int] = []
+    before = 0
+    for dataset in datasets:
+        rows += range(before, before + min(config.limit, dataset.rows))
+        before += dataset.rows
+    return tuple(rows) if len(rows) < before else None
+
+
 def sampled(total: int, count: int | None, seed: int) -> tuple[int, ...] | None:
     """`--sample`: `count` of `total` row numbers, ascending, the same for the same seed."""
     if count is None or count >= total:

@@ -38,6 +38,7 @@ from dpo_score.engine.plan import (
     RunPlan,
     block_rows,
     extra_fields,
+    limited_rows,
     loss_spec,
     sampled,
     text_notice,
@@ -343,7 +344,8 @@ def _decide_blocks(
     numerics: Numerics | None,
 ) -> RowBlocks:
     total = sum(dataset.rows for dataset in datasets)
-    sample = sampled(total, config.sample, config.seed)
+    limited = limited_rows(config, datasets)
+    sample = sampled(total, config.sample, config.seed) if limited is None else limited
     if found is not None:
         size = found.block_rows
     else:
@@ -351,7 +353,7 @@ def _decide_blocks(
         kind = numerics.device_kind if numerics else "cpu"
         count = parameters(models.first) if models.first else 1
         size = block_rows(len(sample) if sample else total, mean, count, kind)
-    return RowBlocks(total, size, config.limit, sample, config.share)
+    return RowBlocks(total, size, config.limit if limited is None else None, sample, config.share)
 
 
 def parameters(source: ModelSource) -> int:
@@ -404,11 +406,12 @@ def _with_tasks(
 
 
 def _text_fields(plan: RunPlan) -> dict[str, Any]:
-    config = plan.config
+    config, limited = plan.config, limited_rows(plan.config, plan.datasets)
     return {
         "data": {dataset.spec.name: dataset.fingerprint() for dataset in plan.datasets},
         "text": plan.renderer.identity(),
-        "sample": config.sample,
+        "sample": config.sample if limited is None else len(limited),
+        **({"limit_of_each_set": config.limit} if limited is not None else {}),
         "seed": config.seed if config.sample else None,
         "keep_columns": list(config.keep_columns),
     }

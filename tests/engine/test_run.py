@@ -11,7 +11,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dpo_score.errors import ConfigError, IdentityError, PolicyFailedError
+from dpo_score.engine.progress import Progress
+from dpo_score.engine.run import run
+from dpo_score.errors import BadRowsError, ConfigError, IdentityError, PolicyFailedError
 from tests.run_fixtures import preference_rows, write_rows
 
 
@@ -108,6 +110,30 @@ def test_a_limit_then_the_whole_set_in_one_folder(runner: Any, data: Path, tmp_p
     runner(data, tmp_path / "whole", cache_dir=str(tmp_path / "another"))  # rows 64-69 were computed twice above
     assert files(tmp_path / "out", *RESULTS) == files(tmp_path / "whole", *RESULTS)
     assert (tmp_path / "out/summary.json").read_bytes() == (tmp_path / "whole/summary.json").read_bytes()
+
+
+def test_a_limit_is_one_for_each_of_several_sets(runner: Any, tmp_path: Path) -> None:
+    counts = {"a": 9, "b": 3}
+    sets = {name: write_rows(tmp_path / f"{name}.parquet", preference_rows(n)) for name, n in counts.items()}
+    config = runner.config(sets["a"], tmp_path / "out", limit=5)
+    several = config.model_copy(
+        update={"data": tuple(config.data[0].model_copy(update={"name": n, "path": str(p)}) for n, p in sets.items())}
+    )
+    cells = run(several, Progress(quiet=True)).summary["policies"]["better"]["datasets"]
+    assert {name: cell["n"] for name, cell in cells.items()} == {"a": 5, "b": 3}
+
+
+def test_a_set_that_loses_all_its_rows_fails_the_run(runner: Any, tmp_path: Path) -> None:
+    sets = {
+        "good": write_rows(tmp_path / "good.parquet", preference_rows(4)),
+        "lost": write_rows(tmp_path / "lost.parquet", [{**row, "chosen": "x" * 900} for row in preference_rows(3)]),
+    }
+    config = runner.config(sets["good"], tmp_path / "out", max_length=400, truncation="reject")
+    data = (config.data[0].model_copy(update={"name": name, "path": str(path)}) for name, path in sets.items())
+    found = run(config.model_copy(update={"data": tuple(data)}), Progress(quiet=True))
+    assert found.summary["policies"]["better"]["datasets"]["good"]["scored"] == 4
+    with pytest.raises(BadRowsError, match="nothing of data set 'lost' was scored: all 3 rows"):
+        found.raise_failures()
 
 
 def test_another_loss_into_the_same_folder_is_refused_with_the_rescore_command(
