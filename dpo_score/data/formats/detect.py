@@ -25,6 +25,7 @@ from dpo_score.data.formats.chosen_rejected import (
 from dpo_score.data.formats.registry import FORMATS, named
 from dpo_score.data.types import Unusable
 from dpo_score.errors import DataError, nearest
+from dpo_score.escape import seen
 
 SAMPLE_ROWS = 1000
 
@@ -33,6 +34,9 @@ SYSTEM = Column("system", either(is_text, is_messages, is_message), also=("syste
 """Read with every format but token ids, and put before the conversation in one place: row.py."""
 CARRIED = ("id", "subset", "group_id", "tools", "chat_template_kwargs")
 _CARRIED_ALSO: Mapping[str, tuple[str, ...]] = {"id": ("id", "prompt_id")}
+
+KEYS = frozenset((SYSTEM.name, *CARRIED, *(column.name for format_ in FORMATS for column in format_.needs)))
+"""What --map can name a column as; a column that it names so has no other name."""
 
 Sample = Callable[[Sequence[str]], Sequence[Mapping[str, Any]]]
 """The given columns of the first rows of the set, at most SAMPLE_ROWS: called where the schema cannot decide."""
@@ -47,6 +51,7 @@ def detect(shapes: Shapes, spec: DataSpec, sample: Sample) -> tuple[Format, dict
     view = {name: shapes[column] for name, column in names.items()}
     format_, found = _decided(view, names, spec, sample)
     _refuse_two_prompts(format_, found, view, spec)
+    _refuse_labels_as_answers(found, view, names, spec, sample)
     system = SYSTEM.find(view, spec.map)
     if system is not None and not format_.holds_ids:
         found[SYSTEM.name] = system
@@ -86,7 +91,9 @@ def reader_names(shapes: Shapes, spec: DataSpec) -> dict[str, str]:
         hidden = {"prompt": PROMPT_NAMES, "system": (SYSTEM.name, *SYSTEM.also), **_CARRIED_ALSO}.get(key, (key,))
         for name in hidden:
             names.pop(name, None)
-    names |= {key: column for key, column in spec.map.items() if column}
+    given = {key: column for key, column in spec.map.items() if column}
+    taken = {column for key, column in given.items() if key in KEYS}
+    names = {name: column for name, column in names.items() if column not in taken} | given
     sides = next((two for two in SIDE_NAMES if all(name in names for name in two)), None)
     if sides is not None and not {"chosen", "rejected"} & spec.map.keys():
         for name, side in zip(("chosen", "rejected"), sides, strict=True):
@@ -221,6 +228,22 @@ def _refuse_two_prompts(format_: Format, found: ColumnMap, view: Shapes, spec: D
     ):
         options = " or ".join(f"--map prompt={name}" for name in prompts)
         raise DataError(f"data set {spec.name!r} ({spec.path}) has {len(prompts)} prompt columns: say {options}.")
+
+
+def _refuse_labels_as_answers(found: ColumnMap, view: Shapes, names: ColumnMap, spec: DataSpec, sample: Sample) -> None:
+    """Beside two answers, a text column called chosen may hold the name of the better one instead of its text."""
+    two = next((two for two in ANSWER_NAMES if all(is_text(view.get(name)) for name in two)), None)
+    if two is None or not is_text(view.get("chosen")) or "chosen" not in found or set(two) & set(found.values()):
+        return
+    first, second, chosen = (names[name] for name in (*two, "chosen"))
+    rows = sample([first, second, chosen])
+    if rows and not any(row.get(chosen) in (row.get(first), row.get(second)) for row in rows):
+        raise DataError(
+            f"data set {spec.name!r} ({spec.path}) has two answers, {first} and {second}, and {chosen!r} holds neither "
+            f"of them in the first {len(rows)} rows (for example {seen(rows[0].get(chosen), 40)!r}). If it names the "
+            f"better one, say --map prompt=COLUMN,response_a={first},response_b={second},winner={chosen}; if it is an "
+            f"answer of its own, leave the others out with --ignore-columns {first},{second}"
+        )
 
 
 def _refuse_unread_keys(format_: Format, columns: ColumnMap, spec: DataSpec) -> None:

@@ -298,6 +298,10 @@ FORMS = [
     Case("two answers and a 1 for the first, by --map", "ab-label/shp", [{**AB, "label": label} for label in (1, 0)],
          [A, B], {"map": {"history": "prompt", "human_ref_A": "response_a", "human_ref_B": "response_b",
                           "labels": "label"}}),
+    Case("two answers, and sides that copy them", "pair-text",
+         [{"prompt": "q", "response_1": "a", "response_2": "b", "chosen": "b", "rejected": "a"}], [B]),
+    Case("two answers, and sides that name them, by --map", "ab-label/text",
+         [{**AB, "chosen": word, "rejected": "-"} for word in ("A", "B")], [A, B], {"map": {"winner": "chosen"}}),
     Case("two answers and a winner in words, by --map", "ab-label/text",
          [{"ask": "q", "left": "a", "right": "b", "best": word} for word in ("A", "B")], [A, B],
          {"map": {"prompt": "ask", "response_a": "left", "response_b": "right", "winner": "best"}}),
@@ -350,6 +354,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
     ),
     "sides that are no answers": (
         {"prompt": "q", "chosen": {"a": 1}, "rejected": {"a": 2}}, {}, "should be strings or messages"),
+    "a side that names the better answer": (
+        {**AB, "chosen": "A", "rejected": "B"}, {}, "holds neither of them.*winner=chosen"),
     "KTO": ({"prompt": "q", "completion": "a", "label": True}, {}, "DPO needs pairs"),
     "KTO in LLaMA-Factory's words": (
         {"instruction": "q", "input": "", "output": "a", "kto_tag": True}, {}, "DPO needs pairs"),
