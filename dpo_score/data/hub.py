@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dpo_score.config.schema import DataSpec
+from dpo_score.data.hub_errors import explained, hub_failures, not_cached, page_of
 from dpo_score.data.layout import (
     CONVERTED,
     Entry,
@@ -47,10 +48,10 @@ def fetch(spec: DataSpec) -> tuple[list[Located], Mapping[str, str]]:
         if chosen.entries:
             return _downloaded(spec, revision, listing, chosen), chosen.skipped
     if unreachable is not None:
-        raise DataError(_not_cached(spec)) from unreachable
+        raise DataError(f"data set {spec.name!r}: {not_cached(spec.path, 'data set', spec.revision)}") from unreachable
     raise DataError(
         f"data set {spec.name!r}: {spec.path} holds neither Parquet nor JSON, and the hub keeps no Parquet copy of it"
-        f"{_at(spec)}. Look at {_page(spec)}/tree/main, convert it and give the folder"
+        f"{_at(spec)}. Look at {page_of(spec.path, 'data set')}/tree/main, convert it and give the folder"
     )
 
 
@@ -144,7 +145,7 @@ def _downloaded(spec: DataSpec, revision: str, listing: Listing, chosen: Selecti
         if folder.name != listing.commit:  # the branch moved between the two requests
             folder = _asked(lambda: snapshot(listing.commit), spec, revision)
     except _Unreachable as unreachable:
-        raise DataError(_not_cached(spec)) from unreachable
+        raise DataError(f"data set {spec.name!r}: {not_cached(spec.path, 'data set', spec.revision)}") from unreachable
     return [Located(str(folder / e.name), e.name, e.size, e.sha256, listing.commit) for e in chosen.entries]
 
 
@@ -159,53 +160,16 @@ def _asked(request: Callable[[], Found], spec: DataSpec, revision: str) -> Found
     """The hub's answer. Raises _Unreachable without one, DataError for a refusal."""
     from huggingface_hub import errors
 
-    # The HTTP library differs between versions of huggingface_hub; its root error is what theirs derives from.
-    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
     try:
         return request()
-    except (http_error, errors.EntryNotFoundError, OSError, ValueError) as error:
+    except hub_failures() as error:
         cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
         if not isinstance(cause, (errors.HfHubHTTPError, ValueError)):
             raise _Unreachable(str(error)) from error
-        raise DataError(f"data set {spec.name!r}: {_explained(cause, spec, revision)}") from error
-
-
-def _explained(error: Exception, spec: DataSpec, revision: str) -> str:
-    from huggingface_hub import errors
-
-    page, login = _page(spec), "log in with `hf auth login` or set HF_TOKEN"
-    match error:
-        case errors.GatedRepoError():
-            return f"{spec.path} is gated: ask for access on {page}, then {login}"
-        case errors.RepositoryNotFoundError():
-            return (
-                f"{spec.path!r} is no file or folder here ({Path.cwd()}), and the hub has no data set of that name "
-                f"that you may read. Check the spelling on {page}; if it is private, {login}"
-            )
-        case errors.RevisionNotFoundError():
-            return f"{spec.path} has no revision {revision!r}: see {page}/tree/main for branches and tags"
-        case errors.HfHubHTTPError():
-            status = error.response.status_code
-            way_out = login if status in (401, 403) else "try again later"
-            return f"{spec.path}: the hub answered {status} for {page}: {way_out}"
-    return f"{spec.path} cannot be had from the hub: {' '.join(str(error).split())[:300]}"
-
-
-def _not_cached(spec: DataSpec) -> str:
-    return (
-        f"data set {spec.name!r}: {spec.path!r} is no file or folder here ({Path.cwd()}), and as a hub data set it is "
-        f"not in the hub's cache{_at(spec)} while the hub cannot be reached (HF_HUB_OFFLINE is set, or there is no "
-        f"network): fetch it once with `hf download --repo-type dataset {hub_name(spec.path)[0]}` where there is"
-    )
+        raise DataError(f"data set {spec.name!r}: {explained(cause, spec.path, 'data set', revision)}") from error
 
 
 def _at(spec: DataSpec) -> str:
     if spec.revision is None:
         return ""
     return f" at {'commit' if is_commit(spec.revision) else 'revision'} {spec.revision}"
-
-
-def _page(spec: DataSpec) -> str:
-    from huggingface_hub import constants
-
-    return f"{constants.ENDPOINT}/datasets/{hub_name(spec.path)[0]}"

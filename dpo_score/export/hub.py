@@ -24,6 +24,7 @@ import yaml
 from markupsafe import escape
 
 from dpo_score.config.load import default_cache_dir
+from dpo_score.data.hub_errors import LOGIN, hub_failures, page_of
 from dpo_score.errors import ConfigError, DpoScoreError, UsageError
 from dpo_score.escape import safe
 from dpo_score.results.run_folder import open_out
@@ -99,13 +100,11 @@ def plan(
 
 def push(upload: Upload) -> str:
     """Send it; returns the address of the commit. Raises DpoScoreError in one paragraph."""
-    from huggingface_hub import HfApi, errors
+    from huggingface_hub import HfApi
 
-    # The HTTP library differs between versions of huggingface_hub; its root error is what theirs derives from.
-    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
     try:
         return _sent(HfApi(), upload)
-    except (http_error, OSError, ValueError) as error:
+    except hub_failures() as error:
         raise _explained(error, upload.repository) from error
 
 
@@ -124,17 +123,17 @@ def _sent(api: Any, upload: Upload) -> str:
 
 
 def _explained(error: Exception, repository: str) -> DpoScoreError:
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
-    page, login = f"{constants.ENDPOINT}/datasets/{repository}", "log in with `hf auth login` or set HF_TOKEN"
+    page = page_of(repository, "data set")
     if isinstance(error, (errors.RepositoryNotFoundError, errors.LocalTokenNotFoundError)):
-        return UsageError(f"{repository} cannot be written to: {login}, with a token that may write to {page}")
+        return UsageError(f"{repository} cannot be written to: {LOGIN}, with a token that may write to {page}")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return UsageError(f"nothing was sent to {repository}: HF_HUB_OFFLINE is set")
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         if status in (401, 403):
-            return UsageError(f"the hub answered {status} for {page}: {login}, with a token that may write there")
+            return UsageError(f"the hub answered {status} for {page}: {LOGIN}, with a token that may write there")
         return DpoScoreError(f"the hub answered {status} for {page}: nothing was committed; try again later")
     said = " ".join(str(error).split())[:300]
     return DpoScoreError(f"{repository} could not be reached, nothing was committed: {said or type(error).__name__}")

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from dpo_score.config.checkpoint_glob import STATE_SUFFIXES
+from dpo_score.data.hub_errors import explained, hub_failures
 from dpo_score.errors import ModelError
-from dpo_score.models.weights import brief
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 HUB_GGUF = re.compile(r"(?P<repo>[A-Za-z0-9._-]+/[A-Za-z0-9._-]+)/(?P<file>.+\.gguf)")
@@ -143,41 +143,12 @@ def _hub(
     """Run one hub request; every way it fails becomes a paragraph with the way out."""
     from huggingface_hub import errors
 
-    # The HTTP library differs between versions of huggingface_hub; its root error is what theirs derives from.
-    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
     try:
         return fetch(_Hub(revision, local_only, allow_pickle))
-    except (http_error, errors.EntryNotFoundError, OSError, ValueError) as error:
-        raise ModelError(_explain(error, model, revision)) from error
-
-
-def _explain(error: Exception, model: str, revision: str | None) -> str:
-    from huggingface_hub import errors
-
-    repo = "/".join(model.split("/")[:2])
-    page, login = f"https://huggingface.co/{repo}", "log in with `hf auth login` or set HF_TOKEN"
-    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
-        error = error.__cause__
-    match error:
-        case errors.GatedRepoError():
-            return f"{model} is gated: ask for access on {page}, then {login}"
-        case errors.RepositoryNotFoundError():
-            return (
-                f"no such model: {model!r} is not a folder here ({Path.cwd()}), and the hub has no repository of that "
-                f"name that you may read. Check the spelling on {page}; if it is private, {login}"
-            )
-        case errors.RevisionNotFoundError():
-            return f"{model} has no revision {revision!r}: see {page}/tree/main for branches and tags"
-        case errors.LocalEntryNotFoundError():
-            return (
-                f"{model!r} is not a folder here ({Path.cwd()}), and as a hub id it is not in the local hub cache "
-                "while the hub cannot be reached (HF_HUB_OFFLINE is set, or there is no network): fetch it once with "
-                f"`hf download {repo}` where there is, or name a folder"
-            )
-        case errors.HfHubHTTPError():
-            status = error.response.status_code
-            return f"{model}: the hub answered {status} for {page}: {login if status in (401, 403) else 'try again'}"
-    return f"{model} could not be fetched from the hub ({brief(error)})"
+    except hub_failures() as error:
+        answered = isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__
+        cause = answered if isinstance(answered, errors.HfHubHTTPError) else error
+        raise ModelError(explained(cause, model, "model", revision)) from error
 
 
 def stored_sha256(path: Path) -> str | None:
