@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dpo_score.losses.evaluate import evaluate_pairs
     from dpo_score.losses.torch import DPOLoss, sequence_logps
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "DPOLoss",
     "__version__",
