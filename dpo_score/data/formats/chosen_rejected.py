@@ -442,8 +442,8 @@ def answer_structs(row: Row, options: ReadOptions) -> Found:
     code="F4b",
     needs=(
         Column("input", struct_with(messages=is_messages)),
-        Column("preferred_output", is_turns),
-        Column("non_preferred_output", is_turns),
+        Column("preferred_output", is_answer),
+        Column("non_preferred_output", is_answer),
     ),
     columns="input: struct with messages and tools; preferred_output, non_preferred_output: messages",
     polarity="preferred_output is better than non_preferred_output",

@@ -141,7 +141,8 @@ def _readable(raw: Mapping[str, Any], found: ColumnMap, view: Shapes, names: Col
 
 ANSWER_NAMES = (
     *((f"response_{a}", f"response_{b}") for a, b in ("ab", "AB", "01", "12")),
-    *(("response1", "response2"), ("answer_a", "answer_b"), ("answer_0", "answer_1"), ("output_1", "output_2")),
+    *((f"{name}_a", f"{name}_b") for name in ("answer", "completion", "output", "option")),
+    *(("response1", "response2"), ("answer_0", "answer_1"), ("output_1", "output_2")),
 )
 """Neutral names of two answers: a set that has them needs a label."""
 LABEL_NAMES = ("winner", "label", "labels", "preference", "preferred", "choice", "better", "best", "score", "vote")

@@ -274,6 +274,9 @@ FORMS = [
           for text in ("Be kind", "Be rude")], [("system Be kind|user q", YES, NO), "context_mismatch"]),
     Case("ms-swift alpaca with a rejected response", "pair-text/alpaca",
          [{"instruction": "q", "input": "", "output": "yes", "rejected_response": "no"}], [("q", "yes", "no")]),
+    Case("OpenAI's form with strings", "openai",
+         [{"input": {"messages": [user("q")]}, "preferred_output": "yes", "non_preferred_output": "no"}],
+         [("user q", YES, NO)]),
     Case("a prompt string and single messages", "messages-full",
          [{"prompt": "q", "chosen": bot("yes"), "rejected": bot("no")}], [("user q", YES, NO)]),
     Case("RMB", "messages-explicit/answer-structs",
@@ -354,6 +357,9 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
     ),
     "sides that are no answers": (
         {"prompt": "q", "chosen": {"a": 1}, "rejected": {"a": 2}}, {}, "should be strings or messages"),
+    "a side that names the better model": (
+        {"prompt": "q", "completion_a": "x", "completion_b": "y", "chosen": "m", "rejected": "n"}, {},
+        "holds neither of them"),
     "a side that names the better answer": (
         {**AB, "chosen": "A", "rejected": "B"}, {}, "holds neither of them.*winner=chosen"),
     "KTO": ({"prompt": "q", "completion": "a", "label": True}, {}, "DPO needs pairs"),
