@@ -113,7 +113,7 @@ def test_a_data_set_without_rows_says_so(hub: Hub) -> None:
     [
         ((403, "GatedRepo"), r"org/pairs is gated: ask for access on http://.*/datasets/org/pairs, then log in with"),
         ((401, "RepoNotFound"), r"no file or folder here .*if it is private, log in with `hf auth login` or set HF_T"),
-        ((404, "RepoNotFound"), r"the hub has no data set of that name that you may read. Check the spelling"),
+        ((404, "RepoNotFound"), r"the hub has no repository of that name that you may read. Check the spelling"),
         ((403, ""), r"the hub answered 403 for http://.*: log in with `hf auth login`"),
         ((500, ""), r"the hub answered 500 for http://.*: try again later"),
     ],

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dpo_score.config.schema import PolicySpec
-from dpo_score.errors import ModelError
+from dpo_score.errors import ModelError, WeightsChangedError
 from dpo_score.models.limits import context_limit, embedding_rows, side_limits
 from dpo_score.models.resolve import ModelSource, Resolver, resolve, resolve_policy
 from dpo_score.tokenization.truncation import SideLimits
@@ -149,6 +149,24 @@ def test_the_digest_of_an_adapter_covers_base_weights_and_settings(saved: Path, 
     flip(adapter / "adapter_model.safetensors")
     flip(folder / "model.safetensors")
     assert source(folder, adapter).digest != over.digest
+
+
+def test_code_that_a_model_runs_is_part_of_what_it_is(folder: Path) -> None:
+    edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "mine.Model"})
+    (folder / "inner").mkdir()
+    code = [folder / "mine.py", folder / "inner" / "mine.py"]
+    for path in code:
+        path.write_text("SCALE = 1\n")
+    found = source(folder, trust_remote_code=True)
+    for path in code:
+        path.write_text("SCALE = 3\n")
+        with pytest.raises(WeightsChangedError, match=r"mine\.py changed"):
+            found.refuse_changed()
+        changed = source(folder, trust_remote_code=True)
+        assert changed.digest != found.digest
+        found = changed
+    (folder / "notes.txt").write_text("not code")
+    assert source(folder, trust_remote_code=True).digest == found.digest
 
 
 def test_an_adapter_may_bring_its_own_tokenizer(saved: Path, adapter: Path) -> None:
