@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 Fields: TypeAlias = Mapping[str, Any]
@@ -135,7 +135,8 @@ class Identities:
     def changes(self, new: Identities) -> tuple[FieldChange, ...]:
         """What differs where both say something: a policy only one of them names is no change."""
         shared = sorted({*self.policies} & {*new.policies})
-        return diff(self._about(shared), new._about(shared))
+        found = diff(self._about(shared), new._about(shared))
+        return tuple(replace(change, path=change.path.replace("text.text.", "text.", 1)) for change in found)
 
     def _about(self, policies: Sequence[str]) -> dict[str, Any]:
         return {**self.to_json(), "policies": {name: self.policies[name] for name in policies}}

@@ -10,7 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from dpo_score.cli.main import app, main
-from dpo_score.config.schema import OPTIONS
+from dpo_score.config.hints import MEANINGS
+from dpo_score.config.schema import FIRST_OPTIONS, OPTIONS
+
+ROOT = Path(__file__).parents[2]
 
 
 def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -94,3 +97,63 @@ def test_commands_without_a_model_import_neither_torch_nor_transformers(command:
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False
     )
     assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("--model", "--policy NAME=MODEL for a checkpoint to score, --reference MODEL"),
+        ("--model_name_or_path", "--policy NAME=MODEL"),
+        ("--ref-model", "--reference MODEL"),
+        ("--batch-size", "--batch-tokens N"),
+        ("--tasks", "--data [NAME=]PATH"),
+        ("--output_dir", "--out DIR"),
+        ("--num_samples", "--limit N for the first N rows"),
+        ("--bta", "did you mean --beta?"),
+    ],
+)
+def test_names_of_other_programs_get_the_right_hint(
+    typed: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, _, error = run_cli(capsys, "run", typed, "x")
+    assert (code, said in error) == (2, True), error
+    key = typed.lstrip("-").replace("-", "_")
+    if key in MEANINGS:
+        (tmp_path / "job.yaml").write_text(f"data: x\n{key}: y\n")
+        code, _, error = run_cli(capsys, "run", str(tmp_path / "job.yaml"))
+        assert (code, said in error) == (2, True), error
+
+
+@pytest.mark.parametrize("typed", ["eval", "runn", "evaluate"])
+def test_a_command_that_is_not_there_suggests_one(typed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = run_cli(capsys, typed)
+    assert (code, "did you mean `dpo-score run`?" in error) == (2, True), error
+
+
+def test_the_first_ten_options_come_first_and_defaults_are_shown() -> None:
+    shown = CliRunner().invoke(app, ["run", "-h"], env={"COLUMNS": "120", "TERM": "dumb"}).output
+    first = shown[shown.index("What most people need first") : shown.index("Of this command")]
+    flags = [f"--{name.replace('_', '-')}" for name in (*FIRST_OPTIONS, "dry_run")]
+    assert [flag for flag in flags if flag not in first] == []
+    assert "(default: sigmoid)" in first
+
+
+def test_every_word_of_the_hints_leads_to_an_option_there_is() -> None:
+    flags = {option.flag for option in OPTIONS} | {"--restart"}
+    for here in set(MEANINGS.values()):
+        assert {word.rstrip(",;:") for word in here.split() if word.startswith("--")} <= flags, here
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_for_each_shell_offers_options_and_choices(shell: str) -> None:
+    words = {
+        "bash": {"COMP_WORDS": "dpo-score run --dtype ", "COMP_CWORD": "3"},
+        "zsh": {"_TYPER_COMPLETE_ARGS": "dpo-score run --dtype "},
+        "fish": {"_TYPER_COMPLETE_ARGS": "dpo-score run --dtype ", "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
+    }[shell]
+    environment = {"PATH": "/usr/bin", "_DPO_SCORE_COMPLETE": f"complete_{shell}", **words}
+    program = "import sys; from dpo_score.cli.main import main; main([])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False, cwd=ROOT
+    )
+    assert "bfloat16" in done.stdout, done.stderr[-500:]
