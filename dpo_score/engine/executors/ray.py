@@ -17,6 +17,9 @@ import os
 import platform
 import signal
 import socket
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -80,9 +83,39 @@ def _cluster(ray: ModuleType, config: RunConfig) -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     try:
-        yield
+        with _guarded(ray, own=address == "local"):
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _guarded(ray: Any, own: bool) -> Iterator[None]:
+    """A process beside this one says how to go on where Ray ends this one (ray_guard.py)."""
+    socket_name = str(ray.nodes()[0].get("ObjectStoreSocketName", "")) if own else ""
+    session = next((part for part in socket_name.split("/") if part.startswith("session_")), "")
+    guard = subprocess.Popen(
+        [sys.executable, "-m", "dpo_score.engine.executors.ray_guard", session],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert guard.stdin is not None
+    assert guard.stdout is not None
+    lost = guard.stdout
+
+    def end_when_told() -> None:
+        if lost.read(1):
+            os._exit(1)
+
+    threading.Thread(target=end_when_told, name="ray-guard", daemon=True).start()
+    try:
+        yield
+    finally:
+        with suppress(BrokenPipeError):
+            guard.stdin.write(b"done")
+            guard.stdin.close()
+        guard.wait()
 
 
 def _join(ray: Any, address: str) -> None:
