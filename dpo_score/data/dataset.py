@@ -24,7 +24,7 @@ from dpo_score.data.files import content_sha256, select
 from dpo_score.data.formats.base import Format, ReadOptions
 from dpo_score.data.formats.detect import SAMPLE_ROWS, carried_columns, detect, replaced_names
 from dpo_score.data.formats.row import RowReader, rejected
-from dpo_score.data.row_reader import RawRow, RowFile, open_rows
+from dpo_score.data.row_reader import RawRow, RowFile, first_rows, open_rows
 from dpo_score.data.types import Pair, Problem, Rejected, Source
 from dpo_score.errors import DataError, nearest
 from dpo_score.escape import seen
@@ -227,7 +227,7 @@ def _decided(spec: DataSpec, files: list[DataFile], seed: int, kept: tuple[str, 
         for name in every
     }
     shapes = {name: shape for name, shape in schema.items() if name not in spec.ignore_columns}
-    format_, columns = detect(shapes, spec, lambda names: _head(filled[0].content, SAMPLE_ROWS, names))
+    format_, columns = detect(shapes, spec, lambda names: first_rows(filled[0].content.stream(0, names), SAMPLE_ROWS))
     carried = carried_columns(shapes, spec)
     here = tuple(name for name in kept if name in schema)
     options = ReadOptions(spec.pairing, spec.preference, spec.keep_ties, seed)
@@ -251,10 +251,6 @@ def _in_groups(file: DataFile, column: str) -> DataFile:
             starts.append(number)
         last = value
     return replace(file, rows=len(starts), starts=np.asarray(starts, dtype=np.int64))
-
-
-def _head(content: RowFile, count: int, columns: Sequence[str]) -> list[Mapping[str, Any]]:
-    return [row for row in islice(content.stream(0, columns), count) if not isinstance(row, Problem)]
 
 
 def _unpacked(content: RowFile, decided: Shapes) -> dict[str, Shape]:
@@ -380,12 +376,9 @@ def _picked(dataset: Dataset, file: DataFile, units: Sequence[int]) -> Iterator[
 def mean_text_bytes(dataset: Dataset) -> float:
     """Mean bytes of the columns read in a unit: an estimate from the first rows of the first files."""
     files = [file for file in dataset.files if file.rows][:SIZED_FILES]
-    rows = [row for file in files for row in islice(file.content.stream(0, dataset.reader.needed), SIZED_ROWS)]
-    columns = set(dataset.reader.needed)
-    sizes = [_size(value) for row in rows if isinstance(row, Mapping) for key, value in row.items() if key in columns]
+    needed = dataset.reader.needed
+    rows = [row for file in files for row in first_rows(file.content.stream(0, needed), SIZED_ROWS)]
+    cells = (value for row in rows for name, value in row.items() if name in needed)
+    size = sum(len(value if isinstance(value, str) else repr(value)) for value in cells)
     rows_per_unit = sum(file.content.rows for file in files) / max(sum(file.rows for file in files), 1)
-    return sum(sizes) / max(len(rows), 1) * rows_per_unit
-
-
-def _size(value: Any) -> int:
-    return len(value if isinstance(value, str) else repr(value))
+    return size / max(len(rows), 1) * rows_per_unit

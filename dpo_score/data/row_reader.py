@@ -38,6 +38,7 @@ MAX_DEPTH = 100
 MAX_COLUMNS = 10_000
 JSON_SAMPLE = 1000
 SPREAD_SAMPLE = 64
+SAMPLE_BYTES = 32 << 20
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"\s*")
 _MOST = 1 << 63
@@ -137,10 +138,10 @@ class ParquetRows:
             starts.append(before)
             before += count
         step = max(1, len(starts) // 8)
-        found = list(islice(self.stream(0, columns), SPREAD_SAMPLE))
+        found = first_rows(self.stream(0, columns), SPREAD_SAMPLE)
         for start in starts[step::step]:
-            found += islice(self.stream(start, columns), SPREAD_SAMPLE // 4)
-        return [row for row in found if not isinstance(row, Problem)]
+            found += first_rows(self.stream(start, columns), SPREAD_SAMPLE // 4)
+        return found
 
     def _batches(self, opened: pq.ParquetFile, groups: list[int], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         present = [name for name in columns if name in self.shapes]
@@ -259,11 +260,35 @@ def _damaged(path: str, error: Exception, kind: str = "Parquet") -> str:
     return f"{path} cannot be read as {kind}: {seen(str(error), 160)}. If it is damaged, copy or download it again."
 
 
+def first_rows(rows: Iterator[RawRow], count: int) -> list[Mapping[str, Any]]:
+    """The first rows that can be decoded, at most `count`, and no more once they hold SAMPLE_BYTES."""
+    found: list[Mapping[str, Any]] = []
+    size = 0
+    for row in islice(rows, count):
+        if not isinstance(row, Problem):
+            found.append(row)
+            size += text_size(row)
+        if size > SAMPLE_BYTES:
+            break
+    return found
+
+
+def text_size(value: Any) -> int:
+    """Characters of the strings of a cell or a row; other values count as what they print as."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(text_size, value.values()))
+    if isinstance(value, list | tuple) and value and not isinstance(value[0], int | float):
+        return sum(map(text_size, value))
+    return len(repr(value))
+
+
 def _spread(file: RowFile, columns: Sequence[str]) -> list[Mapping[str, Any]]:
     """The first rows, and as many evenly spread over the file."""
     step = max(1, file.rows // SPREAD_SAMPLE)
     numbers = sorted({*range(min(SPREAD_SAMPLE, file.rows)), *range(0, file.rows, step)})
-    return [row for row in file.picked(numbers, columns) if not isinstance(row, Problem)]
+    return first_rows(file.picked(numbers, columns), len(numbers))
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------

@@ -141,3 +141,51 @@ def test_a_json_file_without_objects_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[1, 2")
     with pytest.raises(DataError, match="is not one JSON array"):
         open_datasets([spec(tmp_path / "a.json")])
+
+
+@pytest.mark.parametrize("kind", ["folder", "glob"])
+def test_a_local_path_keeps_its_splits_apart(kind: str, tmp_path: Path) -> None:
+    make(tmp_path, "train.parquet", "test.parquet")
+    path = tmp_path if kind == "folder" else tmp_path / "*.parquet"
+    with pytest.raises(DataError, match="holds the splits test, train; say --split NAME"):
+        locate(spec(path))
+    assert names(path, "test") == ["test.parquet"]
+
+
+def test_configurations_of_a_local_folder_are_chosen_by_name(tmp_path: Path) -> None:
+    make(tmp_path, "easy/train.parquet", "easy/test.parquet", "hard/train.parquet")
+    with pytest.raises(DataError, match=r"several configurations: easy, hard\. Say which, as in .*:easy"):
+        locate(spec(tmp_path))
+    assert names(f"{tmp_path}:easy", "test") == ["easy/test.parquet"]
+    assert names(f"{tmp_path}:hard") == ["hard/train.parquet"]
+
+
+def test_a_card_of_a_local_folder_decides(tmp_path: Path) -> None:
+    make(tmp_path, "one/x-0.parquet", "two/x-0.parquet")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*\n" for name in ("one", "two"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n# pairs\n")
+    with pytest.raises(DataError, match="several configurations: one, two"):
+        locate(spec(tmp_path))
+    assert names(f"{tmp_path}:two") == ["two/x-0.parquet"]
+
+
+def test_a_missing_shard_is_refused_but_for_a_file_named_alone(tmp_path: Path) -> None:
+    make(tmp_path, "train-00000-of-00002.parquet")
+    with pytest.raises(DataError, match="lacks train-00001-of-00002"):
+        locate(spec(tmp_path))
+    assert names(tmp_path / "train-00000-of-00002.parquet") == ["train-00000-of-00002.parquet"]
+
+
+def test_files_that_are_left_out_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    (tmp_path / "a.jsonl.gz").write_bytes(b"")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / "more.csv").write_text("x\n1\n")
+    [dataset] = open_datasets([spec(tmp_path)])
+    assert [file.name for file in dataset.files] == ["a.jsonl"]
+    assert dataset.skipped == {
+        "dataset_infos.json": "it describes the data set",
+        "more.csv": "CSV, where JSON files are read",
+        "a.jsonl.gz": "a packed copy of a.jsonl",
+    }
+    assert all(name in dataset.summary() for name in dataset.skipped)
