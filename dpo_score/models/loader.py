@@ -123,7 +123,7 @@ class ModelLoader:
             self.clear()
             model = self._read(source, numerics, attn_implementation)
             source.refuse_changed()
-            merge = self._may_merge(numerics.dtype, model)
+            merge = numerics.dtype == "float32" and getattr(model, "hf_quantizer", None) is None
             self._base = _Base(key, AdapterSlot(model, merge) if self.tensor_parallel == 1 else ShardedSlot(model))
             self.bases_read += 1
         slot = self._base.slot
@@ -162,10 +162,6 @@ class ModelLoader:
         if self._ahead is not None:
             self._ahead.stop()
             self._ahead = None
-
-    @staticmethod
-    def _may_merge(dtype: str, model: Any) -> bool:
-        return dtype == "float32" and getattr(model, "hf_quantizer", None) is None
 
     def _read(self, source: ModelSource, numerics: Placement, attn_implementation: str | None) -> Any:
         import torch
@@ -226,7 +222,7 @@ def read_model(source: ModelSource, options: dict[str, Any], trust_remote_code: 
             if source.state:
                 model, info = _from_state(auto, source, options, code)
             else:
-                safe = not _base_is_pickle(source)
+                safe = all(path.suffix == ".safetensors" for path in source.weights)
                 asked = {**options, "use_safetensors": safe, "local_files_only": True, **code}
                 model, info = auto.from_pretrained(source.folder, **asked)
                 if any(is_wrapped(key) for key in info["unexpected_keys"]):
@@ -259,10 +255,6 @@ def _from_state(auto: Any, source: ModelSource, options: dict[str, Any], code: d
         shape = auto.from_config(options["config"], **code)
     state = read_state(source.weights, shape.state_dict().keys())
     return cast("tuple[Any, Any]", type(shape).from_pretrained(None, state_dict=state, **options))
-
-
-def _base_is_pickle(source: ModelSource) -> bool:
-    return any(path.suffix != ".safetensors" for path in source.weights)
 
 
 def _auto_class(config: Any, source: ModelSource) -> Any:
@@ -309,6 +301,7 @@ def _refuse_misfit(source: ModelSource, kind: str, info: dict[str, Any]) -> None
 def _misshapen(source: ModelSource, kind: str, mismatched: list[tuple[str, Any, Any]]) -> str:
     """What to say of tensors whose shapes are not those of the configuration: the first one, and the likely cause."""
     name, stored, expected = mismatched[0][0], tuple(mismatched[0][1]), tuple(mismatched[0][2])
+    of_tokens = name.removesuffix(".weight").rsplit(".", 1)[-1] in (*EMBEDDINGS, "lm_head", "embed_out", "output")
     others = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
     if 0 in stored:
         cause = (
@@ -316,7 +309,7 @@ def _misshapen(source: ModelSource, kind: str, mismatched: list[tuple[str, Any, 
         )
     elif len(stored) == 1 and len(expected) > 1:
         cause = "the tensor is flattened, as FSDP keeps it; save with state_dict_type FULL_STATE_DICT"
-    elif len(stored) == len(expected) == 2 and stored[1] == expected[1] and _is_vocabulary(name):
+    elif len(stored) == len(expected) == 2 and stored[1] == expected[1] and of_tokens:
         cause = (
             f"the vocabulary was resized and config.json still says {expected[0]}; set its vocab_size to {stored[0]} "
             "if these weights are the right ones"
@@ -327,11 +320,6 @@ def _misshapen(source: ModelSource, kind: str, mismatched: list[tuple[str, Any, 
         f"{source.name}: the weights in {source.weights[0].parent} do not fit {kind}: {name}{others} has the shape "
         f"{list(stored)} in the file and {list(expected)} by config.json. Most likely {cause}"
     )
-
-
-def _is_vocabulary(name: str) -> bool:
-    """Whether a tensor is an embedding of tokens or the head over them, by its name."""
-    return name.removesuffix(".weight").rsplit(".", 1)[-1] in (*EMBEDDINGS, "lm_head", "embed_out", "output")
 
 
 @contextmanager

@@ -128,7 +128,7 @@ def refuse_code(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             continue
-        for key in _keys(read_json(path)):
+        for key, _ in _items(read_json(path)):
             if key in CODE_KEYS or key.startswith("_attn_implementation"):
                 raise ModelError(
                     f"{path} contains {key!r}, which can make the loader run code that is not part of transformers: "
@@ -158,10 +158,6 @@ def _cached_code(repository: str) -> set[Path]:
         return set(Path(snapshot_download(repository, local_files_only=True, allow_patterns="*.py")).rglob("*.py"))
     except (OSError, ValueError):
         return set()
-
-
-def _keys(value: Any) -> Iterator[str]:
-    return (key for key, _ in _items(value))
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:

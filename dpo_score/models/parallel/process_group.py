@@ -33,7 +33,8 @@ class Group:
         self._device = torch.device(device_kind, rank) if device_kind == "cuda" else None
         if self._device is not None:
             torch.cuda.set_device(self._device)
-        with _environment(**_network()):
+        named = os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK.get(sys.platform))
+        with _environment(**({} if named is None else {"GLOO_SOCKET_IFNAME": named})):
             dist.init_process_group(
                 BACKENDS[device_kind],
                 store=dist.FileStore(str(meeting), size),  # type: ignore[attr-defined]
@@ -69,11 +70,6 @@ class Group:
         """[first, end) of `total` things dealt out in order, as torch shards a dimension."""
         each = -(-total // self.size)
         return min(self.rank * each, total), min((self.rank + 1) * each, total)
-
-
-def _network() -> dict[str, str]:
-    named = os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK.get(sys.platform))
-    return {} if named is None else {"GLOO_SOCKET_IFNAME": named}
 
 
 @contextmanager
