@@ -107,11 +107,11 @@ class Progress:
 
     def _show(self) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join([self._speed(), *self._left()]), refresh=False)
+            self._bar.set_postfix_str(", ".join([self._speed(), *self._time_left()]), refresh=False)
             self._bar.update(round(self._rows + self._within) - self._bar.n)
         elif self._label and time.monotonic() - self._said > PLAIN_SECONDS:
             self._said = time.monotonic()
-            parts = [f"{self._rows + self._within:,.0f}/{self._total:,} rows", self._speed(), *self._left()]
+            parts = [f"{self._rows + self._within:,.0f}/{self._total:,} rows", self._speed(), *self._time_left()]
             self.say(f"{self._label}: {', '.join(parts)}")
 
     def _speed(self) -> str:
@@ -120,7 +120,7 @@ class Progress:
         share = self._cached / self._tokens if self._tokens else 0.0
         return f"{speed} ({share:.0%} from the cache)" if share >= 0.005 else speed
 
-    def _left(self) -> list[str]:
+    def _time_left(self) -> list[str]:
         """The time left, of this stage and of those that come after it at the same pace; nothing before any row."""
         rows = self._rows + self._within - self._begun
         if rows <= 0:

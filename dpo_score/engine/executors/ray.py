@@ -133,7 +133,16 @@ def _join(ray: Any, address: str) -> None:
                     "memory; the same command resumes, and --engine local needs no Ray"
                 ) from error
         else:
+            _keep_stdout_clean()
             return
+
+
+def _keep_stdout_clean() -> None:
+    """Ray prints what its node reports ("Task … failed") to standard output, where a result or its JSON is expected;
+    there is no public switch for it. What matters of it is said by the worker pool."""
+    from ray._private import worker
+
+    worker._worker_logs_enabled = False
 
 
 def _refuse_unreachable(address: str) -> None:
