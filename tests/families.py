@@ -67,6 +67,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 8,
     },
     "bert": {"is_decoder": True},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "mamba": {"state_size": 8, "time_step_rank": 4},
     "falcon_h1": {
         "mamba_d_ssm": 32,

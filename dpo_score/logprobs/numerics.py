@@ -8,7 +8,7 @@ asked later, of the loaded model itself (`self_check.py`).
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,7 +53,7 @@ def resolve_numerics(
     device = _device(compute.device)
     kind = device.split(":")[0]
     dtype = compute.dtype if compute.dtype != "auto" else ("float32" if kind == "cpu" else "float16")
-    path = compute.path if compute.path != "auto" else ("fast" if may_share(config) else "plain")
+    path = compute.path if compute.path != "auto" else ("fast" if may_share(config) or may_fork(config) else "plain")
     ways = compute.tensor_parallel
     each = None if parameters is None else parameters // ways
     return Numerics(
@@ -61,7 +61,7 @@ def resolve_numerics(
         device_kind=kind,
         dtype=dtype,
         path=path,
-        kernel=_kernel(path, kind, dtype),
+        kernel=_kernel(path, kind, dtype, forked=may_fork(config)),
         compile=ways == 1 and _compile(compute.compile, path, kind, parameters, rows_hint),
         batch_tokens=(
             memory.batch_tokens(device, dtype, config, each) if compute.batch_tokens == "auto" else compute.batch_tokens
@@ -85,18 +85,36 @@ def may_share(config: Mapping[str, Any]) -> bool:
     return _uses_attention_interface(str(config.get("model_type", "")))
 
 
+def may_fork(config: Mapping[str, Any]) -> bool:
+    """Whether the architecture has layers with a state that a prompt leaves behind and its answers go on from.
+
+    As for `may_share`, a yes is only a candidate.
+    """
+    if config.get("is_encoder_decoder"):
+        return False
+    states = NOT_SHAREABLE - {"chunked_attention"}
+    if states & set(text_config(config).get("layer_types") or ()):
+        return True
+    return any(getattr(c, "_is_stateful", False) for c in _model_classes(str(config.get("model_type", ""))))
+
+
 def _uses_attention_interface(model_type: str) -> bool:
+    classes = _model_classes(model_type)
+    return any(_calls_the_interface(c) and not getattr(c, "_is_stateful", False) for c in classes)
+
+
+def _model_classes(model_type: str) -> Sequence[Any]:
+    """The classes of transformers that give logits for text of a type."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
     if model_type not in CONFIG_MAPPING:
-        return False
+        return ()
     config_class = CONFIG_MAPPING[model_type]
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if config_class in auto._model_mapping:
             found = auto._model_mapping[config_class]
-            candidates = found if isinstance(found, tuple) else (found,)
-            return any(_calls_the_interface(c) and not getattr(c, "_is_stateful", False) for c in candidates)
-    return False
+            return found if isinstance(found, tuple) else (found,)
+    return ()
 
 
 def _calls_the_interface(model_class: Any) -> bool:
@@ -122,13 +140,15 @@ def _device(asked: str) -> str:
     return f"cuda:{index or 0}" if kind == "cuda" else kind
 
 
-def _kernel(path: str, kind: str, dtype: str) -> Kernel:
+def _kernel(path: str, kind: str, dtype: str, forked: bool) -> Kernel:
     """How attention and fp32 products run; torch's fused attention on a CPU has no oneDNN products."""
     from dpo_score.logprobs.matmul import onednn_is_true_fp32
 
     onednn = kind == "cpu" and dtype == "float32" and onednn_is_true_fp32()
     if path == "plain":
         return Kernel.MODEL_ONEDNN if onednn else Kernel.MODEL
+    if forked:
+        return Kernel.FORKED_ONEDNN if onednn else Kernel.FORKED
     if kind == "cuda":
         from dpo_score.logprobs.attention.flash_flex import kernel
 

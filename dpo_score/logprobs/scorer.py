@@ -18,6 +18,7 @@ import numpy as np
 from dpo_score.data.types import TokenSequence
 from dpo_score.errors import ConfigError, Interrupted, nearest
 from dpo_score.logprobs.encoder_decoder import EncoderDecoderPath
+from dpo_score.logprobs.forked import ForkedPath
 from dpo_score.logprobs.packed import PackedPath
 from dpo_score.logprobs.padded import PaddedPath
 from dpo_score.logprobs.torch_settings import running
@@ -185,6 +186,8 @@ def _own_path(model: Any, numerics: Numerics, stats: Sequence[str], plain: bool)
     if model.config.is_encoder_decoder:
         return EncoderDecoderPath(model, numerics, stats)
     parts = model_parts(model)
+    if numerics.path == "fast" and numerics.kernel.forked and not plain:
+        return ForkedPath(parts, numerics, stats)
     if numerics.path == "fast" and not plain:
         return PackedPath(parts, numerics, stats)
     return PaddedPath(parts, numerics, stats)

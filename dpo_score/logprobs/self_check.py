@@ -27,6 +27,7 @@ from dpo_score.data.types import Ids, TokenSequence
 from dpo_score.errors import ModelError
 from dpo_score.logprobs.attention.interface import Unshareable
 from dpo_score.logprobs.encoder_decoder import EncoderDecoderPath
+from dpo_score.logprobs.forked import ForkedPath
 from dpo_score.logprobs.lengths import (
     PROBE_TAIL,
     LengthRules,
@@ -48,6 +49,7 @@ from dpo_score.models.parallel.rank_zero import group_step
 from dpo_score.models.parts import ModelParts, model_parts
 
 Logps = NDArray[np.float32]
+Path = PackedPath | ForkedPath | PaddedPath | EncoderDecoderPath
 FP32_BOUND = 1e-4
 NARROW_RATIO = 1.5
 CAUSAL_BOUND = 1e-3
@@ -227,22 +229,24 @@ class Probe:
                 self.packs_refused = sentence
             return Outcome(False, None, sentence)
 
-    def _path(self, numerics: Numerics) -> PackedPath | PaddedPath | EncoderDecoderPath:
+    def _path(self, numerics: Numerics) -> Path:
         if self.model.config.is_encoder_decoder:
             return EncoderDecoderPath(self.model, numerics)
         if numerics.path == "plain":
             return PaddedPath(self.parts, numerics)
+        if numerics.kernel.forked:
+            return ForkedPath(self.parts, numerics)
         if not numerics.compile:
             uncompile_layers(self.parts.body)
         return PackedPath(self.parts, numerics)
 
-    def _judged(self, path: PackedPath | PaddedPath | EncoderDecoderPath) -> Outcome:
-        what = "fast" if isinstance(path, PackedPath) else "a padded batch"
+    def _judged(self, path: Path) -> Outcome:
+        what = "fast" if isinstance(path, PackedPath | ForkedPath) else "a padded batch"
         found = self._through(path)
         if self.numerics.dtype == "float32":
             return _fp32_outcome(found, self.ordinary, what)
         if self.exact is None:
-            return self._without_exact(found, isinstance(path, PackedPath))
+            return self._without_exact(found, isinstance(path, PackedPath | ForkedPath))
         if not (np.isfinite(found).all() and np.isfinite(self.ordinary).all()):
             with widened(self.model):  # where packs that overflow run
                 return _fp32_outcome(self._through(path), self.exact, what)
@@ -258,7 +262,7 @@ class Probe:
         sentence = f"a row in a batch is off by {off:.1e} nats (root mean square), {QUANTIZED_BOUND} is the bound"
         return Outcome(off <= QUANTIZED_BOUND, _largest(found - self.ordinary), sentence)
 
-    def _through(self, path: PackedPath | PaddedPath | EncoderDecoderPath) -> Logps:
+    def _through(self, path: Path) -> Logps:
         """All rows by the path's own plan, in the order of the rows."""
         values: dict[int, Values] = {}
         with path.session():

@@ -25,6 +25,9 @@ class Kernel(StrEnum):
     BMM_ONEDNN = "bmm+onednn"
     SDPA = "sdpa"
     """Packs: torch's fused attention on a CPU, one segment at a time."""
+    FORKED = "forked"
+    """Models with a state: a prompt is read once, and its state is copied for each answer."""
+    FORKED_ONEDNN = "forked+onednn"
     VARLEN = "varlen"
     """Packs: torch's flash kernel for sequences of different lengths (CUDA)."""
     FLEX = "flex"
@@ -33,11 +36,16 @@ class Kernel(StrEnum):
     @property
     def onednn(self) -> bool:
         """Whether fp32 products go through oneDNN."""
-        return self in (Kernel.MODEL_ONEDNN, Kernel.BMM_ONEDNN)
+        return self in (Kernel.MODEL_ONEDNN, Kernel.BMM_ONEDNN, Kernel.FORKED_ONEDNN)
 
     @property
     def without_onednn(self) -> Kernel:
-        return {Kernel.MODEL_ONEDNN: Kernel.MODEL, Kernel.BMM_ONEDNN: Kernel.BMM}.get(self, self)
+        return Kernel(self.value.removesuffix("+onednn"))
+
+    @property
+    def forked(self) -> bool:
+        """Whether prompts are read once by copies of the model's own state."""
+        return self in (Kernel.FORKED, Kernel.FORKED_ONEDNN)
 
     @property
     def of_padded_batches(self) -> Kernel:
