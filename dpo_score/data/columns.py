@@ -128,11 +128,12 @@ def unread_context(row: Mapping[str, Any], accounted: ColumnAccount) -> Problem 
 
 
 def _refusal(spec: DataSpec, name: str, shape: Shape, example: Any, media: bool) -> str:
-    what = "holds media" if media else "looks like a part of the question"
+    head = f"data set {spec.name!r} ({spec.path}): column {name!r} ({str(shape)[:120]}) "
+    if media:
+        return f"{head}holds media: pictures, sound and film are not scored. Leave it out with --ignore-columns {name}"
     return (
-        f"data set {spec.name!r} ({spec.path}): column {name!r} ({str(shape)[:120]}, for example {seen(example, 80)!r})"
-        f" {what}, but it is not read. Say what it is with --map NAME={name} (--map help lists the names), or leave it "
-        f"out with --ignore-columns {name}"
+        f"{head}looks like a part of the question (for example {seen(example, 80)!r}), but it is not read. Say what it "
+        f"is with --map NAME={name} (--map help lists the names), or leave it out with --ignore-columns {name}"
     )
 
 

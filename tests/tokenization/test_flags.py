@@ -202,3 +202,19 @@ def test_a_template_in_use_that_ends_no_turn_is_caught() -> None:
     trl = pytest.importorskip("trl")
     path = Path(trl.__file__).parent / "chat_templates" / "glm4moe.jinja"
     assert "no_eos" in marks_of(pair(ASKED, "yes"), chat_template=str(path))
+
+
+@pytest.mark.parametrize(("template", "seen"), [("{{ tools }}", True), ("", False)])
+def test_tools_that_a_template_never_shows_are_marked(template: str, seen: bool) -> None:
+    shown = template + "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    asked = Pair(HERE, ASKED, (bot("yes"),), (bot("no"),), tools=({"name": "clock"},))
+    assert ("tools_unseen" in marks_of(asked, byte_tokenizer(shown))) is not seen
+    assert "tools_unseen" in marks_of(Pair(HERE, "q", "yes", "no", tools=({"name": "clock"},)))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "empty"), [("", True), (" \n", True), ("q", False), ((user(""),), True), (ASKED, False)]
+)
+def test_an_empty_prompt_or_turn_is_marked(prompt: Any, empty: bool) -> None:
+    answers = ("yes", "no") if isinstance(prompt, str) else ((bot("yes"),), (bot("no"),))
+    assert ("empty_prompt" in marks_of(Pair(HERE, prompt, *answers))) is empty

@@ -12,7 +12,9 @@ import pytest
 from dpo_score.config.schema import TextSpec
 from dpo_score.data.types import EncodedPair, Pair, Rejected, Source, TokenIds
 from dpo_score.errors import ConfigError, ModelError
+from dpo_score.tokenization import tokenizer as tokenizers
 from dpo_score.tokenization.render import Renderer
+from dpo_score.tokenization.tokenizer import BatchEncoder
 from tests.data.formats.golden_rows import bot, user
 from tests.tiny import CHATML, byte_tokenizer
 
@@ -181,3 +183,22 @@ def test_this_room_needs_neither_torch_nor_transformers_to_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_tokenizer_that_gives_up_on_a_text_loses_that_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizers library reports a regular expression without end as a panic, which is no `Exception`."""
+    PanicException = type("PanicException", (BaseException,), {})
+    renderer = Renderer(byte_tokenizer(), TextSpec())
+    true_ids = BatchEncoder._backend_ids
+
+    def ids(self: BatchEncoder, texts: Any, add_special_tokens: bool) -> Any:
+        def call() -> Any:
+            if any("no end" in text for text in texts):
+                raise PanicException("backtracking")
+            return true_ids(self, texts, add_special_tokens)
+
+        return tokenizers._guarded(call)
+
+    monkeypatch.setattr(BatchEncoder, "_backend_ids", ids)
+    found = renderer.encode([text(0), text(1, chosen="no end"), text(2)])
+    assert [getattr(item, "code", "scored") for item in found] == ["scored", "tokenizer_error", "scored"]
