@@ -43,3 +43,33 @@ def test_a_quiet_run_says_its_warnings_once(stream: io.StringIO) -> None:
         voice.warn("12 pairs are odd")
     assert stream.getvalue() == "warning: 12 pairs are odd: \\x1b[31mred\n"
     assert voice.warnings == ["12 pairs are odd"]
+
+
+def test_rows_from_the_cache_have_a_speed_and_say_where_they_come_from(stream: io.StringIO) -> None:
+    voice = Progress(stream=stream)
+    with voice.stage("better", rows=8):
+        voice.block(rows=4, tokens=100)
+        voice.rows(4)
+        assert "from the cache" in stream.getvalue()
+        assert ", 0 tok/s" not in stream.getvalue()
+        voice.block(rows=4, tokens=300)
+        voice.tokens(300)
+        voice.rows(4)
+    assert stream.getvalue().splitlines()[-1].endswith("(25% from the cache)")
+
+
+def test_each_stage_has_its_place_and_the_time_of_the_whole_run(stream: io.StringIO) -> None:
+    voice = Progress(stream=stream)
+    with voice.run(3):
+        voice.nothing_to_do("reference")
+        with voice.stage("better", rows=8):
+            voice.block(rows=4, tokens=100)
+            voice.rows(4)
+    line = stream.getvalue().splitlines()[0]
+    assert line.startswith("2 of 3: better: 4/8 rows, ")
+    assert line.endswith("for the whole run")
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(45, "45 s"), (600, "10 min"), (12_000, "3 h 20 min")])
+def test_times_are_said_in_the_unit_that_one_thinks_in(seconds: float, said: str) -> None:
+    assert progress.clock(seconds) == said
