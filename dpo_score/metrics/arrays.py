@@ -173,7 +173,7 @@ def _arrays(table: pa.Table, names: dict[str, dict[str, int]], seen: int) -> dic
     arrays |= {name: _numbers(table, name).astype(np.float32) for name in TOKENS}  # exact up to 16 million tokens
     arrays["truncated"] = _flag(table, "chosen_truncated", "rejected_truncated")
     arrays["tied"] = _flag(table, "tied")
-    arrays["overflow"] = np.array([code == "overflow" for code in _texts(table, "loss_code")], np.bool_)
+    arrays["overflow"] = _is_overflow(table)
     for label, codes in names.items():
         texts = pa.array(_texts(table, label), pa.string()).dictionary_encode()
         numbers = [
@@ -199,6 +199,14 @@ def _flag(table: pa.Table, *names: str) -> NDArray[np.bool_]:
         if name in table.column_names:
             flags |= pc.fill_null(table.column(name).cast(pa.bool_()), False).to_numpy(zero_copy_only=False)
     return flags
+
+
+def _is_overflow(table: pa.Table) -> NDArray[np.bool_]:
+    if "loss_code" not in table.column_names:
+        return np.zeros(table.num_rows, np.bool_)
+    codes = pc.equal(table.column("loss_code").cast(pa.string()), "overflow")
+    found: NDArray[np.bool_] = pc.fill_null(codes, False).to_numpy(zero_copy_only=False)
+    return found
 
 
 def _hashes(table: pa.Table, name: str, seen: int) -> NDArray[np.uint64]:

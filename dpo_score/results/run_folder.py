@@ -99,9 +99,17 @@ def as_scored(manifest: Manifest, policy: str, table: pa.Table, slices: Sequence
         row_ids=table["row_id"].to_pylist(),
         pair_ids=table["pair_id"].to_pylist(),
         rows=collect([table], slices=slices),
-        marks=table["marks"].to_pylist(),
+        marks=_marks(table["marks"]),
         settings=settings(manifest, policy),
     )
+
+
+def _marks(column: pa.ChunkedArray) -> Sequence[Sequence[str] | None]:
+    """The marks of each row; rows without one share an empty list, since most are such."""
+    if not len(pc.list_flatten(column)):
+        return [()] * len(column)
+    empty: Sequence[str] = ()
+    return [marks or empty for marks in column.to_pylist()]
 
 
 def _bare_columns(store: Store, name: str) -> list[str]:

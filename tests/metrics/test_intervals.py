@@ -24,6 +24,7 @@ from dpo_score.metrics.intervals import (
     t_quantile,
     t_two_sided_p,
     tango,
+    total,
     wilson,
 )
 
@@ -301,3 +302,17 @@ def test_scipy_agrees(df: float) -> None:
         assert t_two_sided_p(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-8)
     for p in (0.55, 0.8, 0.975, 0.999):
         assert t_quantile(p, df) == pytest.approx(stats.t.ppf(p, df), rel=1e-8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 3000), st.floats(-20, 20))
+def test_a_sum_is_the_exactly_rounded_one(seed: int, count: int, spread: float) -> None:
+    draw = np.random.default_rng(seed)
+    values = draw.normal(0.0, 1.0, count) * 10.0 ** draw.uniform(-abs(spread), abs(spread), count)
+    assert total(values) == math.fsum(values.tolist())
+
+
+def test_a_sum_of_what_is_no_number_is_none() -> None:
+    assert total(np.full(1000, np.inf)) == math.inf
+    assert math.isnan(total(np.append(np.full(1000, 1.0), np.nan)))
+    assert total(np.zeros(0)) == 0.0

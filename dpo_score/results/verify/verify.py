@@ -318,9 +318,10 @@ def _given(proof: Proof, record: CommitRecord) -> tuple[CommitRecord | None, pa.
 
 def _outputs(proof: Proof) -> None:
     """The files written at the end, against the manifest, but for those that were looked at with their records."""
-    known = {file for found in proof.stages.values() for file in found.exported}
+    known = {file.name for found in proof.stages.values() for file in found.exported}
+    known |= {name for name, _ in proof.findings.damage}  # said once
     for file in proof.manifest.outputs:
-        if file in known:
+        if file.name in known:
             continue
         proof.findings.checked += 1
         try:
