@@ -284,9 +284,19 @@ def columns_to_build(found: Survey, source: pa.Schema) -> BuiltColumns:
 def _passes(name: str, found: Survey, source: pa.Schema) -> bool:
     if name not in source.names or name in found.changed:
         return False
-    type_ = source.field(name).type
-    texts = pa.types.is_string(type_) or pa.types.is_large_string(type_)
-    return texts if found.kind == "string" else found.kind == "messages" and type_.equals(MESSAGES)
+    type_ = _without_large(source.field(name).type)
+    return pa.types.is_string(type_) if found.kind == "string" else found.kind == "messages" and type_.equals(MESSAGES)
+
+
+def _without_large(type_: pa.DataType) -> pa.DataType:
+    """The type with 32-bit offsets throughout: polars writes large_string and large_list for the same values."""
+    if pa.types.is_large_string(type_) or pa.types.is_string_view(type_):
+        return pa.string()
+    if pa.types.is_list(type_) or pa.types.is_large_list(type_):
+        return pa.list_(_without_large(type_.value_type))
+    if pa.types.is_struct(type_):
+        return pa.struct([(field.name, _without_large(field.type)) for field in type_])
+    return type_
 
 
 def built_columns(found: BuiltColumns, pairs: Sequence[Pair | None], text: TextSpec) -> dict[str, pa.Array]:

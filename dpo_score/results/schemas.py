@@ -121,9 +121,10 @@ def _text_row(encoded: EncodedPair, extra: Sequence[pa.Field]) -> dict[str, Any]
 
 def _carried(pair: Any, field: pa.Field) -> Any:
     value = pair.tied if field.name == "tied" else pair.extra.get(field.name)
-    if value is None or isinstance(value, str) or not pa.types.is_string(field.type):
+    if value is None or not pa.types.is_string(field.type):
         return value
-    return json.dumps(value, ensure_ascii=False, default=str)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")  # lone surrogates
 
 
 def sequences(text: pa.Table) -> list[TokenSequence]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -165,6 +166,22 @@ def test_a_row_of_several_answers_becomes_several_rows(model: Path, tmp_path: Pa
     assert table["n"].to_pylist() == [0, 0, 0, 1, 1, 1]
     assert table["row_id"].to_pylist()[:3] == ["0:0:0", "0:0:1", "0:0:2"]
     assert set(table["chosen"].to_pylist()) <= {" y", " z"}
+
+
+@pytest.mark.parametrize("rows", [text_rows, chat_rows])
+def test_a_file_of_polars_gives_the_columns_of_one_of_pyarrow(rows: Any, model: Path, tmp_path: Path) -> None:
+    made = rows(3)
+    pq.write_table(pa.Table.from_pylist(made), tmp_path / "d.parquet")
+    polars = pl.DataFrame(made).to_arrow()
+    assert any("large" in str(field.type) for field in polars.schema)
+    (tmp_path / "p").mkdir()
+    pq.write_table(polars, tmp_path / "p/d.parquet")
+    tables = []
+    for folder in (tmp_path, tmp_path / "p"):
+        export(folder / "d.parquet", model, folder / "out")
+        tables.append(read(folder / "out"))
+    assert tables[0].column_names == tables[1].column_names
+    assert tables[0].to_pylist() == tables[1].to_pylist()
 
 
 def test_types_of_other_columns_are_not_touched(model: Path, tmp_path: Path) -> None:
