@@ -20,9 +20,9 @@ from dpo_score.escape import safe
 from dpo_score.metrics.compare import AlignedPolicies, align_policies, compare_policies
 from dpo_score.metrics.suspect_labels import label_audit
 from dpo_score.report.content import Facts
+from dpo_score.report.example_rows import ExampleRows, choose_examples
 from dpo_score.report.numbers import numbers
 from dpo_score.report.page import render
-from dpo_score.report.selection import Selection, select
 from dpo_score.report.tables import FORMATS, write
 from dpo_score.results.groups import numbered_groups, read_sliced
 from dpo_score.results.run_folder import chosen_names, open_out, parts, read_scored
@@ -77,7 +77,7 @@ def gather(
     if baseline is not None and baseline not in names:
         raise UsageError(f"--baseline {baseline}: not among the scored policies {', '.join(names)}")
     found, audit = compare_policies(aligned, baseline), label_audit(aligned)
-    selection = select(aligned, audit, found["best"])
+    selection = choose_examples(aligned, audit, found["best"])
     texts, tokens, notes = _passages(store, manifest, aligned, selection, no_text)
     return Facts(
         title=safe(out.rstrip("/").rsplit("/", 1)[-1], 120),
@@ -136,7 +136,7 @@ def aligned_policies(
 
 
 def _passages(
-    store: Store, manifest: Manifest, aligned: AlignedPolicies, selection: Selection, no_text: bool
+    store: Store, manifest: Manifest, aligned: AlignedPolicies, selection: ExampleRows, no_text: bool
 ) -> tuple[dict[int, dict[str, str]], Tokens, list[str]]:
     """Texts by row, tokens of the changed pairs, and what to say where something is left out."""
     if no_text or not selection.rows:
@@ -162,7 +162,7 @@ def _tokens(
     store: Store,
     manifest: Manifest,
     aligned: AlignedPolicies,
-    selection: Selection,
+    selection: ExampleRows,
     source: TextSource,
     pairs: Mapping[str, Pair],
 ) -> tuple[Tokens, list[str]]:

@@ -11,7 +11,7 @@ from dpo_score.metrics import sentences as verdict
 from dpo_score.metrics.compare import AlignedPolicies
 from dpo_score.metrics.suspect_labels import Audit
 from dpo_score.report import charts
-from dpo_score.report.selection import Selection
+from dpo_score.report.example_rows import ExampleRows
 
 Cell = Mapping[str, Any]
 KEY_POLICIES = 3
@@ -28,7 +28,7 @@ class Facts:
     aligned: AlignedPolicies
     found: Cell
     audit: Audit
-    selection: Selection
+    selection: ExampleRows
     data: Sequence[Cell]
     texts: Mapping[int, Mapping[str, str]]
     tokens: Mapping[tuple[int, str], Mapping[str, Sequence[tuple[str, float]]]]

@@ -44,6 +44,8 @@ def calibration(facts: Facts, colours: Palette) -> dict[str, Any]:
                 "name": name,
                 "swatch": charts.swatch(colours.colours[name]),
                 "ece": _plain(cell["ece"]),
+                "interval": bounds(cell["ece_ci95"], digits=3),
+                "expected": _plain(cell["ece_if_calibrated"]),
                 "brier": _plain(cell["brier"]),
                 "nll": _plain(cell["nll"]),
                 "beta": f"{facts.aligned[name].settings.beta:g}",

@@ -40,7 +40,7 @@ def _of(policy: ScoredPolicy) -> Iterator[Number]:
     found = diagnose(policy.rows)
     fit = found["calibration"].pop("best_beta")
     kinds = {"ranking": ranking(policy.rows), **found}
-    kinds["calibration"] = {name: kinds["calibration"][name] for name in ("ece", "brier", "nll")}
+    kinds["calibration"] = {name: kinds["calibration"][name] for name in ("ece", "ece_if_calibrated", "brier", "nll")}
     kinds["calibration"]["best_beta"] = fit["beta"]
     for kind, cells in kinds.items():
         for metric, cell in cells.items():

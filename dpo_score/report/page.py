@@ -36,6 +36,7 @@ def render(facts: Facts) -> str:
             "curves": sections.curves(facts),
             "differences": sections.differences(facts),
             "subsets": sections.subsets(facts, colours),
+            "subset_differences": sections.subset_differences(facts),
             "slices": sections.slices(facts, colours),
             "margins": sections.margins(facts, colours),
             "calibration": diagnostics.calibration(facts, colours),

@@ -53,7 +53,7 @@ def levels(facts: Facts, colours: Palette) -> list[dict[str, Any]]:
                 "best": policy["name"] == facts.found["best"],
                 "accuracy": percent(policy["accuracy"]["value"]),
                 "interval": bounds(policy["accuracy"]["ci95"], 100, 1),
-                "standing": _standing(policy["name"], facts.found["best"], against),
+                "against_best": _against_best(policy, facts.found["best"], against),
                 "ties": policy["ties"],
                 "margin": signed(policy["margins"]["mean"]),
                 "nats": signed(policy["margins_nats"]["mean"]),
@@ -78,13 +78,19 @@ def asides(facts: Facts) -> list[str]:
     return lines
 
 
-def _standing(name: str, best: str | None, against: Mapping[str, Cell]) -> str:
-    if name == best:
-        return "best"
-    item = against.get(name)
-    if item is None or item["mean"] is None:
-        return "not ranked"
-    return "not told apart" if item["tied"] else "worse"
+def _against_best(policy: Cell, best: str | None, against: Mapping[str, Cell]) -> str:
+    """What the comparison with the best policy says, in the sentence's words."""
+    if policy["name"] == best:
+        told = [item for item in against.values() if not item["tied"]]
+        return "best" if told or not against else "highest, not told apart"
+    item = against.get(policy["name"])
+    if item is None:
+        return "not ranked: ties"
+    if item["mean"] is None:
+        return "no pair in common"
+    if item["tied"]:
+        return "not told apart"
+    return "worse" if item["mean"] < 0 else "better on pairs of both"
 
 
 def differences(facts: Facts) -> list[dict[str, Any]]:
@@ -127,6 +133,35 @@ def subsets(facts: Facts, colours: Palette) -> list[dict[str, Any]]:
         if len(groups) >= (2 if label == "dataset" else 1):
             listed.append({"heading": heading, **dot_plot(groups, colours)})
     return listed
+
+
+def subset_differences(facts: Facts) -> list[dict[str, Any]]:
+    """Accuracy of each group minus the anchor's, with p adjusted over all groups and policies; surest first."""
+    key, anchor = (
+        ("versus_baseline", facts.found["baseline"])
+        if facts.found["baseline"]
+        else ("versus_best", facts.found["best"])
+    )
+    listed = []
+    for label, heading in (("dataset", "data set"), ("subset", "subset")):
+        groups = facts.found["subsets"][label]
+        for name, group in groups.items() if len(groups) > 1 else ():
+            for policy, cell in group["policies"].items():
+                item = cell.get(key)
+                if item is not None and item["mean"] is not None:
+                    listed.append((item, {"group": f"{heading} {name}", "policy": policy}))
+    listed.sort(key=lambda one: (one[0]["p_adjusted"] is None, one[0]["p_adjusted"] or 0.0, one[0]["p"] or 0.0))
+    return [
+        row
+        | {
+            "anchor": anchor,
+            "difference": f"{signed(100 * item['mean'], 1)} points",
+            "interval": bounds(item["ci95"], 100, 1),
+            "p": p_value(item["p"]),
+            "adjusted": p_value(item["p_adjusted"]),
+        }
+        for item, row in listed
+    ]
 
 
 def slices(facts: Facts, colours: Palette) -> list[dict[str, Any]]:

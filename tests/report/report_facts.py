@@ -9,7 +9,7 @@ import numpy as np
 from dpo_score.metrics.compare import ScoredPolicy, align_policies, compare_policies
 from dpo_score.metrics.suspect_labels import label_audit
 from dpo_score.report.content import Facts
-from dpo_score.report.selection import select
+from dpo_score.report.example_rows import choose_examples
 from tests.metrics.scored import policies
 
 PAYLOADS = (
@@ -37,7 +37,7 @@ def facts(
     """Facts with a text for every selected pair, and token values for those that changed."""
     aligned = align_policies(scored or policies(3, 240, {"step-10": 0.1, "step-20": 0.4, "step-30": 0.5}))
     found, audit = compare_policies(aligned, changes.pop("baseline", None)), label_audit(aligned)
-    selection = select(aligned, audit, found["best"])
+    selection = choose_examples(aligned, audit, found["best"])
     text = _hostile if hostile else _plain
     values: dict[str, Any] = {
         "title": "runs/quickstart",

@@ -7,12 +7,13 @@ import hashlib
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from dpo_score.report import charts as figures
+from dpo_score.report.example_rows import CHANGED, SUSPECTS, WORST
 from dpo_score.report.examples import SHOWN, merged
 from dpo_score.report.page import render
-from dpo_score.report.selection import CHANGED, SUSPECTS, WORST
 from tests.metrics.scored import policies, scored
 from tests.report.report_facts import HOSTILE_SUBSETS, facts
 
@@ -202,3 +203,17 @@ def test_labels_in_drawings_are_escaped() -> None:
     svg = figures.line_chart([0, 1], ["<i>&", "b"], series, '"><script>')
     assert "<script>" not in svg
     assert "<i>" not in svg
+
+
+def test_chips_subset_differences_and_calibration_say_what_the_comparison_says() -> None:
+    n = 400
+    names = ["chat"] * 300 + ["safety"] * 100
+    base = np.where(np.arange(n) % 10 < 7, 1.0, -1.0)
+    new = np.where(np.arange(n) % 10 < np.repeat([9, 2], [300, 100]), 1.0, -1.0)
+    tied = np.where(np.arange(n) < 4, 1.0, 0.0)
+    made = [scored(name, nats, subsets=names) for name, nats in (("base", base), ("new", new), ("early", tied))]
+    html = render(facts(made, baseline="base"))
+    assert "In subset safety, new is 50.0 points below base" in html
+    assert "Differences to base by subset, with adjusted p" in html
+    assert "not ranked: ties" in html
+    assert "if calibrated" in html

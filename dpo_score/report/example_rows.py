@@ -15,7 +15,7 @@ CHANGED, WORST, SUSPECTS = 6, 30, 50
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
+class ExampleRows:
     """Rows of the aligned policies. `before`, `after`: whose margins `changed` compares, None where they are unlike."""
 
     before: str | None
@@ -36,7 +36,7 @@ class Selection:
         return list(dict.fromkeys((*self.worst, *self.suspects)))
 
 
-def select(aligned: AlignedPolicies, audit: Audit, best: str | None) -> Selection:
+def choose_examples(aligned: AlignedPolicies, audit: Audit, best: str | None) -> ExampleRows:
     """`best`: the policy whose worst pairs are shown; changes lead from the first checkpoint to it, or to the last."""
     before = aligned.names[0]
     judged = best or aligned.names[-1]
@@ -48,8 +48,8 @@ def select(aligned: AlignedPolicies, audit: Audit, best: str | None) -> Selectio
     suspects = tuple(suspect.row for suspect in audit.suspects if suspect.finding == AGAINST)[:SUSPECTS]
     worst = _lowest(aligned[judged].margins)
     if not changed:
-        return Selection(None, None, (), worst, judged, suspects)
-    return Selection(before, after, changed, worst, judged, suspects)
+        return ExampleRows(None, None, (), worst, judged, suspects)
+    return ExampleRows(before, after, changed, worst, judged, suspects)
 
 
 def _extremes(changes: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[int, ...]:
