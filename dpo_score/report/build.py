@@ -24,8 +24,8 @@ from dpo_score.report.example_rows import ExampleRows, choose_examples
 from dpo_score.report.numbers import numbers
 from dpo_score.report.page import render
 from dpo_score.report.tables import FORMATS, write
-from dpo_score.results.groups import numbered_groups, read_sliced
-from dpo_score.results.run_folder import chosen_names, open_out, parts, read_scored
+from dpo_score.results.groups import numbered_groups, read_policies
+from dpo_score.results.run_folder import chosen_names, open_out, parts
 from dpo_score.results.source_text import Reader, TextSource, plain_text, stored_config, stored_reader, text_source
 from dpo_score.results.token_view import side_tokens, stored_shares
 from dpo_score.storage.base import Store
@@ -124,8 +124,7 @@ def aligned_policies(
     """The policies of one folder on their common pairs. Raises UsageError when there are none."""
     if not names:
         raise UsageError(f"{out} holds no finished policy yet: let `dpo-score run` finish one")
-    first, *others = sorted(names, key=natural)
-    scored = [read_sliced(store, manifest, first, slices), *(read_scored(store, manifest, name) for name in others)]
+    scored = read_policies(store, manifest, sorted(names, key=natural), slices)
     try:
         return align_policies(scored)
     except ValueError:

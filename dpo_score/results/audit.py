@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from dpo_score.data.types import Pair
 from dpo_score.metrics.compare import align_policies
 from dpo_score.metrics.suspect_labels import Audit, Suspect, label_audit, near_duplicates, similarity
-from dpo_score.results.run_folder import chosen_names, open_out, parts, read_scored
+from dpo_score.results.groups import read_policies
+from dpo_score.results.run_folder import chosen_names, open_out, parts
 from dpo_score.results.source_text import TextSource, plain_text, text_source
 from dpo_score.storage.base import Store
 from dpo_score.storage.manifest import Manifest
@@ -49,7 +50,7 @@ def audit(out: str, policies: str | None = None, no_text: bool = False) -> dict[
     """Write OUT/audit.parquet, one row a suspect; returns counts, the file and the first ten rows."""
     store, manifest = open_out(out)
     names = chosen_names(store, manifest, policies, out)
-    found = label_audit(align_policies([read_scored(store, manifest, name) for name in names]))
+    found = label_audit(align_policies(read_policies(store, manifest, names)))
     pairs, reason = _pairs(store, manifest, found, no_text)
     rows = rows_of(found, pairs, _sources(store, names[0], found))
     store.write_table(FILE, pa.Table.from_pylist(rows, schema=SCHEMA), {})

@@ -14,8 +14,8 @@ from typing import Any
 from dpo_score.errors import FailIfError, UsageError, nearest
 from dpo_score.metrics.compare import AlignedPolicies, ScoredPolicy, align_policies, compare_policies
 from dpo_score.metrics.gate import failed_conditions, gate_notes, needs_baseline, parse_condition
-from dpo_score.results.groups import read_sliced
-from dpo_score.results.run_folder import chosen_names, open_out, read_scored
+from dpo_score.results.groups import read_policies
+from dpo_score.results.run_folder import chosen_names, open_out
 
 
 def compare(
@@ -69,8 +69,7 @@ def _of_folder(out: str, policies: str | None, baseline: str | None, slices: Seq
     names = chosen_names(store, manifest, policies, out)
     if baseline is not None and baseline not in names:
         names = [*chosen_names(store, manifest, baseline, out), *names]
-    first, *others = names
-    return [read_sliced(store, manifest, first, slices), *(read_scored(store, manifest, name) for name in others)]
+    return read_policies(store, manifest, names, slices)
 
 
 def _labels(outs: Sequence[str], found: Sequence[Sequence[ScoredPolicy]]) -> list[str]:

@@ -23,7 +23,7 @@ from dpo_score.losses.columns import DERIVED
 from dpo_score.metrics.arrays import FLOATS, without_texts
 from dpo_score.metrics.compare import AlignedPolicies, ScoredPolicy
 from dpo_score.metrics.groups import BUILT_IN, DATA, DATASET, LENGTH, TURNS, means, text_of
-from dpo_score.results.run_folder import as_scored, scored_rows
+from dpo_score.results.run_folder import as_scored, read_scored, scored_rows, shared_ids
 from dpo_score.results.schemas import COUNT_FIELDS, SIDES, TEXT_FIELDS
 from dpo_score.results.source_text import text_source
 from dpo_score.storage.base import Store
@@ -77,11 +77,22 @@ def columns_of_data(
 
 def read_sliced(store: Store, manifest: Manifest, policy: str, names: Sequence[str]) -> ScoredPolicy:
     """All scored rows of one policy with `names` to group by. UsageError where a column cannot be had."""
-    table = scored_rows(store, policy)
+    table = scored_rows(store, policy, all_columns=bool(names))
     lacking = [name for name in names if name not in table.column_names and name not in (LENGTH, DATA)]
     if lacking:
         table = joined(table, _of_folder(store, manifest, table, lacking))
     return as_scored(manifest, policy, table, names)
+
+
+def read_policies(
+    store: Store, manifest: Manifest, policies: Sequence[str], slices: Sequence[str] = ()
+) -> list[ScoredPolicy]:
+    """All scored rows of several policies; the first with `slices` to group by, since groups follow its rows."""
+    found: list[ScoredPolicy] = []
+    for policy in policies:
+        own = read_scored(store, manifest, policy) if found else read_sliced(store, manifest, policy, slices)
+        found = [*found, shared_ids([found[0], own])[1]] if found else [own]
+    return found
 
 
 def numbered_groups(aligned: AlignedPolicies) -> AlignedPolicies:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +26,8 @@ from dpo_score.storage.manifest import Manifest, peek_manifest, read_manifest
 from dpo_score.storage.open import open_store
 from dpo_score.storage.resume import missing_rows
 
+NOT_COMPARED = ("source_file", "source_row", "pair_digest", "compute_dtype", "status")
+"""Columns that tell where a row comes from: no comparison of policies reads them."""
 STEP = re.compile(
     r"""(?: [-_.]? (?:step|checkpoint|ckpt|iter|epoch) [-_.]?
           | (?<! \d e) [-_]        # 5e-7 is one number
@@ -83,12 +86,28 @@ def chosen_names(store: Store, manifest: Manifest, asked: str | None, out: str) 
 
 def read_scored(store: Store, manifest: Manifest, policy: str) -> ScoredPolicy:
     """All scored rows of one policy."""
-    return as_scored(manifest, policy, scored_rows(store, policy))
+    return as_scored(manifest, policy, scored_rows(store, policy, all_columns=False))
 
 
-def scored_rows(store: Store, policy: str) -> pa.Table:
-    """The stored columns of the rows that have scores, but for lists of token values and ids."""
-    return _scored_rows(store.read_table(name, _bare_columns(store, name)) for name in parts(store, policy))
+def scored_rows(store: Store, policy: str, all_columns: bool = True) -> pa.Table:
+    """The stored columns of the rows that have scores, but for lists of token values and ids.
+
+    `all_columns`: else only those that a comparison reads (NOT_COMPARED are left out).
+    """
+    left_out = () if all_columns else NOT_COMPARED
+    columns = {name: [c for c in _bare_columns(store, name) if c not in left_out] for name in parts(store, policy)}
+    return _scored_rows(store.read_table(name, kept) for name, kept in columns.items())
+
+
+def shared_ids(policies: Sequence[ScoredPolicy]) -> list[ScoredPolicy]:
+    """The policies, of which those with the same rows share one list of ids: texts are most of what they hold."""
+    first = policies[0]
+    return [
+        replace(policy, row_ids=first.row_ids, pair_ids=first.pair_ids)
+        if policy.row_ids == first.row_ids and policy.pair_ids == first.pair_ids
+        else policy
+        for policy in policies
+    ]
 
 
 def as_scored(manifest: Manifest, policy: str, table: pa.Table, slices: Sequence[str] = ()) -> ScoredPolicy:
