@@ -112,11 +112,13 @@ def _fill(connection: sqlite3.Connection, files: Mapping[str, NDArray[np.uint8]]
 
 def opened(path: Path) -> KeyIndex:
     """An index file, read in place. StorageError when it is not there (any more), DamageError when it is no index."""
-    connection = sqlite3.connect(_where(path), uri=True, check_same_thread=False)
+    connection = None
     try:
+        connection = sqlite3.connect(_where(path), uri=True, check_same_thread=False)
         return KeyIndex(connection, path)
     except sqlite3.Error as error:
-        connection.close()
+        if connection is not None:
+            connection.close()
         with translated(path):
             path.stat()
         raise DamageError(f"{path}: not an index of keys ({error})") from error

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dpo_score.errors import DamageError
+from dpo_score.errors import DamageError, StorageError
 from dpo_score.storage.cache import key_index
 from dpo_score.storage.cache.key_index import KeyIndex
 from tests.storage import shim
@@ -132,3 +132,8 @@ def test_what_is_no_database_is_damage(tmp_path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(DamageError, match="not an index of keys"):
         key_index.opened(path)
+
+
+def test_an_index_that_another_process_has_merged_away_is_gone_not_damaged(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="not there"):
+        key_index.opened(tmp_path / "gone.sqlite")
