@@ -15,7 +15,8 @@ arithmetic, and a way may be at most 1.5 times as far off as the ordinary one.
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +43,7 @@ from dpo_score.logprobs.padded import PaddedPath
 from dpo_score.logprobs.softmax import log_softmax
 from dpo_score.logprobs.torch_settings import running
 from dpo_score.logprobs.types import Values
-from dpo_score.logprobs.upcast import CannotWiden, widened
+from dpo_score.logprobs.upcast import CannotWiden, refuse_quantized, widened
 from dpo_score.models.memory import is_out_of_memory, room_for
 from dpo_score.models.numerics import Kernel, Numerics
 from dpo_score.models.parallel.rank_zero import group_step
@@ -155,12 +156,13 @@ class Probe:
         parts = EncoderDecoderPath(model, numerics).parts if bare.config.is_encoder_decoder else model_parts(model)
         probe = cls(bare, parts, numerics, length_rules(config), probe_rows(bare.config), np.zeros(0, np.float32))
         probe.ordinary = probe.ordinary_values()
-        if numerics.dtype != "float32":
-            try:
+        try:
+            refuse_quantized(bare)
+            if numerics.dtype != "float32":
                 with widened(bare):
                     probe.exact = probe.ordinary_values()
-            except CannotWiden as error:
-                probe.why_not_exact = str(error)
+        except CannotWiden as error:
+            probe.why_not_exact = str(error)
         return probe
 
     def ordinary_values(self) -> Logps:
@@ -206,7 +208,7 @@ class Probe:
     def _moved(self, one: TokenSequence, other: TokenSequence) -> float:
         """Largest change of the log-probability of a token before the last, which alone differs."""
         context: Any = widened(self.model) if self.exact is not None else nullcontext()
-        with context:
+        with context, _outliers_as_others(self.model):
             change = self.alone(one)[:-1] - self.alone(other)[:-1]
         return float(np.abs(change).max(initial=0.0)) if np.isfinite(change).all() else 0.0
 
@@ -243,10 +245,12 @@ class Probe:
     def _judged(self, path: Path) -> Outcome:
         what = "fast" if isinstance(path, PackedPath | ForkedPath) else "a padded batch"
         found = self._through(path)
+        packed = isinstance(path, PackedPath | ForkedPath)
+        if self.why_not_exact and not (packed and self.numerics.dtype == "float32"):
+            return self._without_exact(found, packed)
         if self.numerics.dtype == "float32":
             return _fp32_outcome(found, self.ordinary, what)
-        if self.exact is None:
-            return self._without_exact(found, isinstance(path, PackedPath | ForkedPath))
+        assert self.exact is not None
         if not (np.isfinite(found).all() and np.isfinite(self.ordinary).all()):
             with widened(self.model):  # where packs that overflow run
                 return _fp32_outcome(self._through(path), self.exact, what)
@@ -269,6 +273,21 @@ class Probe:
             for pack in reversed(path.plan(self.sequences)):  # not in the order of the ordinary way: state would show
                 values.update(zip(pack, path.compute([self.sequences[i] for i in pack]), strict=True))
         return np.concatenate([values[i]["logp"] for i in range(len(self.sequences))])
+
+
+@contextmanager
+def _outliers_as_others(model: Any) -> Iterator[None]:
+    """8-bit layers of bitsandbytes compute columns with large values in another way, chosen from all tokens of a
+    forward: noise of the quantisation, by which a later token moves an earlier one. Not so inside the block."""
+    states = [module.state for module in model.modules() if getattr(getattr(module, "state", None), "threshold", 0)]
+    before = [state.threshold for state in states]
+    try:
+        for state in states:
+            state.threshold = 0.0
+        yield
+    finally:
+        for state, threshold in zip(states, before, strict=True):
+            state.threshold = threshold
 
 
 def _fp32_outcome(found: Logps, expected: Logps, what: str) -> Outcome:

@@ -32,7 +32,7 @@ class CannotWiden(Exception):
 @contextmanager
 def widened(model: nn.Module) -> Iterator[None]:
     """Inside the block `model` computes in fp32. Compiled layers run as written. Raises CannotWiden at the door."""
-    _check(model)
+    refuse_quantized(model)
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in _owners(model):
@@ -49,7 +49,8 @@ def widened(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _check(model: nn.Module) -> None:
+def refuse_quantized(model: nn.Module) -> None:
+    """Raises CannotWiden for weights that are no plain floating-point tensors."""
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2 or type(parameter.data) is not Tensor:
             raise CannotWiden(f"{name} is held as {parameter.dtype}: quantised weights cannot be widened exactly")
