@@ -132,6 +132,8 @@ def per_pair(rows: ScoreArrays, metric: str) -> Floats:
 
 def align_policies(policies: Sequence[ScoredPolicy]) -> AlignedPolicies:
     """Join on pair_id. ValueError when no pair is common to all."""
+    if len(policies[0].pair_ids) and all(policy.pair_ids is policies[0].pair_ids for policy in policies):
+        return AlignedPolicies(tuple(policies), ())  # one list of pairs for all: nothing to join
     import polars as pl
 
     tables = [

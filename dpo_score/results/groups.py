@@ -92,6 +92,7 @@ def read_policies(
     for policy in policies:
         own = read_scored(store, manifest, policy) if found else read_sliced(store, manifest, policy, slices)
         found = [*found, shared_ids([found[0], own])[1]] if found else [own]
+        pa.default_memory_pool().release_unused()  # the columns of one policy, before those of the next are read
     return found
 
 
