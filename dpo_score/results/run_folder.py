@@ -140,8 +140,11 @@ def _bare_columns(store: Store, name: str) -> list[str]:
 def _scored_rows(tables: Iterable[pa.Table]) -> pa.Table:
     kept = []
     for table in tables:
-        there = pc.and_(pc.is_valid(table["policy_chosen_logps"]), pc.is_valid(table["policy_rejected_logps"]))
-        kept.append(table.replace_schema_metadata(None).filter(there))
+        table = table.replace_schema_metadata(None)
+        if table["policy_chosen_logps"].null_count or table["policy_rejected_logps"].null_count:
+            there = pc.and_(pc.is_valid(table["policy_chosen_logps"]), pc.is_valid(table["policy_rejected_logps"]))
+            table = table.filter(there)
+        kept.append(table)
     return pa.concat_tables(kept)
 
 
