@@ -12,7 +12,7 @@ import pytest
 import dpo_score
 from dpo_score.cli.console import broken_name
 from dpo_score.cli.main import main
-from tests.engine.small_run import small_run
+from tests.engine.whole_runs.small_run import small_run
 from tests.exported import text_rows, write_rows
 from tests.tiny import save_tiny
 

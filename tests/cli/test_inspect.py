@@ -11,7 +11,7 @@ from dpo_score.cli.inspect import inspect, row_id_at
 from dpo_score.errors import UsageError
 from dpo_score.results.run_folder import open_out
 from dpo_score.results.source_text import pieces, text_source
-from tests.engine.small_run import small_run
+from tests.engine.whole_runs.small_run import small_run
 from tests.tiny import byte_tokenizer
 
 

@@ -14,7 +14,7 @@ from dpo_score.engine import dry_run as preview
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import DataError
 from dpo_score.models.loader import ModelLoader
-from tests.engine.test_policies import save_adapter
+from tests.engine.whole_runs.test_policies import save_adapter
 from tests.families import family
 from tests.run_fixtures import Runner, preference_rows, write_rows
 from tests.tiny import byte_tokenizer, save_tiny

@@ -23,7 +23,7 @@ from dpo_score.results.source_text import stored_config
 from dpo_score.results.verify.verify import verify
 from dpo_score.storage.manifest import read_manifest, save_manifest
 from dpo_score.storage.open import open_store
-from tests.engine.small_run import small_run
+from tests.engine.whole_runs.small_run import small_run
 
 TOKEN = "hf_write"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from tests.engine.small_run import small_run
+from tests.engine.whole_runs.small_run import small_run
 
 datasets = pytest.importorskip("datasets")
 

@@ -12,7 +12,7 @@ import pytest
 from dpo_score.errors import UsageError
 from dpo_score.report.build import report, tables, write_report
 from dpo_score.results.run_folder import open_out
-from tests.engine.small_run import WORDS, small_run
+from tests.engine.whole_runs.small_run import WORDS, small_run
 
 SPOKEN = sorted(set(WORDS) - {"the", "over", "a", "while", "box"})
 """Words of the data that a report does not use itself."""

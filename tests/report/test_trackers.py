@@ -17,7 +17,7 @@ from dpo_score.errors import ConfigError
 from dpo_score.report import trackers
 from dpo_score.results.run_folder import open_out
 from dpo_score.storage.manifest import Manifest
-from tests.engine.small_run import small_run
+from tests.engine.whole_runs.small_run import small_run
 from tests.run_fixtures import Runner, preference_rows, write_rows
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_score.cli.console import audited
 from dpo_score.results.audit import SCHEMA, audit
-from tests.engine.small_run import small_run
+from tests.engine.whole_runs.small_run import small_run
 
 
 def test_the_file_holds_every_suspect_with_texts() -> None:

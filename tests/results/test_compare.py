@@ -13,7 +13,7 @@ from dpo_score.errors import ConfigError, FailIfError, UsageError
 from dpo_score.metrics.compare import align_policies, compare_policies
 from dpo_score.results.compare import compare, raise_failed
 from dpo_score.results.run_folder import step_of
-from tests.engine.small_run import small_run
+from tests.engine.whole_runs.small_run import small_run
 from tests.metrics.scored import scored
 
 

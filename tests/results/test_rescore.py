@@ -13,7 +13,7 @@ from dpo_score.cli import console as show
 from dpo_score.cli.main import main
 from dpo_score.errors import ConfigError, UsageError
 from dpo_score.results.rescore import rescore
-from tests.engine.small_run import small_run
+from tests.engine.whole_runs.small_run import small_run
 from tests.run_fixtures import Runner, preference_rows, write_rows
 
 JOIN = ["row_id", "policy_chosen_logps", "policy_rejected_logps"]

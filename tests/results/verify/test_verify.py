@@ -26,7 +26,7 @@ from dpo_score.storage.base import FileRecord
 from dpo_score.storage.commits import CommitRecord, read_record, sealed, unsealed
 from dpo_score.storage.manifest import read_manifest, reopen_manifest, save_manifest
 from dpo_score.storage.open import open_store
-from tests.engine.test_damage import flip
+from tests.engine.mistakes.test_damage import flip
 from tests.exported import export
 from tests.run_fixtures import Runner, preference_rows, write_rows
 

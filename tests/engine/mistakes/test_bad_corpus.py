@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from dpo_score.cli.main import main
-from tests.engine.bad_corpus import FILES, ROWS, write_rows_file
+from tests.engine.mistakes.bad_corpus import FILES, ROWS, write_rows_file
 
 Command = Callable[..., tuple[int, str]]
 

@@ -22,8 +22,8 @@ from dpo_score.engine.progress import Progress
 from dpo_score.engine.run import run
 from dpo_score.errors import IdentityError
 from dpo_score.results.status import status
-from tests.engine.test_policies import save_adapter
 from tests.engine.test_run import refuse_loading
+from tests.engine.whole_runs.test_policies import save_adapter
 from tests.run_fixtures import preference_rows, write_rows
 from tests.tiny import byte_tokenizer, tiny_model
 

@@ -1,7 +1,7 @@
 """Files and rows that cannot be scored, built by code, each with what must become of it.
 
 `FILES`: name → how it is made, exit code, words of the message. `ROWS`: a row of a conversation set → its reject code,
-or the marks that it is scored with. `python -m tests.engine.bad_corpus FOLDER` writes the files out to be looked at.
+or the marks that it is scored with. `python -m tests.engine.mistakes.bad_corpus FOLDER` writes the files out.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from dpo_score.engine import run as local
 from dpo_score.engine.executors.job_array import finish
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import PolicyFailedError
-from tests.engine.test_policies import save_adapter
+from tests.engine.whole_runs.test_policies import save_adapter
 from tests.run_fixtures import Runner, preference_rows, write_rows
 from tests.tiny import save_tiny, tiny_model
 

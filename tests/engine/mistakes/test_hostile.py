@@ -15,7 +15,7 @@ import torch
 
 from dpo_score.cli.main import main
 from dpo_score.tokenization import chat_template as deadline
-from tests.engine.test_policies import save_adapter
+from tests.engine.whole_runs.test_policies import save_adapter
 from tests.run_fixtures import preference_rows, write_rows
 
 Run = Callable[..., tuple[int, str]]
