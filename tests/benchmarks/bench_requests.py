@@ -27,7 +27,7 @@ from dpo_score.engine import prepare as preparing
 from dpo_score.engine.context import RunContext
 from dpo_score.engine.model_logprobs import cache_fields
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.run import ended, run_context, run_policy, run_references
+from dpo_score.engine.run import end_run, run_context, run_references, score_policy
 from dpo_score.storage.cache.cache import CacheEntry, open_cache
 from tests.run_fixtures import preference_rows, write_rows
 from tests.storage.s3_server import Server, serving
@@ -73,9 +73,9 @@ def counted(server: Server, folder: Path, blocks: int, cached: int) -> Costs:
             server.seen()
             run_references(context, job)
             one = server.seen()
-            run_policy(context, job, job.policies[0])
+            score_policy(context, job, job.policies[0])
             two = server.seen()
-            ended(context, job, {})
+            end_run(context, job, {})
         phases = [one, two, server.seen()] if number == 0 else [one + two]
         names = PHASES[:3] if number == 0 else PHASES[3:]
         found |= {name: _kinds(lines) for name, lines in zip(names, phases, strict=True)}

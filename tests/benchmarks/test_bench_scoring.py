@@ -1,4 +1,4 @@
-"""The speed benchmark runs, says how far its systems are apart, and takes the options that the README gives it."""
+"""The speed benchmark runs, says how far its systems are apart, and takes the options that its page gives it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.benchmarks import bench_scoring
-from tests.e2e.readme import README
 from tests.tiny import save_tiny
 
 NAME = "tests.benchmarks.bench_scoring"
+PAGE = Path(__file__).with_name("README.md")
 
 
-def words_of_the_readme() -> list[str]:
-    (line,) = [line for line in README.splitlines() if line.startswith(f"python -m {NAME}")]
+def words_of_the_page() -> list[str]:
+    line = next(line for line in PAGE.read_text().splitlines() if line.startswith(f"python -m {NAME}"))
     return shlex.split(line)[3:]
 
 
-def test_the_options_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", [NAME, *words_of_the_readme()])
+def test_the_options_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [NAME, *words_of_the_page()])
     asked = bench_scoring.options()
     assert asked.rows == 64
     assert asked.systems.split(",")[0] == "fast"

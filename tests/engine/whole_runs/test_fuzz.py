@@ -1,6 +1,6 @@
 """Any rows, any damage to known rows, any configuration: the books balance, or one clear error; never a traceback.
 
-Small and the same on every machine; `DPO_SCORE_FUZZ=500 pytest tests/engine/whole_runs/test_fuzz.py` looks further, at random.
+Small and the same on every machine; `DPO_SCORE_FUZZ=500 pytest tests/engine/whole_runs/test_fuzz.py` looks further.
 """
 
 from __future__ import annotations
