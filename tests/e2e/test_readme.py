@@ -59,3 +59,13 @@ def test_the_house_names_what_is_there() -> None:
     rooms = {path.parent.name for path in package.glob("*/__init__.py")}
     assert {room for room in rooms if f"`{room}/`" not in text} == set()
     assert len(text.splitlines()) <= 100
+
+
+def test_the_page_of_the_tests_names_what_is_there() -> None:
+    folder = PROJECT / "tests"
+    text = (folder / "README.md").read_text()
+    named = re.findall(r"`((?:\w+/)*test_\w+\.py)`", text)
+    assert len(named) > 30
+    assert [name for name in named if not (folder / name).exists()] == []
+    modules = re.findall(r"python -m (tests[\w.]+)", text)
+    assert [module for module in modules if not (PROJECT / f"{module.replace('.', '/')}.py").exists()] == []
