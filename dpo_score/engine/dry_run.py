@@ -73,7 +73,7 @@ def probe(config: RunConfig, progress: Progress, price_per_hour: float | None) -
 
 @contextmanager
 def _scratch(config: RunConfig, progress: Progress) -> Iterator[RunContext]:
-    """A desk in a folder that is gone afterwards."""
+    """A context in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="dpo-score-") as folder, run_context(config, progress, folder) as context:
         yield context
 

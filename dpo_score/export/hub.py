@@ -31,7 +31,7 @@ from dpo_score.results.run_folder import open_out
 from dpo_score.results.verify.verify import verify
 from dpo_score.storage.base import FileRecord, Store, json_bytes
 from dpo_score.storage.commits import sealed, unsealed
-from dpo_score.storage.manifest import MANIFEST, TWIN, Manifest
+from dpo_score.storage.manifest import MANIFEST, MANIFEST_COPY, Manifest
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _SHOWN = 20
@@ -167,7 +167,7 @@ def public_files(store: Store, manifest: Manifest) -> dict[str, bytes]:
             "utf-8", "surrogateescape"
         )
     about = _manifest(manifest, names, found)
-    return {**found, MANIFEST: about, TWIN: about}
+    return {**found, MANIFEST: about, MANIFEST_COPY: about}
 
 
 def _pipeline(pipeline: Mapping[str, Any], names: Names) -> bytes:

@@ -281,12 +281,12 @@ def _is_copy(wrapped: nn.Module, key: str, weights: Mapping[str, Tensor]) -> boo
     """
     for middle in (".modules_to_save.", ".original_module.", ".token_adapter.base_layer.", ".base_layer."):
         module, found, leaf = key.partition(middle)
-        twin = weights.get(f"{module}.{leaf}") if found else None
-        if twin is not None:
-            return middle == ".original_module." or torch.equal(twin, weights[key])
+        same = weights.get(f"{module}.{leaf}") if found else None
+        if same is not None:
+            return middle == ".original_module." or torch.equal(same, weights[key])
     leaf = ".token_adapter." + key.partition(".token_adapter.")[2]
-    alike = [twin for name, twin in weights.items() if name != key and name.endswith(leaf)]
-    return leaf != ".token_adapter." and any(torch.equal(twin, weights[key]) for twin in alike)
+    alike = [same for name, same in weights.items() if name != key and name.endswith(leaf)]
+    return leaf != ".token_adapter." and any(torch.equal(same, weights[key]) for same in alike)
 
 
 def _misfit(source: ModelSource, model: nn.Module, absent: list[str], surplus: list[str]) -> str:

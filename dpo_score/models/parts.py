@@ -99,14 +99,14 @@ class ModelParts:
 
 
 def model_parts(model: Any) -> ModelParts:
-    """The anatomy of a loaded causal model (a PEFT model is seen through its adapter). Runs six tokens twice."""
+    """The parts of a loaded causal model (a PEFT model is seen through its adapter). Runs six tokens twice."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     body = model.base_model
     stateful = bool(getattr(model, "_is_stateful", False) or getattr(body, "_is_stateful", False))
-    anatomy = ModelParts(model, body, _head(model), stateful)
-    if body is model or anatomy.head is None or not _matches(anatomy):
+    parts = ModelParts(model, body, _head(model), stateful)
+    if body is model or parts.head is None or not _matches(parts):
         return ModelParts(model, body, None, stateful)
-    return anatomy
+    return parts
 
 
 def _head(model: Any) -> Head | None:
@@ -143,16 +143,16 @@ def _scale_and_cap(config: Any) -> tuple[float, float | None]:
 
 
 @torch.inference_mode()
-def _matches(anatomy: ModelParts) -> bool:
-    model, head = anatomy.model, anatomy.head
+def _matches(parts: ModelParts) -> bool:
+    model, head = parts.model, parts.head
     assert head is not None
     embedding = model.get_input_embeddings()
     if embedding is None:
         raise ModelError(f"{type(model).__name__} has no token embedding: it cannot score token ids")
     rows = int(embedding.weight.shape[0])
-    ids = torch.arange(7, 13, device=anatomy.device)[None] % rows
+    ids = torch.arange(7, 13, device=parts.device)[None] % rows
     own = model(input_ids=ids, use_cache=False).logits[0].float()
-    hidden = anatomy.hidden(ids)[0]
+    hidden = parts.hidden(ids)[0]
     if head.weight is not None and hidden.shape[-1] != head.weight.shape[1]:  # more than a linear layer lies between
         return False
     ours = head.logits(hidden)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_score.metrics import sentences as verdict
+from dpo_score.metrics import sentences
 from dpo_score.metrics.compare import AlignedPolicies
 from dpo_score.metrics.suspect_labels import Audit
 from dpo_score.report import charts
@@ -71,4 +71,4 @@ def bounds(ci95: Sequence[float] | None, scale: float = 1.0, digits: int = 2) ->
 
 
 def percent(value: float | None) -> str:
-    return verdict.percent(value).replace(" ", NARROW)
+    return sentences.percent(value).replace(" ", NARROW)

@@ -1,7 +1,7 @@
 """The manifest: what an output folder was asked for, and the numbers resolved once for all its runs.
 
     manifest.json            state, identities, numerics, block size, cache snapshots, times, host, versions
-    commits/manifest.json    its twin, from which a damaged one is restored
+    commits/manifest.json    its copy, from which a damaged one is restored
 
 Promises: it is created once or compared; another identity refuses, field by field; another environment is a
 recorded warning (`strict_env`: refusal); an unknown schema version is never misread. It holds no secrets because
@@ -22,7 +22,7 @@ from dpo_score.storage.resume import BlockRange, block_count
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-TWIN = f"{COMMITS}/manifest.json"
+MANIFEST_COPY = f"{COMMITS}/manifest.json"
 OWN_FOLDERS = ("reference", "scores", "rejects", "rescored")
 OWN_FILES = ("summary.json", "report.html", "audit.parquet", "README.md", "pipeline.yaml")
 
@@ -120,37 +120,37 @@ def open_manifest(store: Store, request: ManifestRequest) -> Manifest:
     if found is None:
         created = _created(request)
         if store.write_json(MANIFEST, created.to_json(), if_absent=True):
-            store.write_json(TWIN, created.to_json())
+            store.write_json(MANIFEST_COPY, created.to_json())
             return created
         found = read_manifest(store)
         if found is None:
             raise DamageError(f"{store.url(MANIFEST)} vanished while it was read")
     continued = _continued(found, request)
-    settled = continued == found and store.exists(TWIN)
+    settled = continued == found and store.exists(MANIFEST_COPY)
     return found if settled else save_manifest(store, continued)
 
 
 def read_manifest(store: Store) -> Manifest | None:
-    """The manifest, None when there is none. A damaged one is restored from its twin, and says so in `warnings`.
+    """The manifest, None when there is none. A damaged one is restored from its copy, and says so in `warnings`.
 
-    UsageError for another schema version, DamageError when the twin is damaged too.
+    UsageError for another schema version, DamageError when the copy is damaged too.
     """
     if not store.exists(MANIFEST):
         return None
     try:
         return _read(store, MANIFEST)
-    except (DamageError, UsageError) as error:  # a version may be a flipped bit too: the twin tells
+    except (DamageError, UsageError) as error:  # a version may be a flipped bit too: the copy tells
         return _restored(store, error)
 
 
 def peek_manifest(store: Store) -> Manifest | None:
     """As `read_manifest`, but a damaged or missing one stays as it is: its copy under commits/ answers in its place."""
     if not store.exists(MANIFEST):
-        return _read(store, TWIN) if store.exists(TWIN) else None
+        return _read(store, MANIFEST_COPY) if store.exists(MANIFEST_COPY) else None
     try:
         return _read(store, MANIFEST)
     except (DamageError, UsageError) as error:
-        return _twin(store, error)
+        return _read_copy(store, error)
 
 
 def _read(store: Store, name: str) -> Manifest:
@@ -158,8 +158,8 @@ def _read(store: Store, name: str) -> Manifest:
 
 
 def save_manifest(store: Store, manifest: Manifest) -> Manifest:
-    """Write the twin, then the manifest; each atomically."""
-    store.write_json(TWIN, manifest.to_json())
+    """Write the copy, then the manifest; each atomically."""
+    store.write_json(MANIFEST_COPY, manifest.to_json())
     store.write_json(MANIFEST, manifest.to_json())
     return manifest
 
@@ -186,9 +186,9 @@ def finish_manifest(store: Store, manifest: Manifest, finished: str, outputs: Se
 
 def restart(store: Store) -> None:
     """--restart: delete what this project wrote here, records first and the manifest last, and nothing else."""
-    records = [name for name in store.list(COMMITS) if name != TWIN]
+    records = [name for name in store.list(COMMITS) if name != MANIFEST_COPY]
     data = [name for folder in OWN_FOLDERS for name in store.list(folder)]
-    for name in (*records, *data, *OWN_FILES, MANIFEST, TWIN):
+    for name in (*records, *data, *OWN_FILES, MANIFEST, MANIFEST_COPY):
         store.remove(name)
 
 
@@ -276,18 +276,18 @@ def _known_version(stored: Any, name: str) -> None:
 
 
 def _restored(store: Store, error: DamageError | UsageError) -> Manifest:
-    twin = _twin(store, error)
+    copy = _read_copy(store, error)
     kept = store.quarantine(MANIFEST)
-    return save_manifest(store, replace(twin, warnings=(*twin.warnings, f"{error}; restored, kept {kept}")))
+    return save_manifest(store, replace(copy, warnings=(*copy.warnings, f"{error}; restored, kept {kept}")))
 
 
-def _twin(store: Store, error: DamageError | UsageError) -> Manifest:
-    """The twin, or what is wrong with both."""
+def _read_copy(store: Store, error: DamageError | UsageError) -> Manifest:
+    """The copy, or what is wrong with both."""
     try:
-        return _read(store, TWIN)
+        return _read(store, MANIFEST_COPY)
     except (DamageError, UsageError, StorageError):
         if isinstance(error, UsageError):
             raise error from None
         raise DamageError(
-            f"{error}. Nor can its twin {store.url(TWIN)} be read: --restart, or choose another output folder"
+            f"{error}. Nor can its copy {store.url(MANIFEST_COPY)} be read: --restart, or choose another output folder"
         ) from error

@@ -20,8 +20,8 @@ from dpo_score.storage.fingerprint import Identities
 from dpo_score.storage.local import LocalStore
 from dpo_score.storage.manifest import (
     MANIFEST,
+    MANIFEST_COPY,
     SCHEMA_VERSION,
-    TWIN,
     ManifestRequest,
     finish_manifest,
     open_manifest,
@@ -97,7 +97,7 @@ def test_the_first_run_creates_it_and_the_second_finds_it(store: LocalStore) -> 
     assert open_manifest(store, later) == created == read_manifest(store)
     assert created.state == "running"
     assert created.started.startswith("2026")
-    assert store.read_bytes(MANIFEST) == store.read_bytes(TWIN)
+    assert store.read_bytes(MANIFEST) == store.read_bytes(MANIFEST_COPY)
 
 
 CHANGES = [
@@ -230,10 +230,10 @@ def test_a_damaged_manifest_is_restored_from_its_twin(store: LocalStore) -> None
 def test_when_both_are_gone_the_way_out_is_named(store: LocalStore) -> None:
     open_manifest(store, REQUEST)
     store.write_bytes(MANIFEST, b"{}")
-    store.write_bytes(TWIN, b"{}")
+    store.write_bytes(MANIFEST_COPY, b"{}")
     with pytest.raises(DamageError, match="--restart"):
         read_manifest(store)
-    store.remove(TWIN)
+    store.remove(MANIFEST_COPY)
     with pytest.raises(DamageError, match="--restart"):
         read_manifest(store)
 

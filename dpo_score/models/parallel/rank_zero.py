@@ -72,8 +72,10 @@ class _Worker:
 class RankZero(Group):
     """Rank 0, with its workers as child processes."""
 
-    def __init__(self, size: int, device_kind: str, shelf: Mapping[str, Any], command: Sequence[str] = FOLLOW) -> None:
-        """`shelf`: what a worker makes its `ModelLoader` of. `command` is given the descriptor of a pipe."""
+    def __init__(
+        self, size: int, device_kind: str, settings: Mapping[str, Any], command: Sequence[str] = FOLLOW
+    ) -> None:
+        """`settings`: what a worker makes its `ModelLoader` of. `command` is given the descriptor of a pipe."""
         if device_kind not in BACKENDS:
             raise ModelError(f"--tensor-parallel needs CUDA devices or the CPU, not {device_kind}")
         if dist.is_initialized():
@@ -87,7 +89,7 @@ class RankZero(Group):
         try:
             meeting = self._folder / "meeting"
             for worker in self._workers:
-                self._tell(worker, (worker.rank, size, device_kind, meeting, dict(shelf)))
+                self._tell(worker, (worker.rank, size, device_kind, meeting, dict(settings)))
             self._answers(LOAD_SECONDS)  # every worker stands, so that joining is a matter of moments
             super().__init__(0, size, device_kind, meeting)
         except BaseException:

@@ -47,7 +47,7 @@ from dpo_score.storage.commits import (
     unsealed,
 )
 from dpo_score.storage.fingerprint import digest
-from dpo_score.storage.manifest import MANIFEST, TWIN, Manifest
+from dpo_score.storage.manifest import MANIFEST, MANIFEST_COPY, Manifest
 from dpo_score.storage.resume import FileState, file_state, file_states, row_ranges
 
 DATA = "data/"
@@ -128,7 +128,7 @@ def verify(out: str, loss_files: Sequence[str] = ()) -> Findings:
     except DamageError as error:
         findings.add(MANIFEST, str(error))
         return findings
-    for name in (MANIFEST, TWIN):  # of which one replaces the other: damage is mended, but said
+    for name in (MANIFEST, MANIFEST_COPY):  # of which one replaces the other: damage is mended, but said
         findings.checked += 1
         try:
             Manifest.from_json(store.read_json(name), store.url(name))
@@ -421,7 +421,7 @@ def _unnamed(proof: Proof) -> Iterator[str]:
         if name.endswith((".parquet", ".pq")) and name not in named:
             yield name
     for name in store.list(COMMITS):
-        if name != TWIN and record_stage(name) not in stages:
+        if name != MANIFEST_COPY and record_stage(name) not in stages:
             yield name
 
 

@@ -12,7 +12,7 @@ from dpo_score.engine import run as local
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError
 from dpo_score.results.verify.verify import verify
-from dpo_score.storage.manifest import MANIFEST, TWIN
+from dpo_score.storage.manifest import MANIFEST, MANIFEST_COPY
 from tests.exported import export, text_rows, write_rows
 from tests.tiny import save_tiny
 
@@ -59,7 +59,7 @@ def test_both_commands_again_change_nothing_in_a_shared_folder(shared_folder: Sh
     export(data, models[0], out)
     scored_beside(data, models, out)
     after = files_of(out)
-    dated = {MANIFEST, TWIN, "report.html"}  # which say when the folder was last worked on
+    dated = {MANIFEST, MANIFEST_COPY, "report.html"}  # which say when the folder was last worked on
     assert {name for name in before | after if before.get(name) != after.get(name)} <= dated
     assert verify(str(out)).damage == []
 
