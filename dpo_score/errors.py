@@ -5,7 +5,8 @@
     │   ├── ConfigError               2   an option or a key of the pipeline file
     │   ├── DataError                 2   a data file: names file, row, column and the value seen; a value in Python
     │   ├── ModelError                2   a model folder, a tokenizer, an adapter
-    │   │   └── HalfWrittenError      2   weights that a writer has not finished: found by a glob, they wait
+    │   │   └── HalfWrittenError      2   weights that a writer has not finished: the reference's. Of a policy: 6, or
+    │   │       │                 0 where a glob found it and another policy was scored
     │   │       └── WeightsChangedError   weights that changed while they were scored: nothing of them is kept
     │   └── IdentityError             2   OUT belongs to another request: prints the fields that differ
     ├── StorageError                  1   disk full, read-only, permission: resumable once mended

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dpo_score.data.types import TokenSequence
 from dpo_score.logprobs.attention import interface as attention
 from dpo_score.logprobs.attention.bmm import BmmPack
-from dpo_score.logprobs.attention.flash_flex import PreparedPack
+from dpo_score.logprobs.attention.flash_flex import CudaPack
 from dpo_score.logprobs.attention.sdpa import CpuPack
 from dpo_score.logprobs.lengths import fresh_rope, length_rules, row_length
 from dpo_score.logprobs.lm_head import compiled_fold_is_right, token_values
@@ -118,7 +118,7 @@ class PackedPath:
 def prepared_pack(pack: Pack, kernel: Kernel, device: torch.device) -> attention.PreparedPack:
     """The pack as its kernel wants it."""
     if device.type == "cuda":
-        return PreparedPack.of(pack, device, kernel)
+        return CudaPack.of(pack, device, kernel)
     return CpuPack(pack) if kernel == Kernel.SDPA else BmmPack(pack)
 
 

@@ -52,7 +52,7 @@ class Path(Protocol):
 class PairScorer:
     """Scores sequences with one loaded model under fixed numerics.
 
-    `stats`: names from `results.STATS`. `on_progress` gets the unique tokens of each pack as it is done.
+    `stats`: names from `types.STATS`. `on_progress` gets the unique tokens of each pack as it is done.
     `should_stop` is asked between packs; when it says yes, `Interrupted` is raised and nothing is returned.
     `notes` collects one sentence for each thing that did not go as planned; `packs_split` counts packs that were
     too large for the device.

@@ -35,7 +35,7 @@ PartIds: TypeAlias = Mapping[Part, Ids]
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A pair as it will be scored, and the texts of P, PC and PR (see boundary.py)."""
+    """A pair as it will be scored, and the texts of P, PC and PR (see truncation.py)."""
 
     pair: Pair
     prompt: str

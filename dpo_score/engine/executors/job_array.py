@@ -36,7 +36,7 @@ SHOWN_STAGES = 8
 
 
 def run_share(config: RunConfig, progress: Progress, restart: bool = False) -> Outcome:
-    """One share of both stages; the outcome has no summary. Raises as `local.run` does."""
+    """One share of both stages; the outcome has no summary. Raises as `engine.run.run` does."""
     if restart:
         raise ConfigError(
             "--restart with --blocks would have each process throw away what the others computed: delete the folder "

@@ -57,7 +57,7 @@ def _flash_arguments() -> frozenset[str] | None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PreparedPack:
+class CudaPack:
     """What the kernels need of one pack, made once and used by every layer.
 
     `key_index` [S]: tokens in the order of the segments' keys; `queries`, `keys`: cumulative lengths, int32.
@@ -72,7 +72,7 @@ class PreparedPack:
     flex: Any
 
     @classmethod
-    def of(cls, pack: Pack, device: torch.device, kernel: Kernel) -> PreparedPack:
+    def of(cls, pack: Pack, device: torch.device, kernel: Kernel) -> CudaPack:
         lengths = pack.segment_table[:, 3]
         spans = pack.segment_table[:, 1] + lengths
         return cls(
