@@ -55,7 +55,10 @@ def test_tables_fit_80_columns_and_names_are_whole_words(
         assert "* highest accuracy" in text
 
 
-def test_a_pipe_has_every_column(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_has_every_column(
+    sweep: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     text = shown(capsys, "compare", str(sweep))
     assert "left out on" not in text
     assert f"{LONG}-100" in text

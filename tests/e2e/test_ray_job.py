@@ -40,8 +40,8 @@ def submitted(pipeline: Path) -> list[str]:
     return line.strip("# ").split()
 
 
-def test_the_readme_gives_the_same_command() -> None:
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+def test_the_recipes_give_the_same_command() -> None:
+    text = " ".join((ROOT / "pipelines/README.md").read_text(encoding="utf-8").split())
     assert f"`{' '.join(submitted(ROOT / 'pipelines/ray_cluster.yaml'))}`" in text
 
 

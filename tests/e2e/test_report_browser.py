@@ -114,11 +114,11 @@ def test_sorting(browser: Browser, plain: Path, order: str, key: str, sign: int)
 def test_the_keyboard_reaches_every_control_and_opens_a_pair(browser: Browser, plain: Path) -> None:
     browser.goto(plain)
     seen = []
-    for _ in range(60):
+    for _ in range(120):
         for kind in ("keyDown", "keyUp"):
             browser.call("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
         seen.append(browser.ask("document.activeElement.name || document.activeElement.tagName"))
-        if seen[-1] == "SUMMARY":
+        if seen[-1] == "SUMMARY" and "BUTTON" in seen:
             break
     assert {"words", "tag", "subset", "order", "BUTTON", "A", "DIV"} <= set(seen)
     for kind in ("keyDown", "keyUp"):

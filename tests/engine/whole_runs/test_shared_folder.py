@@ -27,7 +27,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def scored_beside(data: Path, models: tuple[Path, Path], out: Path, **options: Any) -> Any:
     settings = {"data": [str(data)], "reference": str(models[0]), "policy": [f"p={models[1]}"], "out": str(out)}
-    settings |= {"path": "plain", "threads": 1, "cache_dir": str(out.parent / "cache")}
+    settings |= {"path": "plain", "threads": 1, "cache_dir": str(out.parent / "cache"), "max_length": 1024}
     restart = bool(options.pop("restart", False))
     return local.run(load_config(None, {**settings, **options}, {}), Progress(quiet=True), restart=restart)
 
