@@ -98,7 +98,7 @@ def test_flex_mask_is_the_pack_mask(window):
     """The analytic block mask, run through torch's own reference implementation of FlexAttention."""
     pack = lay_out(awkward(longest=150), pad_to=384)
     query, key, value = states(4, 2, len(pack.ids), 16, 16)
-    prepared = attention_gpu.PreparedPack.of(pack, torch.device("cpu"), "flex")
+    prepared = attention_gpu.CudaPack.of(pack, torch.device("cpu"), "flex")
     sinks = torch.linspace(-1, 1, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # uncompiled here, as torch says
@@ -126,7 +126,7 @@ def test_flex_is_compiled_for_every_size_of_a_pack(monkeypatch):
 def test_variable_length_items_are_the_segments():
     """Gathered keys with cumulative lengths: the last query of an item aligns with its last key."""
     pack = lay_out(awkward())
-    prepared = attention_gpu.PreparedPack.of(pack, torch.device("cpu"), "varlen")
+    prepared = attention_gpu.CudaPack.of(pack, torch.device("cpu"), "varlen")
     seen = visible(pack)
     for i, s in enumerate(pack.segments):
         q0, q1 = prepared.queries[i : i + 2].tolist()
