@@ -17,7 +17,7 @@ from tests.engine.executors.test_job_array import results
 from tests.run_fixtures import Runner, preference_rows, write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

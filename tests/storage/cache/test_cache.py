@@ -494,7 +494,7 @@ else:
 
 @pytest.mark.slow
 def test_a_million_entries_are_searched_in_little_memory(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
 
     def child(what: str) -> str:
         command = [sys.executable, "-c", MEMORY, str(tmp_path), what]
