@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import lzma
 import re
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
@@ -35,6 +37,8 @@ from dpo_score.escape import seen
 FileKind: TypeAlias = Literal["parquet", "arrow", "lines", "array", "csv"]
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[^:/]+)?$")
 _BOM = b"\xef\xbb\xbf"
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+"""What reading a file can raise, packed ones too."""
 
 
 def locate(spec: DataSpec) -> list[Located]:
@@ -161,7 +165,7 @@ def kind_of(file: Located) -> FileKind:
     with open_binary(file.path) as handle:
         try:
             head = handle.read(512)
-        except client_errors(OSError, EOFError) as error:
+        except client_errors(*UNREADABLE) as error:
             raise DataError(f"{file.path} cannot be read: {error}") from None
         if head[:4] == b"PAR1":
             _refuse_cut_parquet(handle, file)

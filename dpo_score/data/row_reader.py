@@ -2,7 +2,7 @@
 
 Opening a file gives its number of rows and the shape of every column, over all of its rows. Memory stays flat:
 Parquet and Arrow are decoded in batches and only in the columns asked for, also inside a single huge row group; a line
-of text is bounded before it is read. A JSON array is the exception: it has to be read whole.
+of text, and a value of a JSON array, is bounded before it is read.
 A row that cannot be decoded is a `Problem` in its place; a file that cannot is a `DataError`.
 """
 
@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_score.data.column_types import Shape, Shapes, from_arrow, from_values
-from dpo_score.data.files import kind_of, open_binary
+from dpo_score.data.files import UNREADABLE, kind_of, open_binary
+from dpo_score.data.json_values import json_values
 from dpo_score.data.layout import Located, without_packing
 from dpo_score.data.types import Problem
 from dpo_score.errors import DataError, client_errors
@@ -39,8 +40,9 @@ MAX_COLUMNS = 10_000
 JSON_SAMPLE = 1000
 SPREAD_SAMPLE = 64
 SAMPLE_BYTES = 32 << 20
+SAMPLE_TEXT = 10_000
+"""Characters of a text that are kept where it is wanted for its type alone."""
 _BOM = b"\xef\xbb\xbf"
-_SPACE = re.compile(r"\s*")
 _MOST = 1 << 63
 
 
@@ -284,6 +286,17 @@ def text_size(value: Any) -> int:
     return len(repr(value))
 
 
+def shortened(value: Any) -> Any:
+    """A cell with at most SAMPLE_TEXT characters of each text, and as many items of each list."""
+    if isinstance(value, str | bytes):
+        return value[:SAMPLE_TEXT]
+    if isinstance(value, Mapping):
+        return {key: shortened(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [shortened(inner) for inner in value[:SAMPLE_TEXT]]
+    return value
+
+
 def _spread(file: RowFile, columns: Sequence[str]) -> list[Mapping[str, Any]]:
     """The first rows, and as many evenly spread over the file."""
     step = max(1, file.rows // SPREAD_SAMPLE)
@@ -321,12 +334,13 @@ class JsonRows:
                 new = [(key, kind) for key, kind in found if kind not in kinds.get(key, ())]
                 for key, kind in new:
                     kinds.setdefault(key, set()).add(kind)
-                size += len(raw) if isinstance(raw, bytes) else 0
-                if new or (len(telling) < JSON_SAMPLE and size < 4 * BATCH_BYTES):
-                    telling.append(row)
+                if new or (len(telling) < JSON_SAMPLE and size < SAMPLE_BYTES):
+                    kept = row if size < SAMPLE_BYTES else {key: shortened(row[key]) for key, _ in new}
+                    telling.append(kept)
+                    size += text_size(kept)
                 if self.rows % step == 0:
                     spread.append(row)
-                    if len(spread) > SPREAD_SAMPLE:
+                    while len(spread) > SPREAD_SAMPLE or (len(spread) > 1 and text_size(spread) > 4 * SAMPLE_BYTES):
                         spread, step = spread[::2], 2 * step
             if len(kinds) > MAX_COLUMNS:
                 raise DataError(f"{path} has more than {MAX_COLUMNS:,} different keys: they are values, not columns")
@@ -362,10 +376,10 @@ class JsonRows:
         except json.JSONDecodeError as error:
             if error.pos >= len(error.doc.rstrip()):
                 try:
-                    return bool(self._all_values())
+                    return sum(1 for _ in self._all_values()) > 0
                 except DataError:
                     return False
-        except client_errors(ValueError, RecursionError, OSError, EOFError):
+        except client_errors(ValueError, RecursionError, *UNREADABLE):
             return False
         return False
 
@@ -377,30 +391,20 @@ class JsonRows:
         try:
             with open_binary(self.path) as handle:
                 yield from (line for line in _lines(handle) if line is None or line.strip())
-        except client_errors(OSError, EOFError) as error:
+        except client_errors(*UNREADABLE) as error:
             raise DataError(f"{self.path} cannot be read: {error}") from None
 
-    def _all_values(self) -> list[Any]:
+    def _all_values(self) -> Iterator[Any]:
         """The items of one array, or the objects that follow each other in the file."""
         try:
             with open_binary(self.path) as handle:
-                text = handle.read().removeprefix(_BOM).decode("utf-8").strip()
+                yield from json_values(handle)
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.path} is not UTF-8: {error.reason} at byte {error.start}") from None
-        except client_errors(OSError, EOFError) as error:
-            raise DataError(f"{self.path} cannot be read: {error}") from None
-        try:
-            if text.startswith("["):
-                items = json.loads(text)
-                return list(items)
-            decoder, found, at = json.JSONDecoder(), [], 0
-            while at < len(text):
-                value, at = decoder.raw_decode(text, at)
-                found.append(value)
-                at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # matches nothing, too
-            return found
+            raise DataError(f"{self.path} is not UTF-8: {error.reason}") from None
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path} is not one JSON array: {seen(str(error), 120)}") from None
+        except client_errors(*UNREADABLE) as error:
+            raise DataError(f"{self.path} cannot be read: {error}") from None
 
     def _decoded(self, row: Any) -> RawRow:
         if row is None:
@@ -524,15 +528,24 @@ class CsvRows:
             with io.TextIOWrapper(
                 open_binary(self.path), encoding="utf-8-sig", errors="surrogateescape", newline=""
             ) as text:
-                reader = csv.reader(text, delimiter=self._delimiter)
+                reader = csv.reader(self._lines(text), delimiter=self._delimiter)
                 next(reader, None)
                 yield from (self._row(cells, reader.line_num) for cells in reader if cells)
         except csv.Error as error:
             raise DataError(
                 f"{self.path}: line {reader.line_num} is not CSV: {error}. Look for a quote that is never closed"
             ) from None
-        except client_errors(OSError, EOFError) as error:
+        except client_errors(*UNREADABLE) as error:
             raise DataError(f"{self.path} cannot be read: {error}") from None
+
+    def _lines(self, text: io.TextIOWrapper) -> Iterator[str]:
+        """The lines as they are, with their ends. A line without an end would be read whole."""
+        number = 0
+        while line := text.readline(MAX_LINE):
+            number += 1
+            if len(line) == MAX_LINE:
+                raise DataError(f"{self.path}: line {number} has more than {MAX_LINE:,} characters: it is not CSV")
+            yield line
 
     def _row(self, cells: list[str], line: int) -> RawRow:
         if len(cells) != len(self._names):

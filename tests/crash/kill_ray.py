@@ -3,7 +3,8 @@ bytes are those of a run that nobody disturbed.
 
     python -m tests.crash.kill_ray [--kills 50] [--seed 0]      prints what was killed, when, and what was said
 
-Killed in turn: the run itself, a worker, the node (whose raylet is the object store, too), the head process (GCS).
+Each run loses a worker, which it survives, and then one of: the run itself, the node (whose raylet is the object store,
+too), the head process (GCS). Kills that come after a run's last block are not counted.
 """
 
 from __future__ import annotations
@@ -21,23 +22,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
 
+from dpo_score.cli.main import main as dpo_score
 from tests.engine.executors.test_job_array import results
 from tests.run_fixtures import preference_rows, write_rows
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
-VICTIMS = ("run", "worker", "node", "head")
+PROGRAMS = {"worker": "ray::Worker", "node": "raylet/raylet", "head": "gcs_server"}
+LAST = ("run", "node", "head")
+"""What ends a run when it is killed."""
 BLOCKS = 24
 RESUMES = "the same command resumes"
 
 
 @dataclass(frozen=True, slots=True)
 class Killed:
-    """`committed`: blocks at that moment; `said`: standard error of the run; `left`: Ray's processes 5 s later."""
+    """`victims`: who was killed, and how many blocks were committed by then; `said`: standard error of the run;
+    `left`: Ray's processes 5 s later."""
 
-    victim: str
-    committed: int
+    victims: tuple[tuple[str, int], ...]
     status: int
     said: str
     left: list[str]
@@ -55,38 +60,39 @@ class KilledRuns:
     def command(self, out: Path, *more: str) -> list[str]:
         words = ["--data", self.folder / "pairs.parquet", "--reference", self.folder / "reference", "--out", out]
         words += ["--policy", f"better={self.folder / 'better'}", "--cache-dir", f"{out}-cache", "--threads", "1"]
-        return [sys.executable, "-m", "dpo_score", "run", *map(str, words), *more]
-
-    def on_ray(self) -> subprocess.Popen[str]:
-        command = self.command(self.out, "--engine", "ray", "--workers", "1")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+        return ["run", *map(str, words), *more]
 
     def committed(self) -> int:
         return len(list(self.out.glob("commits/**/*.json")))
 
-    def killed(self, victim: str) -> Killed:
-        """A run that loses `victim` at a random moment after it has committed a block of its own."""
-        process, before = self.on_ray(), self.committed()
-        while process.poll() is None and self.committed() == before and before < 2 * BLOCKS:
-            time.sleep(0.02)
-        time.sleep(self._random.uniform(0.0, 0.5))
-        committed = self.committed()
-        below = _below(process.pid)
-        for target in _targets(victim, process.pid, below):
-            target.kill()
-        _, said = process.communicate(timeout=180)
+    def killed(self, last: str) -> Killed:
+        """A run that loses a worker, and then `last`, each at a random moment after it has committed a block more."""
+        words = [sys.executable, "-m", "dpo_score", *self.command(self.out, "--engine", "ray", "--workers", "1")]
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        run = subprocess.Popen(words, stderr=pipe, stdout=null, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        victims = []
+        for victim in ("worker", last):
+            before = self.committed()
+            while run.poll() is None and self.committed() == before < 2 * BLOCKS:
+                time.sleep(0.02)
+            time.sleep(self._random.uniform(0.0, 0.5))
+            committed, below = self.committed(), _below(run.pid)
+            for target in _targets(victim, run.pid, below):
+                target.kill()
+            if committed < 2 * BLOCKS:
+                victims.append((victim, committed))
+        _, said = run.communicate(timeout=300)
         psutil.wait_procs(below, timeout=5)
         left = [" ".join(each.cmdline()[:1]) for each in below if _is_alive(each)]
-        return Killed(victim, committed, process.returncode, said, left)
+        return Killed(tuple(victims), run.returncode, said, left)
 
     def finished(self) -> None:
-        process = self.on_ray()
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said
-        whole = self.folder / "whole"
-        subprocess.run(self.command(whole, "--quiet"), check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-        assert results(self.out) == results(whole)
+        """The rest of it in this process, and the same run undisturbed in a folder of its own: equal bytes."""
+        for out in (self.out, self.folder / "whole"):
+            with pytest.raises(SystemExit) as ended:
+                dpo_score(self.command(out, "--quiet", "--json"))
+            assert not ended.value.code
+        assert results(self.out) == results(self.folder / "whole")
 
 
 def _below(process: int) -> list[psutil.Process]:
@@ -99,10 +105,9 @@ def _below(process: int) -> list[psutil.Process]:
 def _targets(victim: str, run: int, below: list[psutil.Process]) -> Iterator[psutil.Process]:
     if victim == "run" and psutil.pid_exists(run):
         yield psutil.Process(run)
-    wanted = {"worker": "ray::Worker", "node": "raylet/raylet", "head": "gcs_server"}.get(victim)
     for each in below:
         try:
-            if wanted is not None and wanted in (each.cmdline() or [""])[0]:
+            if victim in PROGRAMS and PROGRAMS[victim] in (each.cmdline() or [""])[0]:
                 yield each
         except psutil.NoSuchProcess:
             continue
@@ -115,15 +120,12 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def check(found: Killed) -> None:
-    """What is said, and what is left of Ray. A run that ends before it is hit says nothing."""
-    if found.victim == "worker":
-        assert found.status == 0, found.said
-        return
+def check(found: Killed, last: str) -> None:
+    """What is said, and what is left of Ray. A run that ended before it was hit says nothing."""
     assert RESUMES in found.said or found.status == 0, found
     assert "Traceback" not in found.said, found.said
     assert "\x1b[" not in found.said, found.said
-    assert found.victim != "run" or found.status in (0, -signal.SIGKILL), found
+    assert last != "run" or found.status in (0, -signal.SIGKILL), found
     assert found.left == [], found
 
 
@@ -136,11 +138,13 @@ def main() -> None:
     while done < asked.kills:
         with tempfile.TemporaryDirectory(prefix="dpo-score-kills-") as folder:
             runs = KilledRuns(Path(folder), asked.seed + done)
-            for victim in VICTIMS[: asked.kills - done]:
-                found = runs.killed(victim)
-                check(found)
-                done += 1
-                print(f"{done}: {found.victim} at {found.committed} of {2 * BLOCKS} blocks: exit {found.status}")
+            for last in LAST:
+                found = runs.killed(last)
+                check(found, last)
+                for victim, committed in found.victims:
+                    done += 1
+                    print(f"{done}: {victim} at {committed} of {2 * BLOCKS} blocks", flush=True)
+                print(f"    exit {found.status}", flush=True)
             runs.finished()
     print(f"{done} kills: every folder holds the bytes of a run that nobody disturbed")
 

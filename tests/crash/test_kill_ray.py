@@ -1,4 +1,4 @@
-"""Six kills of a run on Ray, in one folder; many more with `python -m tests.crash.kill_ray`."""
+"""Six kills of three runs on Ray, in one folder; many more with `python -m tests.crash.kill_ray`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.kill_ray import KilledRuns, check
+from tests.crash.kill_ray import LAST, KilledRuns, check
 
 pytestmark = pytest.mark.slow
 
@@ -14,6 +14,6 @@ pytestmark = pytest.mark.slow
 def test_whatever_is_killed_the_same_command_goes_on(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     runs = KilledRuns(tmp_path, seed=7)
-    for victim in ("head", "run", "node", "head", "node", "worker"):
-        check(runs.killed(victim))
+    for last in LAST:
+        check(runs.killed(last), last)
     runs.finished()
