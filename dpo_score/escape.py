@@ -6,8 +6,10 @@ and signatures are shown as `***`. HTML escaping is the template engine's work, 
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
+import sys
 import unicodedata
 
 _KEPT = frozenset("\n\t")
@@ -91,3 +93,27 @@ def seen(value: object, limit: int = 200) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode("ascii") for c in text)[
         :limit
     ]
+
+
+_ASCII = {
+    "…": "...", "−": "-", "–": "-", "—": "-", "·": ".", "×": "x", "≤": "<=", "≥": ">=", "→": "->", "←": "<-",
+    "β": "beta", "π": "pi", "ρ": "rho", "Δ": "delta", "±": "+-", "█": "#", "▁": "_", "▂": "_", "▃": "-", "▄": "-",
+    "▅": "=", "▆": "=", "▇": "#", "─": "-", "━": "-", "│": "|", "╭": "+", "╮": "+", "╰": "+", "╯": "+", "’": "'",
+    "²": "2", "⁶": "6", "⁸": "8",
+}  # fmt: skip
+"""What stands for a character where an encoding lacks it."""
+
+
+def make_encodable() -> None:
+    """Let standard output and error print ASCII in place of characters that their encoding lacks."""
+
+    def replaced(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        text = error.object[error.start : error.end]
+        return "".join(_ASCII.get(character, "?") for character in text), error.end
+
+    codecs.register_error("dpo-score", replaced)
+    for stream in (sys.stdout, sys.stderr):
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        if hasattr(stream, "reconfigure") and not encoding.lower().replace("-", "").startswith("utf"):
+            stream.reconfigure(errors="dpo-score")

@@ -7,11 +7,9 @@ are broken at `-`, `.`, `_` and `/`, never within a word; what a terminal's enco
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_score.escape import safe
+from dpo_score.metrics.rewardbench import PRIOR, SECTIONS
+from dpo_score.metrics.sentences import p_value
+from dpo_score.storage.open import open_store
+from dpo_score.storage.resume import row_ranges
 
 if TYPE_CHECKING:
     from dpo_score.engine.finish import Outcome
@@ -32,27 +34,6 @@ WIDE = 116
 """Columns of text that every table fits into. Where the output is no terminal, tables are this wide at least."""
 NAME_WIDTH = 24
 _BARS = " ▁▂▃▄▅▆▇█"
-_ASCII = {
-    "…": "...", "−": "-", "–": "-", "—": "-", "·": ".", "×": "x", "≤": "<=", "≥": ">=", "→": "->", "←": "<-",
-    "β": "beta", "π": "pi", "ρ": "rho", "Δ": "delta", "±": "+-", "█": "#", "▁": "_", "▂": "_", "▃": "-", "▄": "-",
-    "▅": "=", "▆": "=", "▇": "#", "─": "-", "━": "-", "│": "|", "╭": "+", "╮": "+", "╰": "+", "╯": "+", "’": "'",
-    "²": "2", "⁶": "6", "⁸": "8",
-}  # fmt: skip
-
-
-def make_encodable() -> None:
-    """Let standard output and error print ASCII in place of characters that their encoding lacks."""
-
-    def replaced(error: UnicodeError) -> tuple[str, int]:
-        assert isinstance(error, UnicodeEncodeError)
-        text = error.object[error.start : error.end]
-        return "".join(_ASCII.get(character, "?") for character in text), error.end
-
-    codecs.register_error("dpo-score", replaced)
-    for stream in (sys.stdout, sys.stderr):
-        encoding = getattr(stream, "encoding", None) or "utf-8"
-        if hasattr(stream, "reconfigure") and not encoding.lower().replace("-", "").startswith("utf"):
-            stream.reconfigure(errors="dpo-score")
 
 
 def console() -> Console:
@@ -199,8 +180,6 @@ def outcome(found: Outcome, as_json: bool = False, by_subset: bool = False) -> N
 
 def _written(out: str) -> list[str]:
     """What a person may open first, of what is there."""
-    from dpo_score.storage.open import open_store
-
     store = open_store(out)
     names = [name for name in ("summary.json", "report.html") if store.exists(name)]
     return ["scores/<policy>/*.parquet", *names]
@@ -262,8 +241,6 @@ def benchmark(summary: Cell) -> None:
     policies = {n: p["rewardbench"] for n, p in summary["policies"].items() if "rewardbench" in p}
     if not policies:
         return
-    from dpo_score.metrics.rewardbench import PRIOR, SECTIONS
-
     pairs = {name: found for name, found in policies.items() if found.get("sections")}
     if pairs:
         heads = [name for name in (*SECTIONS, PRIOR) if any(name in found["sections"] for found in pairs.values())]
@@ -290,8 +267,6 @@ def _benchmark_table(title: str, found: Cell, heads: Sequence[str], rows: Sequen
 
 def benchmark_difference(policy: str, ours: Cell, theirs: Cell) -> None:
     """Two runs' RewardBench tables of one policy, and their difference in percentage points, section by section."""
-    from dpo_score.metrics.rewardbench import PRIOR, SECTIONS
-
     rows = []
     names = [name for name in (*SECTIONS, PRIOR) if name in ours["sections"] and name in theirs["sections"]]
     pairs = [(name, ours["sections"][name], theirs["sections"][name]) for name in names]
@@ -371,8 +346,6 @@ def _difference_tables(found: Cell) -> Iterator[tuple[str, list[list[object]]]]:
 
 
 def _difference(item: Cell, scale: float) -> list[object]:
-    from dpo_score.metrics.sentences import p_value
-
     if item["mean"] is None:
         return [item["policy"], item.get("reason") or "-", "", "", "", "", ""]
     ci95, detectable = item["ci95"], item["detectable"]
@@ -414,8 +387,6 @@ def status(found: Mapping[str, Any], as_json: bool = False) -> None:
     if as_json:
         print_json(found)
         return
-    from dpo_score.storage.resume import row_ranges
-
     lines([f"{found['out']}: {found['state']}; {found['total_rows']:,} rows"])
     rows = [[s["stage"], f"{s['done']}/{s['blocks']}", s["rows"], s["scored"], s["rejected"]] for s in found["stages"]]
     fitted_table(console(), ("stage", "blocks", "rows", "scored", "rejected"), rows)

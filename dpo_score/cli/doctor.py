@@ -6,8 +6,12 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
+from dpo_score.cli.console import console, print_json, table
 from dpo_score.cli.options import AsJson, CacheDir
+from dpo_score.engine.doctor import Status, examine
+from dpo_score.escape import safe
 
 
 def doctor(
@@ -21,12 +25,6 @@ def doctor(
     """What this machine can do for a run: processor, GPUs, kernels, compiler, memory; exit 1 when a run would fail.
 
     Takes about a minute at most and changes nothing."""
-    from rich.text import Text
-
-    from dpo_score.cli.console import console, print_json, table
-    from dpo_score.engine.doctor import Status, examine
-    from dpo_score.escape import safe
-
     found = examine(reference, device, cache_dir)
     if as_json:
         print_json([asdict(finding) for finding in found])

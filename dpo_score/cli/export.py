@@ -6,7 +6,11 @@ from typing import Annotated
 
 import typer
 
+from dpo_score.cli import console
 from dpo_score.cli.options import AsJson, Out, Quiet
+from dpo_score.engine.progress import Progress
+from dpo_score.export import hub, rewardbench
+from dpo_score.export.precompute import export_run
 
 Folder = Annotated[str | None, typer.Option("--out", metavar="DIR", help="where to write")]
 
@@ -26,19 +30,12 @@ def export(
     if to == "rewardbench":
         _rewardbench(out, folder, versus, as_json)
         return
-    from dpo_score.cli import console
-    from dpo_score.engine.progress import Progress
-    from dpo_score.export.precompute import export_run
-
     outcome = export_run(out, to, folder, rename, Progress(quiet))
     console.precomputed(outcome, as_json=as_json)
     outcome.raise_failures()
 
 
 def _rewardbench(out: str, folder: str | None, versus: str | None, as_json: bool) -> None:
-    from dpo_score.cli import console
-    from dpo_score.export import rewardbench
-
     found = rewardbench.differences(out, versus) if versus else []
     written = rewardbench.export(out, folder)
     if as_json:
@@ -60,9 +57,6 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Send a finished folder to the Hugging Face hub; without --yes only say what would be sent."""
-    from dpo_score.cli import console
-    from dpo_score.export import hub
-
     found = hub.plan(out, to, exclude=exclude or [], public=public, revision=revision)
     commit = hub.push(found) if yes else None
     if as_json:

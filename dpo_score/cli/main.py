@@ -3,7 +3,8 @@
 Errors are one paragraph on standard error with the exit code of `errors.py`, never a traceback for a user's mistake;
 `--max_length` and `--max-length` are one option; only the commands that run a model import torch.
 
-To add a command: write a function in `run.py`, `results.py` or `export.py` and name it in COMMANDS.
+To add a command: write a function in a file of this package and name it in COMMANDS. A command's file imports what the
+command needs at its top, since it is loaded only when one of its commands is called.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import difflib
 import os
 import re
 import sys
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from dpo_score.cli import doctor, export, results, run, select
-from dpo_score.cli.console import make_encodable
+from dpo_score import __version__
 from dpo_score.cli.options import help_of
 from dpo_score.config.hints import MEANINGS, meant_by
 from dpo_score.errors import DpoScoreError
-from dpo_score.escape import safe
+from dpo_score.escape import make_encodable, safe
 
 CPU_RUNTIME = {
     # on a shared machine, threads that spin while they wait cost a factor of ten
@@ -33,14 +36,44 @@ CPU_RUNTIME = {
 """Read by OpenMP and oneDNN when torch is imported; what the user has set is kept."""
 HELP_FLAGS = {"help_option_names": ["-h", "--help"]}
 COMMANDS = {
-    "Before a run": (run.quickstart, doctor.doctor, results.formats, run.inspect),
-    "Score": (run.run, run.precompute, results.finish),
-    "Look at the results": (
-        results.status, results.verify, results.report, results.compare, results.rescore, results.audit,
-    ),
-    "Hand them on": (select.select, export.export, export.push),
+    "Before a run": {
+        "quickstart": ("run", "A first run: three checkpoints of a small model on 140 pairs. Needs no account, GPU or "
+                       "data of yours."),
+        "doctor": ("doctor", "What this machine can do for a run: processor, GPUs, kernels, compiler, memory; exit 1 "
+                   "when a run would fail."),
+        "formats": ("status", "The shapes of preference data that are recognised, and which side each takes as "
+                    "better."),
+        "inspect": ("run", "The pair as the model sees it: tokens, which are scored (coloured), the boundary."),
+    },
+    "Score": {
+        "run": ("run", "Score policies against a reference, and write scores, a summary and a report."),
+        "precompute": ("run", "The reference's log-probs alone: fill the cache and, with --out, write the data set "
+                       "with them."),
+        "finish": ("run", "After `run --blocks 0/N … N-1/N`: check that every block is there; summary, card "
+                   "and report."),
+    },
+    "Look at the results": {
+        "status": ("status", "What OUT holds: blocks done, rows, rejects, identities."),
+        "verify": ("results", "Prove counts, checksums and derived columns again; exit 4 names each damaged file. Runs "
+                   "no code that OUT names."),
+        "report": ("results", "OUT/report.html: verdict, curves, subsets, margins, length, what changed, worst pairs, "
+                   "labels in doubt."),
+        "compare": ("results", "Which policy is better, pair by pair, with intervals and adjusted p values."),
+        "rescore": ("results", "Any grid of losses and betas from the stored log-probs: no model, no GPU."),
+        "audit": ("results", "Labels worth a second look: pairs that every policy ranks against the label, as "
+                  "OUT/audit.parquet."),
+    },
+    "Hand them on": {
+        "select": ("select", "Which pairs to train on: keep a share of them by a rule, or compare all rules. Loads no "
+                   "model."),
+        "export": ("export", "Results in the form that another program reads: TRL's columns, token ids, "
+                   "RewardBench's JSON."),
+        "push": ("export", "Send a finished folder to the Hugging Face hub; without --yes only say what would be "
+                 "sent."),
+    },
+    "The cache": {"cache": ("status", "Log-probs by content, shared by all runs.")},
 }  # fmt: skip
-"""Panel of the help page → its commands, in the order of work."""
+"""Panel of the help page → its commands in the order of work: the file that defines each, and its help in short."""
 OTHER_NAMES = {
     **dict.fromkeys(("score", "eval", "evaluate", "test", "rank"), "run"),
     **dict.fromkeys(("rewardbench", "benchmark"), "run --rewardbench corrected"),
@@ -56,8 +89,28 @@ OTHER_NAMES = {
 }
 """Commands that people try → what does it here."""
 
+
+class Commands(TyperGroup):
+    """The commands by name. The file that defines one, and all that it imports, is loaded when it is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and defined(str(name)), rest
+
+
+def defined(name: str) -> Any:
+    """The command itself, or group of commands, that COMMANDS says in short."""
+    file = next(commands[name][0] for commands in COMMANDS.values() if name in commands)
+    found = getattr(import_module(f"dpo_score.cli.{file}"), name)
+    if not isinstance(found, typer.Typer):
+        function, found = found, typer.Typer(rich_markup_mode="rich", add_completion=False)
+        found.command(name, context_settings=HELP_FLAGS, help=help_of(function))(function)
+    return get_command(found)
+
+
 app = typer.Typer(
     name="dpo-score",
+    cls=Commands,
     help="Score preference pairs for Direct Preference Optimization: reference log-probs, losses, rewards, margins.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
@@ -65,21 +118,14 @@ app = typer.Typer(
     context_settings=HELP_FLAGS,
 )
 for _panel, _commands in COMMANDS.items():
-    for _command in _commands:
-        app.command(rich_help_panel=_panel, context_settings=HELP_FLAGS, help=help_of(_command))(_command)
-cache_app = typer.Typer(help="Log-probs by content, shared by all runs.", no_args_is_help=True)
-app.add_typer(cache_app, name="cache", rich_help_panel="The cache", context_settings=HELP_FLAGS)
-cache_app.command("ls")(results.cache_ls)
-cache_app.command("verify")(results.cache_verify)
-cache_app.command("gc")(results.cache_gc)
+    for _name, (_, _short) in _commands.items():
+        app.command(_name, rich_help_panel=_panel, help=_short)(lambda: None)
 _ClickError: type[Exception] = typer.BadParameter.__mro__[2]
 """The root of errors of the command line's parser, which lies in another module in newer releases of typer."""
 
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from dpo_score import __version__
-
         typer.echo(f"dpo-score {__version__}")
         raise typer.Exit
 

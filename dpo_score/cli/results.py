@@ -1,4 +1,4 @@
-"""The commands that read results or tell what is known. None loads a model, but for `verify --against`."""
+"""The commands that read and judge what a run wrote. None loads a model, but for `verify --against`."""
 
 from __future__ import annotations
 
@@ -6,40 +6,16 @@ from typing import Annotated
 
 import typer
 
-from dpo_score.cli.options import AsJson, CacheDir, Out, Quiet, Slices
+from dpo_score.cli import console
+from dpo_score.cli.options import AsJson, Out, Slices
+from dpo_score.report import build as page
+from dpo_score.results import audit as labels
+from dpo_score.results import compare as pairwise
+from dpo_score.results import rescore as grid
+from dpo_score.results.verify import verify as proof
 
 Policies = Annotated[str | None, typer.Option(help="all, or a comma list of names")]
 Baseline = Annotated[str | None, typer.Option(help="the policy that the others are set against")]
-
-
-def finish(
-    out: Out,
-    without: Annotated[list[str] | None, typer.Option(metavar="NAME", help="leave a policy out; repeatable")] = None,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="as for run")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="as for run")] = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """After `run --blocks 0/N … N-1/N`: check that every block is there; summary, card and report.
-
-    What the shares were allowed is not taken from OUT: say --allow-pickle or --trust-remote-code again."""
-    from dpo_score.cli import console
-    from dpo_score.engine.executors import job_array
-    from dpo_score.engine.progress import Progress
-
-    given = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    allowed = [name for name, said in given.items() if said]
-    outcome = job_array.finish(out, Progress(quiet), without or [], allowed)
-    console.outcome(outcome, as_json=as_json)
-    outcome.raise_failures()
-
-
-def status(out: Out, as_json: AsJson = False) -> None:
-    """What OUT holds: blocks done, rows, rejects, identities."""
-    from dpo_score.cli import console
-    from dpo_score.results import status as state
-
-    console.status(state.status(out), as_json=as_json)
 
 
 def verify(
@@ -53,12 +29,9 @@ def verify(
 
     --loss-file: your file of a custom loss, run to recompute it where its sha256 is the stored one.
     --against trl scores sampled rows again with the installed TRL, on the reference's weights."""
-    from dpo_score.cli import console
-    from dpo_score.results.verify import verify as proof
-
     findings = proof.verify(out, loss_file or [])
     if against is not None and not findings.damage:
-        from dpo_score.integrations.trl_check import comparison
+        from dpo_score.integrations.trl_check import comparison  # torch
 
         findings.against = comparison(out, against, n)
     console.verified(findings, as_json=as_json)
@@ -74,9 +47,6 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """OUT/report.html: verdict, curves, subsets, margins, length, what changed, worst pairs, labels in doubt."""
-    from dpo_score.cli import console
-    from dpo_score.report import build as page
-
     if format_ != "html":
         typer.echo(page.tables(out, format_, baseline, slices or [], no_text))
         return
@@ -102,9 +72,6 @@ def compare(
     --fail-if: [diff.]METRIC[group].bound OP NUMBER, joined by and / or. METRIC: accuracy, margins, margins_nats, loss,
     chosen_rewards, rejected_rewards. Group: a subset, worst_subset or COL=GROUP of a --slice. Bound: low, high,
     p. NUMBER: or baseline."""
-    from dpo_score.cli import console
-    from dpo_score.results import compare as pairwise
-
     found = pairwise.compare([out, *([other] if other else [])], policies, baseline, fail_if or [], slices or [])
     console.compared(found, as_json=as_json)
     pairwise.raise_failed(found)
@@ -122,9 +89,6 @@ def rescore(
     as_json: AsJson = False,
 ) -> None:
     """Any grid of losses and betas from the stored log-probs: no model, no GPU."""
-    from dpo_score.cli import console
-    from dpo_score.results import rescore as grid
-
     found = grid.rescore(out, loss, beta, label_smoothing, loss_param or [], reference_policy)
     console.rescored(found, as_json=as_json)
 
@@ -136,43 +100,4 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Labels worth a second look: pairs that every policy ranks against the label, as OUT/audit.parquet."""
-    from dpo_score.cli import console
-    from dpo_score.results import audit as labels
-
     console.audited(labels.audit(out, policies, no_text), as_json=as_json)
-
-
-def formats(as_json: AsJson = False) -> None:
-    """The shapes of preference data that are recognised, and which side each takes as better."""
-    from dpo_score.cli import console
-    from dpo_score.data.formats.registry import describe_formats
-
-    console.formats(describe_formats(), as_json=as_json)
-
-
-def cache_ls(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
-    """Models whose log-probs are kept: entries, bytes."""
-    from dpo_score.cli import console
-    from dpo_score.results import cache_admin
-
-    console.cache(cache_admin.ls(cache_dir), as_json=as_json)
-
-
-def cache_verify(cache_dir: CacheDir = None) -> None:
-    """Read every entry; exit 4 names each damaged file. Nothing is moved: the next run sets such files aside."""
-    from dpo_score.cli import console
-    from dpo_score.results import cache_admin
-
-    console.lines([cache_admin.verify(cache_dir)])
-
-
-def cache_gc(
-    cache_dir: CacheDir = None,
-    max_age_days: Annotated[float | None, typer.Option(help="drop what was written longer ago")] = None,
-    max_bytes: Annotated[int | None, typer.Option(help="drop the oldest beyond this size")] = None,
-) -> None:
-    """Drop old entries, by the time they were written; runs that need them compute them again."""
-    from dpo_score.cli import console
-    from dpo_score.results import cache_admin
-
-    console.lines([cache_admin.gc(cache_dir, max_age_days, max_bytes)])

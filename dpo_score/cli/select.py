@@ -6,8 +6,15 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
+from dpo_score.cli.console import console, lines, print_json, table
 from dpo_score.cli.options import AsJson, Out, Quiet
+from dpo_score.engine.progress import Progress
+from dpo_score.errors import ConfigError
+from dpo_score.escape import safe
+from dpo_score.export.selected import write_selection
+from dpo_score.results import select as selecting
 
 HEADS = ("rule", "kept", "accuracy", "nats", "length", "suspect", "learnt", "as random")
 LEGEND = (
@@ -56,9 +63,6 @@ def select(
 
     Pairs of one prompt stay together. With --to DIR: the data set of the kept pairs with its reference log-probs,
     selection.parquet (every row of OUT and why it is kept or not) and selection.json."""
-    from dpo_score.errors import ConfigError
-    from dpo_score.results import select as selecting
-
     request = selecting.Request(
         rule,
         keep,
@@ -81,16 +85,11 @@ def select(
     found = selecting.select(out, request)
     written = None
     if to is not None:
-        from dpo_score.engine.progress import Progress
-        from dpo_score.export.selected import write_selection
-
         written = write_selection(out, found, to, Progress(quiet))
     _selected(found.summary, written, as_json)
 
 
 def _selected(summary: Mapping[str, Any], written: str | None, as_json: bool) -> None:
-    from dpo_score.cli.console import lines, print_json
-
     if as_json:
         print_json({**summary, "written": written})
         return
@@ -113,11 +112,6 @@ def _selected_lines(summary: Mapping[str, Any], written: str | None) -> Iterable
 
 
 def _compared(found: Mapping[str, Any], as_json: bool) -> None:
-    from rich.text import Text
-
-    from dpo_score.cli.console import console, print_json, table
-    from dpo_score.escape import safe
-
     if as_json:
         print_json(found)
         return
@@ -144,8 +138,6 @@ def _compared(found: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _judges(found: Mapping[str, Any]) -> str:
-    from dpo_score.escape import safe
-
     return f"{safe(', '.join(found['policies']))} ({safe(found['judged'])})"
 
 

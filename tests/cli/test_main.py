@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dpo_score.cli.main import app, main
+from dpo_score.cli.main import COMMANDS, app, defined, main
 from dpo_score.config.hints import MEANINGS
 from dpo_score.config.schema import FIRST_OPTIONS, OPTIONS
 
@@ -27,6 +27,14 @@ def test_help_lists_every_option() -> None:
     shown = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
     missing = [option.flag for option in OPTIONS if option.flag not in shown]
     assert missing == []
+
+
+def test_the_page_of_all_commands_says_of_each_what_its_own_page_says_first() -> None:
+    """`dpo-score --help` loads no command, so what it says of them is written a second time."""
+    for commands in COMMANDS.values():
+        for name, (_, said) in commands.items():
+            command = defined(name)
+            assert (command.name or "cache", command.help.split("\n\n")[0]) == (name, said)
 
 
 @pytest.mark.parametrize(
