@@ -11,7 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -40,8 +40,42 @@ LABELS = (DATASET, "subset")
 AS_LABELLED = "each of its values; pairs without one are in none"
 VOCABULARY = ("status", "marks")
 """Columns of texts that this program writes itself: none is a text of the data."""
+PROMPT, GROUP = "prompt_digest", "group_id"
+COLUMNS = (
+    *FLOATS,
+    *TOKENS,
+    *("chosen_truncated", "rejected_truncated", "tied", "loss_code", "status"),
+    *LABELS,
+    *(PROMPT, GROUP),
+)
+"""What `collect` reads of a score table, besides slices."""
 Rejects = Counter[tuple[str, str]]
 """(dataset, code) → rows."""
+
+
+class Texts(Sequence[str]):
+    """A column of texts that takes little more than its characters: a million Python strings take 50 MB beside them."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self.column = column
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[str]: ...
+    def __getitem__(self, place: int | slice) -> str | Sequence[str]:
+        if isinstance(place, slice):
+            return [self[row] for row in range(*place.indices(len(self)))]
+        text: str = self.column[place].as_py()
+        return text
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def __eq__(self, other: object) -> bool:
+        return self.column.equals(other.column) if isinstance(other, Texts) else list(self) == other
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,7 +144,7 @@ def collect(tables: Iterable[pa.Table], *, rejects: Iterable[pa.Table] = (), sli
         rejected.update(zip(_texts(table, "dataset"), table.column("code").to_pylist(), strict=True))
 
     def joined(name: str, dtype: Any) -> NDArray[Any]:
-        return np.concatenate([np.empty(0, dtype), *(part[name] for part in parts)])
+        return np.concatenate([np.empty(0, dtype), *(part.pop(name) for part in parts)])  # one copy at a time
 
     rows = ScoreArrays(
         values={name: joined(name, np.float32 if name in TOKENS else np.float64) for name in (*FLOATS, *TOKENS)},
@@ -180,7 +214,7 @@ def _arrays(table: pa.Table, names: dict[str, dict[str, int]], seen: int) -> dic
             codes.setdefault(text, len(codes)) for text in texts.dictionary.to_pylist()
         ]  # in order of first sight
         arrays[f"label:{label}"] = np.array(numbers, np.int32)[texts.indices.to_numpy(zero_copy_only=False)]
-    for name, column in (("prompt", "prompt_digest"), ("group", "group_id")):
+    for name, column in (("prompt", PROMPT), ("group", GROUP)):
         arrays[name] = _hashes(table, column, seen)
     return arrays
 

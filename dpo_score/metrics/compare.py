@@ -10,14 +10,14 @@ baseline that was named beforehand are adjusted over the other policies (Holm 19
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpo_score.losses.ops import Floats
-from dpo_score.metrics.arrays import ScoreArrays
+from dpo_score.metrics.arrays import ScoreArrays, Texts
 from dpo_score.metrics.intervals import cluster_sizes, effective_clusters
 from dpo_score.metrics.paired_tests import (
     PolicyDifference,
@@ -137,7 +137,7 @@ def align_policies(policies: Sequence[ScoredPolicy]) -> AlignedPolicies:
     import polars as pl
 
     tables = [
-        pl.DataFrame({"pair": policy.pair_ids, f"row {place}": np.arange(len(policy.pair_ids))}).with_columns(
+        pl.DataFrame({"pair": _column(policy.pair_ids), f"row {place}": np.arange(len(policy.pair_ids))}).with_columns(
             pl.int_range(pl.len()).over("pair").alias("occurrence")
         )
         for place, policy in enumerate(policies)
@@ -153,6 +153,11 @@ def align_policies(policies: Sequence[ScoredPolicy]) -> AlignedPolicies:
     return AlignedPolicies(tuple(aligned), tuple(side for side in sides if side.pairs))
 
 
+def _column(texts: Sequence[str]) -> Any:
+    """What polars takes as a column."""
+    return texts.column if isinstance(texts, Texts) else texts
+
+
 def _one_sided(policy: ScoredPolicy, joined: NDArray[np.int64]) -> OneSided:
     alone = np.setdiff1d(np.arange(len(policy.row_ids)), joined)
     return OneSided(policy.name, len(alone), tuple(policy.row_ids[row] for row in alone[:3]))
@@ -160,16 +165,17 @@ def _one_sided(policy: ScoredPolicy, joined: NDArray[np.int64]) -> OneSided:
 
 def selected(policy: ScoredPolicy, rows: NDArray[np.int64]) -> ScoredPolicy:
     """Some rows of a policy, in the order given."""
-    taken = rows.tolist()
-    return ScoredPolicy(
-        policy.name,
-        policy.step,
-        [policy.row_ids[row] for row in taken],
-        [policy.pair_ids[row] for row in taken],
-        policy.rows.take(rows),
-        [policy.marks[row] for row in taken],
-        policy.settings,
+    return replace(
+        policy,
+        row_ids=_taken(policy.row_ids, rows),
+        pair_ids=_taken(policy.pair_ids, rows),
+        rows=policy.rows.take(rows),
+        marks=[policy.marks[row] for row in rows.tolist()],
     )
+
+
+def _taken(texts: Sequence[str], rows: NDArray[np.int64]) -> Sequence[str]:
+    return Texts(texts.column.take(rows)) if isinstance(texts, Texts) else [texts[row] for row in rows.tolist()]
 
 
 NATS_REST_ON = ("reference", "template", "truncation", "dtype", "has_reference")

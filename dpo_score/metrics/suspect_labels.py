@@ -8,14 +8,15 @@ policies' probabilities σ(−margin) that the label is the wrong way round.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from dpo_score.losses.ops import Floats, sigmoid
+from dpo_score.metrics.arrays import Texts
 from dpo_score.metrics.compare import AlignedPolicies
 from dpo_score.metrics.summary import order
 
@@ -104,65 +105,85 @@ class Suspect:
     marks: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Audit:
-    """`suspects`: against the label, most confident first, then identical answers. `pairs`: those looked at."""
+    """Which of the aligned rows are suspects: arrays, since they may be many.
 
-    suspects: tuple[Suspect, ...]
-    pairs: int
-    policies: int
+    against: rows ranked against their label, most confident first. identical: rows with two equal answers. confidence:
+    by row. margins: policy → margin by row, of those that have a vote. copies: by row, how many rows hold its pair.
+    """
+
+    aligned: AlignedPolicies
+    against_rows: NDArray[np.int64]
+    identical_rows: NDArray[np.int64]
+    confidence: Floats
+    margins: Mapping[str, Floats]
+    copies: NDArray[np.int64]
+
+    @property
+    def pairs(self) -> int:
+        """Those looked at."""
+        return len(self.aligned)
+
+    @property
+    def policies(self) -> int:
+        """Those with a vote."""
+        return len(self.margins)
 
     @property
     def against(self) -> int:
-        return sum(suspect.finding == AGAINST for suspect in self.suspects)
+        return len(self.against_rows)
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """All suspects, in their order."""
+        return np.concatenate([self.against_rows, self.identical_rows])
+
+    @property
+    def suspects(self) -> tuple[Suspect, ...]:
+        """All of them; `suspect` gives one at a time."""
+        return tuple(self.suspect(place) for place in range(len(self.rows)))
+
+    def suspect(self, place: int) -> Suspect:
+        """The suspect at a place of `rows`."""
+        against = place < self.against
+        row = int(self.against_rows[place] if against else self.identical_rows[place - self.against])
+        first = self.aligned.first
+        values = first.rows.values
+        agrees = float(order(values["ref_chosen_logps"][row : row + 1], values["ref_rejected_logps"][row : row + 1])[0])
+        return Suspect(
+            row=row,
+            row_id=first.row_ids[row],
+            pair_id=first.pair_ids[row],
+            finding=AGAINST if against else IDENTICAL,
+            confidence=float(self.confidence[row]) if against else None,
+            margins={name: float(values[row]) for name, values in self.margins.items()},
+            reference_agrees=None if np.isnan(agrees) else agrees == 1.0,
+            copies=int(self.copies[row]),
+            marks=tuple(first.marks[row] or ()),
+        )
 
 
 def label_audit(aligned: AlignedPolicies) -> Audit:
     """Every pair that all policies rank against the label (labelled ties left out), and every identical pair.
 
-    A policy with margin 0 everywhere (the reference itself) ranks nothing and has no vote.
+    A policy with margin 0 everywhere (the reference itself) ranks nothing and has no vote. The reference agrees with
+    a label where it alone gives the chosen answer the higher log-probability.
     """
     margins = {policy.name: policy.margins for policy in aligned.policies if np.any(policy.margins != 0.0)}
-    against = _against(aligned, margins)
-    confidence = _confidence(margins, len(aligned))
     identical = np.array(["identical_pair" in (marks or ()) for marks in aligned.first.marks], bool)
-    first = sorted(np.flatnonzero(against & ~identical).tolist(), key=lambda row: (-confidence[row], row))
-    copies = Counter(aligned.first.pair_ids)
-    agrees = _reference_ranks(aligned)
-
-    def suspect(row: int, finding: str) -> Suspect:
-        return Suspect(
-            row=row,
-            row_id=aligned.first.row_ids[row],
-            pair_id=aligned.first.pair_ids[row],
-            finding=finding,
-            confidence=float(confidence[row]) if finding == AGAINST else None,
-            margins={name: float(values[row]) for name, values in margins.items()},
-            reference_agrees=None if np.isnan(agrees[row]) else bool(agrees[row] == 1.0),
-            copies=copies[aligned.first.pair_ids[row]],
-            marks=tuple(aligned.first.marks[row] or ()),
-        )
-
-    found = [suspect(row, AGAINST) for row in first]
-    found += [suspect(int(row), IDENTICAL) for row in np.flatnonzero(identical)]
-    return Audit(tuple(found), len(aligned), len(margins))
+    against, confidence = np.zeros(len(aligned), bool), np.full(len(aligned), np.nan)
+    if margins:
+        wrong = np.logical_and.reduce([values < 0.0 for values in margins.values()])
+        against = wrong & ~aligned.first.rows.flags["tied"] & ~identical
+        confidence = np.min([sigmoid(-values) for values in margins.values()], axis=0)
+    found = np.flatnonzero(against)
+    found = found[np.argsort(-confidence[found], kind="stable")]
+    return Audit(aligned, found, np.flatnonzero(identical), confidence, margins, _copies(aligned.first.pair_ids))
 
 
-def _against(aligned: AlignedPolicies, margins: Mapping[str, Floats]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    if not margins:
-        return np.zeros(len(aligned), np.bool_)
-    wrong = np.logical_and.reduce([values < 0.0 for values in margins.values()])
-    return np.asarray(wrong & ~aligned.first.rows.flags["tied"], np.bool_)
-
-
-def _confidence(margins: Mapping[str, Floats], rows: int) -> Floats:
-    if not margins:
-        return np.full(rows, np.nan)
-    least: Floats = np.min([sigmoid(-values) for values in margins.values()], axis=0)
-    return least
-
-
-def _reference_ranks(aligned: AlignedPolicies) -> Floats:
-    """1 where the reference alone ranks the pair as labelled, 0 against, NaN where it cannot be told."""
-    v = aligned.first.rows.values
-    return order(v["ref_chosen_logps"], v["ref_rejected_logps"])
+def _copies(pair_ids: Sequence[str]) -> NDArray[np.int64]:
+    """For each row how many rows hold its pair."""
+    column = pair_ids.column if isinstance(pair_ids, Texts) else pa.chunked_array([pa.array(pair_ids, pa.string())])
+    codes = column.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    return np.bincount(codes, minlength=1)[codes] if len(codes) else np.zeros(0, np.int64)

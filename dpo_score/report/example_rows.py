@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpo_score.metrics.compare import AlignedPolicies, refusal
-from dpo_score.metrics.suspect_labels import AGAINST, Audit
+from dpo_score.metrics.suspect_labels import Audit
 
 CHANGED, WORST, SUSPECTS = 6, 30, 50
 """Pairs shown: so many gained most and so many lost most; worst; suspects."""
@@ -45,7 +45,7 @@ def choose_examples(aligned: AlignedPolicies, audit: Audit, best: str | None) ->
         changed: tuple[int, ...] = ()
     else:
         changed = _extremes(aligned[after].margins - aligned[before].margins)
-    suspects = tuple(suspect.row for suspect in audit.suspects if suspect.finding == AGAINST)[:SUSPECTS]
+    suspects = tuple(audit.against_rows[:SUSPECTS].tolist())
     worst = _lowest(aligned[judged].margins)
     if not changed:
         return ExampleRows(None, None, (), worst, judged, suspects)
@@ -55,16 +55,16 @@ def choose_examples(aligned: AlignedPolicies, audit: Audit, best: str | None) ->
 def _extremes(changes: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[int, ...]:
     """The rows that gained most, then those that lost most."""
     order = _order(changes)
-    lost = [row for row in order[:CHANGED] if changes[row] < 0]
-    gained = [row for row in reversed(order[-CHANGED:]) if changes[row] > 0]
+    lost = [row for row in order[:CHANGED].tolist() if changes[row] < 0]
+    gained = [row for row in reversed(order[-CHANGED:].tolist()) if changes[row] > 0]
     return (*gained, *lost)
 
 
 def _lowest(margins: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[int, ...]:
-    return tuple(row for row in _order(margins)[:WORST] if margins[row] < 0)
+    return tuple(row for row in _order(margins)[:WORST].tolist() if margins[row] < 0)
 
 
-def _order(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Sequence[int]:
+def _order(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> NDArray[np.int64]:
     """Rows with a value, lowest first; equals in row order."""
     order = np.argsort(values, kind="stable")
-    return [int(row) for row in order if np.isfinite(values[row])]
+    return order[np.isfinite(values[order])]

@@ -29,15 +29,15 @@ def cut(text: str, limit: int = SHOWN) -> tuple[str, int]:
 
 def listed(facts: Facts) -> list[dict[str, Any]]:
     """The filterable list: the worst pairs, then those whose label is in doubt."""
-    suspects = {suspect.row: suspect for suspect in facts.audit.suspects}
     worst = set(facts.selection.worst)
-    shown_suspects = set(facts.selection.suspects)
+    audit, shown_suspects = facts.audit, set(facts.selection.suspects)
+    against, suspects = set(audit.against_rows.tolist()), set(audit.rows.tolist())
     return [
         _passage(facts, row)
         | {
             "tags": [*(["worst"] if row in worst else []), *(["label in doubt"] if row in shown_suspects else [])],
-            "confidence": None if row not in suspects else suspects[row].confidence,
-            "copies": suspects[row].copies if row in suspects else 1,
+            "confidence": float(audit.confidence[row]) if row in against else None,
+            "copies": int(audit.copies[row]) if row in suspects else 1,
         }
         for row in facts.selection.listed
     ]

@@ -7,7 +7,7 @@ is nowhere is refused with those that are there. How a column makes groups is in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from dpo_score.losses.columns import DERIVED
 from dpo_score.metrics.arrays import FLOATS, without_texts
 from dpo_score.metrics.compare import AlignedPolicies, ScoredPolicy
 from dpo_score.metrics.groups import BUILT_IN, DATA, DATASET, LENGTH, TURNS, means, text_of
-from dpo_score.results.run_folder import as_scored, read_scored, scored_rows, shared_ids
+from dpo_score.results.run_folder import read_scored, score_columns, scored_row_ids, shared_ids
 from dpo_score.results.schemas import COUNT_FIELDS, SIDES, TEXT_FIELDS
 from dpo_score.results.source_text import text_source
 from dpo_score.storage.base import Store
@@ -75,22 +75,14 @@ def columns_of_data(
     return from_data(datasets, rows, names) if names else None
 
 
-def read_sliced(store: Store, manifest: Manifest, policy: str, names: Sequence[str]) -> ScoredPolicy:
-    """All scored rows of one policy with `names` to group by. UsageError where a column cannot be had."""
-    table = scored_rows(store, policy, all_columns=bool(names))
-    lacking = [name for name in names if name not in table.column_names and name not in (LENGTH, DATA)]
-    if lacking:
-        table = joined(table, _of_folder(store, manifest, table, lacking))
-    return as_scored(manifest, policy, table, names)
-
-
 def read_policies(
     store: Store, manifest: Manifest, policies: Sequence[str], slices: Sequence[str] = ()
 ) -> list[ScoredPolicy]:
     """All scored rows of several policies; the first with `slices` to group by, since groups follow its rows."""
+    lacked = _of_folder(store, manifest, policies[0], slices)
     found: list[ScoredPolicy] = []
     for policy in policies:
-        own = read_scored(store, manifest, policy) if found else read_sliced(store, manifest, policy, slices)
+        own = read_scored(store, manifest, policy, () if found else slices, None if found else lacked)
         found = [*found, shared_ids([found[0], own])[1]] if found else [own]
         pa.default_memory_pool().release_unused()  # the columns of one policy, before those of the next are read
     return found
@@ -103,18 +95,28 @@ def numbered_groups(aligned: AlignedPolicies) -> AlignedPolicies:
     )
 
 
-def _of_folder(store: Store, manifest: Manifest, table: pa.Table, names: Sequence[str]) -> pa.Table:
+def _of_folder(
+    store: Store, manifest: Manifest, policy: str, slices: Sequence[str]
+) -> Callable[[pa.Table], pa.Table] | None:
+    """What adds the columns that the scores lack, read from the data. UsageError where a column cannot be had."""
+    if not slices:
+        return None
+    stored = score_columns(store, policy)
+    names = [name for name in slices if name not in stored and name not in (LENGTH, DATA)]
+    if not names:
+        return None
     source = text_source(store, manifest)
     if isinstance(source, str):
         raise UsageError(
             f"--slice {safe(names[0], 80)}: the scores have no such column (they can be grouped by "
-            f"{_listed(_offered(table.column_names))}), and {source}. "
+            f"{_listed(_offered(stored))}), and {source}. "
             "To have a column of the data in the scores, score with --keep-columns"
         )
     for name in names:
         if name not in BUILT_IN:
-            _refuse_unless_there(name, source.datasets, table.column_names)
-    return from_data(source.datasets, source.rows(table["row_id"].to_pylist()), names)
+            _refuse_unless_there(name, source.datasets, stored)
+    found = from_data(source.datasets, source.rows(scored_row_ids(store, policy).to_pylist()), names)
+    return lambda table: joined(table, found)
 
 
 def from_data(datasets: Sequence[Dataset], rows: Sequence[int], names: Sequence[str]) -> pa.Table:

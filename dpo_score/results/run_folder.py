@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from dpo_score.config.checkpoint_glob import natural
 from dpo_score.errors import UsageError, nearest
-from dpo_score.metrics.arrays import collect
+from dpo_score.metrics.arrays import COLUMNS, Texts, collect
 from dpo_score.metrics.compare import ScoredPolicy, ScoringSettings
 from dpo_score.storage.base import Store
 from dpo_score.storage.commits import CommitRecord, read_records, record_name
@@ -26,8 +26,6 @@ from dpo_score.storage.manifest import Manifest, peek_manifest, read_manifest
 from dpo_score.storage.open import open_store
 from dpo_score.storage.resume import missing_rows
 
-NOT_COMPARED = ("source_file", "source_row", "pair_digest", "compute_dtype", "status")
-"""Columns that tell where a row comes from: no comparison of policies reads them."""
 STEP = re.compile(
     r"""(?: [-_.]? (?:step|checkpoint|ckpt|iter|epoch) [-_.]?
           | (?<! \d e) [-_]        # 5e-7 is one number
@@ -84,68 +82,83 @@ def chosen_names(store: Store, manifest: Manifest, asked: str | None, out: str) 
     return list(dict.fromkeys(names))
 
 
-def read_scored(store: Store, manifest: Manifest, policy: str) -> ScoredPolicy:
-    """All scored rows of one policy."""
-    return as_scored(manifest, policy, scored_rows(store, policy, all_columns=False))
+def read_scored(
+    store: Store,
+    manifest: Manifest,
+    policy: str,
+    slices: Sequence[str] = (),
+    lacked: Callable[[pa.Table], pa.Table] | None = None,
+) -> ScoredPolicy:
+    """All scored rows of one policy, part by part: of each part only the columns that a comparison reads.
 
-
-def scored_rows(store: Store, policy: str, all_columns: bool = True) -> pa.Table:
-    """The stored columns of the rows that have scores, but for lists of token values and ids.
-
-    `all_columns`: else only those that a comparison reads (NOT_COMPARED are left out).
+    slices: further columns to group by. lacked: adds to the rows of a part what scores do not hold.
     """
-    left_out = () if all_columns else NOT_COMPARED
-    columns = {name: [c for c in _bare_columns(store, name) if c not in left_out] for name in parts(store, policy)}
-    return _scored_rows(store.read_table(name, kept) for name, kept in columns.items())
+    kept: list[pa.Table] = []
+
+    def tables() -> Iterator[pa.Table]:
+        for name in parts(store, policy):
+            table = _only_scored(store.read_table(name, _present(store, name, (*IDS, *COLUMNS, *slices))))
+            kept.append(table.select(IDS))
+            yield table if lacked is None else lacked(table)
+
+    rows = collect(tables(), slices=slices)
+    ids = pa.concat_tables(kept)
+    return ScoredPolicy(
+        name=policy,
+        step=step_of(policy, str(manifest.notes.get("names", {}).get(policy, ""))),
+        row_ids=Texts(ids["row_id"]),
+        pair_ids=Texts(ids["pair_id"]),
+        rows=rows,
+        marks=_marks(ids["marks"]),
+        settings=settings(manifest, policy),
+    )
+
+
+IDS = ("row_id", "pair_id", "marks")
+
+
+def scored_row_ids(store: Store, policy: str) -> pa.ChunkedArray:
+    """The ids of the rows that have scores."""
+    columns = ["row_id", "policy_chosen_logps", "policy_rejected_logps"]
+    tables = [_only_scored(store.read_table(name, columns)).select(["row_id"]) for name in parts(store, policy)]
+    return pa.concat_tables(tables)["row_id"]
+
+
+def score_columns(store: Store, policy: str) -> list[str]:
+    """The columns of a policy's scores."""
+    with store.open_table(parts(store, policy)[0]) as file:
+        names: list[str] = file.schema_arrow.names
+    return names
+
+
+def _present(store: Store, name: str, wanted: Sequence[str]) -> list[str]:
+    with store.open_table(name) as file:
+        return [column for column in file.schema_arrow.names if column in wanted]
+
+
+def _only_scored(table: pa.Table) -> pa.Table:
+    table = table.replace_schema_metadata(None)
+    sums = [table["policy_chosen_logps"], table["policy_rejected_logps"]]
+    return table.filter(pc.and_(*map(pc.is_valid, sums))) if any(column.null_count for column in sums) else table
 
 
 def shared_ids(policies: Sequence[ScoredPolicy]) -> list[ScoredPolicy]:
-    """The policies, of which those with the same rows share one list of ids: texts are most of what they hold."""
+    """The policies, of which those with the same rows share their ids and marks: texts are most of what they hold."""
     first = policies[0]
     return [
-        replace(policy, row_ids=first.row_ids, pair_ids=first.pair_ids)
-        if policy.row_ids == first.row_ids and policy.pair_ids == first.pair_ids
+        replace(policy, row_ids=first.row_ids, pair_ids=first.pair_ids, marks=first.marks)
+        if policy.row_ids == first.row_ids and policy.pair_ids == first.pair_ids and policy.marks == first.marks
         else policy
         for policy in policies
     ]
 
 
-def as_scored(manifest: Manifest, policy: str, table: pa.Table, slices: Sequence[str] = ()) -> ScoredPolicy:
-    """Those rows as arrays. `slices`: further columns to group by."""
-    return ScoredPolicy(
-        name=policy,
-        step=step_of(policy, str(manifest.notes.get("names", {}).get(policy, ""))),
-        row_ids=table["row_id"].to_pylist(),
-        pair_ids=table["pair_id"].to_pylist(),
-        rows=collect([table], slices=slices),
-        marks=_marks(table["marks"]),
-        settings=settings(manifest, policy),
-    )
-
-
 def _marks(column: pa.ChunkedArray) -> Sequence[Sequence[str] | None]:
     """The marks of each row; rows without one share an empty list, since most are such."""
-    if not len(pc.list_flatten(column)):
-        return [()] * len(column)
     empty: Sequence[str] = ()
+    if not len(pc.list_flatten(column)):
+        return [empty] * len(column)
     return [marks or empty for marks in column.to_pylist()]
-
-
-def _bare_columns(store: Store, name: str) -> list[str]:
-    """The columns of a part but for its lists of token values and ids, which are most of its bytes."""
-    with store.open_table(name) as file:
-        return [column for column in file.schema_arrow.names if not column.endswith(("_token_logps", "_ids"))]
-
-
-def _scored_rows(tables: Iterable[pa.Table]) -> pa.Table:
-    kept = []
-    for table in tables:
-        table = table.replace_schema_metadata(None)
-        if table["policy_chosen_logps"].null_count or table["policy_rejected_logps"].null_count:
-            there = pc.and_(pc.is_valid(table["policy_chosen_logps"]), pc.is_valid(table["policy_rejected_logps"]))
-            table = table.filter(there)
-        kept.append(table)
-    return pa.concat_tables(kept)
 
 
 def step_of(*names: str) -> int | None:

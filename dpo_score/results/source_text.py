@@ -44,8 +44,17 @@ class TextSource:
     def pairs(self, row_ids: Iterable[str]) -> dict[str, Pair]:
         """row_id → pair, for those rows that still give one."""
         wanted = set(row_ids)
-        found = read_rows_at(self.datasets, self.rows(wanted))
-        return {pair.source.row_id: pair for pair in found if isinstance(pair, Pair) and pair.source.row_id in wanted}
+        return {row_id: pair for found in self.batches(wanted, len(wanted) + 1) for row_id, pair in found.items()}
+
+    def batches(self, row_ids: Iterable[str], size: int) -> Iterator[dict[str, Pair]]:
+        """As `pairs`, for about `size` rows at a time, in the order of the data: for more than fit into memory."""
+        wanted = set(row_ids)
+        rows = self.rows(wanted)
+        for start in range(0, len(rows), size):
+            found = read_rows_at(self.datasets, rows[start : start + size])
+            yield {
+                item.source.row_id: item for item in found if isinstance(item, Pair) and item.source.row_id in wanted
+            }
 
     def rows(self, row_ids: Iterable[str]) -> list[int]:
         """The numbers of the rows that these ids come from, ascending, each once."""

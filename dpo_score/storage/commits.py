@@ -58,6 +58,8 @@ class CommitRecord:
                 typed(known, field_name, kind)
             for code in known["counts"]:
                 typed(known["counts"], code, int)
+            if known["block"] >= known["blocks"]:
+                raise ValueError(f"block is {known['block']} of {known['blocks']}")
             return cls(files=files, **known)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamageError(f"{name}: not a commit record of this version ({error})") from error
