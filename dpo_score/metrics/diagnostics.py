@@ -39,8 +39,8 @@ DEFINITIONS: Mapping[str, str] = {
     "margins_nats": "Δc − Δr, the margin without β, in nats",
     "chosen_rewards": "βΔc, the implicit reward of the chosen answer (DPO, arXiv 2305.18290 section 4)",
     "rejected_rewards": "βΔr, the implicit reward of the rejected answer (DPO, arXiv 2305.18290 section 4)",
-    "accuracy": "share of pairs with a positive margin among pairs without a tie (interval: Wilson 1927, or its "
-    "cluster-robust form where a prompt or group repeats)",
+    "accuracy": "share of pairs with a positive margin among pairs without a tie (interval: Wilson 1927; Korn and "
+    "Graubard 1998 where a prompt or group repeats)",
     "ties": "pairs whose two rewards are exactly equal",
     "labelled_ties": "pairs that the data calls a tie: left out of accuracy",
     "rewards/chosen": "mean of βΔc, as TRL's DPOTrainer logs it",

@@ -1,10 +1,10 @@
 """Means and shares with their 95 % intervals, over pairs that may come in clusters. Pure functions of NumPy arrays.
 
 A cluster is a prompt or group: its pairs are not independent, so their residuals are summed before they are squared
-(CR2 of Bell and McCaffrey 2002, with their degrees of freedom). Where nothing repeats the formulas reduce to the
-textbook ones. An interval that cannot be computed is None with a reason. Sums are made in twice the precision, so no
-result depends on the order of summation. scipy has the distributions and is imported on first use; it has neither
-Tango's interval nor cluster-robust means, so those are ours.
+(CR2 of Bell and McCaffrey 2002, with their degrees of freedom, fewer where few clusters carry the error, after Valliant
+and Rust 2010). Where nothing repeats the formulas reduce to the textbook ones. An interval that cannot be computed is
+None with a reason. Sums are made in twice the precision, so no result depends on the order of summation. scipy has the
+distributions and is imported on first use; it has neither Tango's interval nor cluster-robust means, so those are ours.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ SKEWED = 0.2
 """Skewness of a mean from which its interval is corrected: Cochran's rule n > 25·γ², as γ/√n."""
 LEAST_FOR_SKEWNESS, EVEN = 15, 0.7
 """Fewer degrees of freedom than this, or than this share of G − 1, do not tell how skewed the clusters are."""
+KORN_GRAUBARD = "cluster-robust Clopper-Pearson (Korn-Graubard)"
+UNEVEN = 0.25
+"""Clusters that lose this share of their G − 1 degrees of freedom by their sizes are uneven, not only nearly equal."""
 LARGE_CLUSTER = 0.1
 """The share of all pairs from which one prompt or group is worth a warning."""
 _FEW = 64
@@ -175,10 +178,10 @@ def connected_clusters(*labels: Clusters) -> NDArray[np.int64]:
 
 
 def mean_test(values: Floats, clusters: Clusters | None = None) -> MeanTest:
-    """Cluster-robust t test of a mean: CR2 with the degrees of freedom of Bell and McCaffrey 2002.
+    """Cluster-robust t test of a mean: CR2 with degrees of freedom for uneven clusters.
 
     Var = Σ_g S_g²/(1 − n_g/n) / n² with S_g = Σ_{i∈g} (x_i − x̄). For clusters of one row this is s²/n with n − 1
-    degrees of freedom, for G equal ones CR1 with G − 1; the more uneven the clusters, the fewer degrees of freedom.
+    degrees of freedom. Clusters of uneven size, and few of them that carry most of the error, leave fewer.
     """
     centre, n = mean(values), len(values)
     residuals, sizes = values - centre, np.ones(n)
@@ -189,12 +192,17 @@ def mean_test(values: Floats, clusters: Clusters | None = None) -> MeanTest:
     if len(residuals) < 2:
         return MeanTest(centre, None, 0, None)
     rest = 1.0 - sizes / n
-    df = _degrees_of_freedom(sizes, rest)
+    df = by_size = _degrees_of_freedom(sizes, rest)
     error = math.sqrt(total(residuals * residuals / rest)) / n
     if error <= _ROUNDING * float(np.abs(values).max()):
         return MeanTest(centre, 0.0, df, None if values.any() else 1.0)
-    skewness = _skewness(residuals, n * error) if df >= max(LEAST_FOR_SKEWNESS, EVEN * (len(sizes) - 1)) else 0.0
-    return MeanTest(centre, error, df, t_two_sided_p(_unskewed(centre / error, skewness), df), skewness)
+    if by_size < len(sizes) - 1:
+        df = _fewer(by_size, residuals * residuals / rest)
+    skewed = by_size >= max(LEAST_FOR_SKEWNESS, EVEN * (len(sizes) - 1))
+    skewness = _skewness(residuals, n * error) if skewed else 0.0
+    statistic = centre / error
+    p = max(t_two_sided_p(statistic, df), t_two_sided_p(_unskewed(statistic, skewness), df))
+    return MeanTest(centre, error, df, p, skewness)
 
 
 def _degrees_of_freedom(sizes: Floats, rest: Floats) -> float:
@@ -205,6 +213,20 @@ def _degrees_of_freedom(sizes: Floats, rest: Floats) -> float:
     weights = sizes * sizes / rest
     off_diagonal = weights.sum() ** 2 - (weights * weights).sum()
     return float(n * n / ((sizes * sizes).sum() + off_diagonal / (n * n)))
+
+
+def _fewer(by_size: float, squares: Floats) -> float:
+    """Degrees of freedom where few of G uneven clusters have most of Σ q_g, the squared residual sums: 1/√(a² + b²).
+
+    a = 1/by_size. b: what q_g say beyond G equal clusters, b² = 1/df_q² − 1/(G − 1)², with Satterthwaite's
+    df_q = 2(Σ q)²/(Σ q² − (Σ q)²/G) from the fourth moments (Valliant and Rust 2010). Uneven sizes show in both, so a
+    and b are not simply added; b comes in by degrees, so that G equal clusters keep the G − 1 of the textbook. With a
+    alone, intervals of shares are too short: tests/metrics/simulate.py.
+    """
+    count, whole = len(squares), float(squares.sum())
+    by_value = (float((squares * squares).sum()) - whole * whole / count) / (2.0 * whole * whole)
+    uneven = min(1.0, (1.0 - by_size / (count - 1)) / UNEVEN)
+    return 1.0 / math.sqrt(by_size**-2 + uneven * max(0.0, by_value**2 - (count - 1) ** -2))
 
 
 def _skewness(residuals: Floats, scale: float) -> float:
@@ -229,12 +251,14 @@ def _skewed(u: float, skewness: float) -> float:
 
 
 def mean_bounds(test: MeanTest, level: float = LEVEL) -> tuple[float, float]:
-    """x̄ − t·error at both ends of the level, t corrected for skewness. They hold 0 exactly where p > 1 − level."""
+    """x̄ ± t·error, each end moved out for skewness, never in: a few outliers of a symmetric law look like skewness.
+
+    They hold 0 exactly where p > 1 − level.
+    """
     assert test.error is not None
     quantile = t_quantile(0.5 + level / 2, test.df)
-    ends = (_skewed(sign * quantile, test.skewness) for sign in (1.0, -1.0))
-    low, high = (test.mean - end * test.error for end in ends)
-    return low, high
+    below, above = max(quantile, _skewed(quantile, test.skewness)), min(-quantile, _skewed(-quantile, test.skewness))
+    return test.mean - below * test.error, test.mean - above * test.error
 
 
 def mean_method(test: MeanTest, clusters: Clusters | None) -> str:
@@ -243,7 +267,7 @@ def mean_method(test: MeanTest, clusters: Clusters | None) -> str:
 
 
 def mean_interval(values: Floats, clusters: Clusters | None = None, level: float = LEVEL) -> Interval:
-    """The interval of `mean_test`, corrected for skewness where that matters. A constant has itself as bounds."""
+    """The interval of `mean_test`, widened for skewness where that matters. A constant has itself as bounds."""
     test = mean_test(values, clusters)
     method = mean_method(test, clusters)
     if test.error is None:
@@ -266,11 +290,22 @@ def wilson(successes: float, n: float, z: float | None = None) -> tuple[float, f
     return low, 1.0 if successes >= n else min(1.0, centre + half)
 
 
-def share_interval(outcomes: Floats, clusters: Clusters | None = None, level: float = LEVEL) -> Interval:
-    """A share of 0/1 outcomes: Wilson where nothing repeats, else Wilson at the effective sample size.
+def clopper_pearson(successes: float, n: float, level: float = LEVEL) -> tuple[float, float]:
+    """The exact interval of a share. Clopper and Pearson 1934. `n` may be an effective size, not whole."""
+    from scipy import special
 
-    Effective n = share·(1−share)/Var with the cluster-robust Var, at most n, and Student's t for z (Korn and Graubard
-    1998; Dean and Pagano 2015). Where the clusters show no spread, it is their effective number.
+    tail = (1.0 - level) / 2
+    low = float(special.betaincinv(successes, n - successes + 1.0, tail)) if successes > 0.0 else 0.0
+    high = float(special.betaincinv(successes + 1.0, n - successes, 1.0 - tail)) if successes < n else 1.0
+    return low, high
+
+
+def share_interval(outcomes: Floats, clusters: Clusters | None = None, level: float = LEVEL) -> Interval:
+    """A share of 0/1 outcomes: Wilson's where nothing repeats, else that of Korn and Graubard 1998.
+
+    Theirs is Clopper and Pearson's at the effective size share·(1−share)/Var, with the cluster-robust Var, at most n,
+    made smaller by (z/t)² for the degrees of freedom of Var. Where the clusters show no spread, the effective size is
+    their effective number.
     """
     n, tail = len(outcomes), 0.5 + level / 2
     if n == 0:
@@ -281,10 +316,10 @@ def share_interval(outcomes: Floats, clusters: Clusters | None = None, level: fl
         return Interval(share, low, high, "Wilson")
     test = mean_test(outcomes, clusters)
     if test.error is None:
-        return Interval(share, None, None, "cluster-robust Wilson", ONE_GROUP)
+        return Interval(share, None, None, KORN_GRAUBARD, ONE_GROUP)
     effective = effective_size(share * (1 - share), clusters, test)
-    low, high = wilson(share * effective, effective, t_quantile(tail, test.df))
-    return Interval(share, low, high, "cluster-robust Wilson")
+    effective *= (normal_quantile(tail) / t_quantile(tail, test.df)) ** 2
+    return Interval(share, *clopper_pearson(share * effective, effective, level), KORN_GRAUBARD)
 
 
 def effective_size(variance: float, clusters: Clusters, test: MeanTest) -> float:

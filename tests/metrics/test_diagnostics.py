@@ -250,7 +250,7 @@ def test_rows_with_holes_are_left_out_of_what_needs_them() -> None:
 def test_clusters_reach_the_intervals() -> None:
     delta = np.array([1.0, -1.0] * 10)
     found = training_health(delta, -delta, np.ones(20), np.ones(20), np.full(20, 0.5), np.repeat(np.arange(10), 2))
-    assert found["displaced"].method == "cluster-robust Wilson"
+    assert found["displaced"].method == "cluster-robust Clopper-Pearson (Korn-Graubard)"
     assert found["drift_chosen"].method == "cluster-robust t"
 
 

