@@ -26,14 +26,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import logging as notices
 
 from dpo_score.config.schema import ComputeSpec
 from dpo_score.data.types import TokenSequence
 from dpo_score.errors import ModelError
-from dpo_score.logprobs.lengths import changing_lengths, fresh_rope
+from dpo_score.logprobs.lengths import changing_lengths, fresh_rope, smallest_window
 from dpo_score.logprobs.numerics import resolve_numerics
 from dpo_score.logprobs.scorer import PairScorer
 from dpo_score.logprobs.self_check import check_model
@@ -63,6 +66,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_d_head", "mamba_d_state", "state_size"), 8),
     **dict.fromkeys(("linear_num_value_heads", "mamba_n_heads", "mamba_num_heads"), 4),
     **dict.fromkeys(("linear_num_key_heads", "n_groups", "mamba_n_groups", "decoder_sparse_step", "mamba_expand"), 2),
+    **{"image_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 32, "out_hidden_size": 32, "spatial_merge_size": 2},
     "vocab_size": VOCAB,
     "vocab_size_per_layer_input": VOCAB,
     "hidden_size_per_layer_input": 8,
@@ -80,6 +84,7 @@ SMALL: dict[str, Any] = {
     "num_kv_shared_layers": 0,
     "is_decoder": True,
 }
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 SPECIAL: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_groups": 1},
     "bamba": {"mamba_d_head": 16, "mamba_n_heads": 4, "mamba_n_groups": 1, "attn_layer_indices": [1]},
@@ -99,8 +104,19 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2, "num_hidden_layers": None},
-    "roc_bert": {"pronunciation_vocab_size": 32, "shape_vocab_size": 32},
+    "roc_bert": {"pad_token_id": 0, "pronunciation_vocab_size": 32, "shape_vocab_size": 32},
     "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 32]},
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), {"global_head_dim": 16, "hidden_size_per_layer_input": 8}),
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"], "indexer_n_heads": 2,
+                       "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 32, "indexer_compress_ratio": 4},
+    **{key: {"text_config": {"rope_parameters": MROPE}} for key in (
+        "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl", "glm46v", "glm4v", "glm_ocr", "glmga")},
+    "glm4v_moe": {"text_config": {"rope_parameters": {**MROPE, "mrope_section": [0, 1, 1]}}},
+    "mistral_large4": {"text_config": {"num_key_value_heads": 4}},
+    "kimi_k25": {"text_config": {"num_key_value_heads": 4}},
+    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [16, 16]}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "d_model": 32, "n_heads": 4, "n_layers": 2,
+             "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"], "intermediate_size": 64,
                      "activation_sparsity_pattern": None, "laurel_rank": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -114,6 +130,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
 LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
              "short_factor": [1.0] * 4, "long_factor": [2.0, 4.0, 8.0, 16.0]}  # fmt: skip
 ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 64, "factor": 4.0}
+YARN = {**ROPE, "rope_type": "yarn"}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama+longrope": ("llama", {"rope_parameters": LONG_ROPE}),
     "phi3+longrope": (
@@ -123,16 +141,40 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3+longrope+window": ("phi3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 64}),
     "phimoe+longrope": ("phimoe", {"rope_parameters": {**LONG_ROPE, "short_mscale": 1.0, "long_mscale": 1.2},
                                    "original_max_position_embeddings": 64, "sliding_window": None}),
-    "llama+dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
-                                "max_position_embeddings": 64}),
-    "llama+yarn": ("llama", {"rope_parameters": {**ROPE, "rope_type": "yarn"}}),
+    "minicpm3+longrope": ("minicpm3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 64}),
+    "llama+dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}),
+    "llama+dynamic+original": ("llama", {"rope_parameters": {**DYNAMIC, "original_max_position_embeddings": 64}}),
+    "llama+yarn": ("llama", {"rope_parameters": YARN}),
+    "qwen2+yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen3+yarn": ("qwen3", {"rope_parameters": YARN}),
+    "olmo3+yarn": ("olmo3", {"rope_parameters": YARN}),
+    "gpt_oss+yarn": ("gpt_oss", {"rope_parameters": YARN}),
+    "deepseek_v3+yarn": ("deepseek_v3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
+    "ministral3+scaled": ("ministral3", {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.5}}),
+    "llama4_text+scaled": ("llama4_text", {"attn_temperature_tuning": True, "floor_scale": 48, "attn_scale": 0.5,
+                                           "no_rope_layers": [1, 0]}),
     "llama+linear": ("llama", {"rope_parameters": {**ROPE, "rope_type": "linear"}}),
     "llama+llama3": ("llama", {"rope_parameters": {**ROPE, "rope_type": "llama3", "low_freq_factor": 1.0,
                                                    "high_freq_factor": 4.0}}),
     "llama+bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama+tied": ("llama", {"tie_word_embeddings": True}),
     "qwen2+window": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
+    "starcoder2+window": ("starcoder2", {"sliding_window": WINDOW}),
+    "mistral+nowindow": ("mistral", {"sliding_window": None}),
+    "granite+scaled": ("granite", {"logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2,
+                                   "embedding_multiplier": 6.0}),
+    "gemma3_text+linear": ("gemma3_text", {"rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}}}),
+    "lfm2+attention": ("lfm2", {"layer_types": ["full_attention", "full_attention"]}),
+    "gemma4_text+experts": ("gemma4_text", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+                                            "moe_intermediate_size": 16}),
+    "gemma4_text+shared": ("gemma4_text", {"num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": [
+        "sliding_attention", "full_attention", "sliding_attention", "full_attention"]}),
+    "gemma4_text+bidirectional": ("gemma4_text", {"use_bidirectional_attention": "all"}),
     "falcon+alibi": ("falcon", {"alibi": True}),
+    "falcon+multihead": ("falcon", {"num_kv_heads": 4, "multi_query": False, "parallel_attn": False, "bias": True}),
+    "falcon+grouped": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "gemma3_text+bidirectional": ("gemma3_text", {"use_bidirectional_attention": True}),
     "bert+encoder": ("bert", {"is_decoder": False}),
     "roberta+encoder": ("roberta", {"is_decoder": False}),
@@ -163,26 +205,22 @@ class Line:
 
 
 def names() -> list[str]:
-    """All types of transformers that give next-token logits, and the variants."""
-    return [*sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *VARIANTS]
+    """All types of transformers that give next-token logits, the variants, and what reads pictures beside text."""
+    with_pictures = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return [*sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *VARIANTS, *sorted(with_pictures)]
 
 
 def tiny(name: str) -> Any:
     """A model of two layers with random weights large enough for errors to show."""
     kind, changes = VARIANTS.get(name, (name, {}))
-    known = AutoConfig.for_model(kind)
-    text = known.get_text_config(decoder=True)
-    given = {key: value for key, value in SMALL.items() if hasattr(known, key)}
-    if getattr(text, "layer_types", None):
-        kinds = list(dict.fromkeys(text.layer_types))
-        given["layer_types"] = (kinds * 2)[:2] if len(kinds) < 3 else kinds[:2]
-    config = _config(kind, given, changes)
+    auto = AutoModelForCausalLM if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
+    config = _config(kind, _small(AutoConfig.for_model(kind)), changes)
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+        size = sum(p.numel() for p in auto.from_config(copy.deepcopy(config)).parameters())
     if size > LARGEST:
         raise ValueError(f"{size} parameters: its parts for pictures or sound are not known here")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = auto.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -195,11 +233,28 @@ def tiny(name: str) -> Any:
     return model
 
 
+def _small(known: Any) -> dict[str, Any]:
+    """What makes a configuration small, of those settings that it has; for its parts too."""
+    given = {key: value for key, value in SMALL.items() if _has(known, key)}
+    if _has(known, "layer_types") and known.layer_types:
+        kinds = list(dict.fromkeys(known.layer_types))
+        given["layer_types"] = (kinds * 2)[:2] if len(kinds) < 3 else kinds[:2]
+    parts = {name: getattr(known, name, None) for name in known.sub_configs}
+    return given | {name: _small(part) for name, part in parts.items() if part is not None}
+
+
+def _has(config: Any, key: str) -> bool:
+    try:
+        return hasattr(config, key)
+    except RuntimeError:  # it differs between layers
+        return True
+
+
 def _config(kind: str, given: dict[str, Any], changes: dict[str, Any]) -> Any:
     """The configuration with what it takes of `given`; some attributes are only views of others."""
-    given = {
-        k: v for k, v in {**given, **SPECIAL.get(kind, {}), **changes}.items() if (k, v) != ("num_hidden_layers", None)
-    }
+    for key, value in {**SPECIAL.get(kind, {}), **changes}.items():
+        given[key] = given[key] | value if isinstance(given.get(key), dict) and isinstance(value, dict) else value
+    given = {k: v for k, v in given.items() if (k, v) != ("num_hidden_layers", None)}
     while True:
         try:
             return AutoConfig.for_model(kind, **given)
@@ -225,7 +280,8 @@ def rows(config: dict[str, Any], encoder_decoder: bool = False) -> list[TokenSeq
     found += [TokenSequence(ids(1), ids(8)), TokenSequence(ids(90), ids(30))]
     if not encoder_decoder:
         found += [TokenSequence(ids(0), ids(9)), TokenSequence(ids(0), ids(2))]
-    for length in changing_lengths(config):
+    window = smallest_window(config)
+    for length in (*changing_lengths(config), *([window] if window else [])):
         prompt = ids(max(length - 6, 0))
         found += [TokenSequence(prompt, ids(length - len(prompt) + more)) for more in (-1, 0, 1, 40)]
     return [row for row in found if len(row.response) and len(row.prompt) + len(row.response) > 1]
