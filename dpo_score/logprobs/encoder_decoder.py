@@ -9,7 +9,7 @@ do the tokens after an empty prompt, which an encoder cannot read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,21 @@ from dpo_score.logprobs.types import Values
 from dpo_score.models.numerics import Numerics
 from dpo_score.models.parts import ModelParts
 
+
+def start_token(model: Any) -> int:
+    """What a decoder reads before the first label: `decoder_start_token_id`, or where a configuration has none (T5Gemma
+    2), what the model itself puts before labels."""
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None and hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        with suppress(ValueError, TypeError):
+            start = model.prepare_decoder_input_ids_from_labels(torch.zeros(1, 1, dtype=torch.long))[0, 0]
+    if start is None:
+        raise ModelError(
+            f"{type(model).__name__} has no decoder_start_token_id in its config.json: nothing to begin with"
+        )
+    return int(start)
+
+
 LOGITS = 2**26
 """Most logits of a microbatch (256 MB in fp32), unless a single row has more."""
 
@@ -35,13 +50,8 @@ class EncoderDecoderPath:
 
     def __init__(self, model: Any, numerics: Numerics, stats: Sequence[str] = ()) -> None:
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        start = model.config.decoder_start_token_id
-        if start is None:
-            raise ModelError(
-                f"{type(model).__name__} has no decoder_start_token_id in its config.json: nothing to begin with"
-            )
         self.parts = ModelParts(model, model.base_model, None, False)
-        self.start = int(start)
+        self.start = start_token(model)
         self.numerics = numerics
         self.label_tokens = max(1, LOGITS // int(model.get_output_embeddings().weight.shape[0]))
         self.stats = tuple(stats)
@@ -94,10 +104,12 @@ class EncoderDecoderPath:
         prompts = pad([sequences[group[0]].prompt for group in groups], device)
         labels = pad([np.concatenate([[self.start], s.response[:-1]]) for s in sequences], device)
         mask = prompts.get("attention_mask", torch.ones_like(prompts["ids"]))
-        states = self.parts.model.get_encoder()(input_ids=prompts["ids"], attention_mask=mask)[0]
+        encoded = self.parts.model.get_encoder()(input_ids=prompts["ids"], attention_mask=mask)
         chosen = self._tensor(of)
+        encoded["last_hidden_state"] = encoded[0][chosen]  # in the record of its own kind, which some models insist on
         return self.parts.model(  # type: ignore[no-any-return]
-            encoder_outputs=(states[chosen],),
+            input_ids=prompts["ids"][chosen],  # read already; FSMT hides later labels only where it is given
+            encoder_outputs=encoded,
             attention_mask=mask[chosen],
             decoder_input_ids=labels["ids"],
             decoder_attention_mask=labels.get("attention_mask"),

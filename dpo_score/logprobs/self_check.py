@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from dpo_score.data.types import Ids, TokenSequence
 from dpo_score.errors import ModelError
 from dpo_score.logprobs.attention.interface import Unshareable
-from dpo_score.logprobs.encoder_decoder import EncoderDecoderPath
+from dpo_score.logprobs.encoder_decoder import EncoderDecoderPath, start_token
 from dpo_score.logprobs.forked import ForkedPath
 from dpo_score.logprobs.lengths import (
     PROBE_TAIL,
@@ -165,17 +165,22 @@ class Probe:
             probe.why_not_exact = str(error)
         return probe
 
+    @property
+    def last_read(self) -> int:
+        """Where the last token of an answer that the model reads stands: a decoder does not read its last label."""
+        return -2 if self.model.config.is_encoder_decoder else -1
+
     def ordinary_values(self) -> Logps:
         """Scored log-probabilities of all rows, each in a forward of its own."""
         return np.concatenate([self.alone(sequence) for sequence in self.sequences])
 
     def alone(self, sequence: TokenSequence) -> Logps:
         """Scored log-probabilities of one row from the model's own logits (only the last ones where it can)."""
-        if self.model.config.is_encoder_decoder:
-            return EncoderDecoderPath(self.model, self.numerics).compute([sequence])[0]["logp"]
         if self.rules:
             fresh_rope(self.model)
         device = self.parts.device
+        if self.model.config.is_encoder_decoder:
+            return self._answer_alone(sequence, device)
         ids = torch.from_numpy(np.concatenate([sequence.prompt, sequence.response]).astype(np.int64)).to(device)
         positions = torch.from_numpy(sequence.scored_positions).to(device)
         kept = len(ids) - int(positions[0]) + 1
@@ -185,12 +190,26 @@ class Probe:
         target = ids[positions].to(logits.device)
         return log_softmax(logits[rows.to(logits.device)].float()).gather(1, target[:, None])[:, 0].cpu().numpy()
 
+    def _answer_alone(self, sequence: TokenSequence, device: torch.device) -> Logps:
+        """The same of an encoder-decoder, called as its documentation does: prompt and labels, no state in between."""
+        prompt, response = (
+            torch.from_numpy(x.astype(np.int64)).to(device) for x in (sequence.prompt, sequence.response)
+        )
+        before = torch.cat([response.new_tensor([start_token(self.model)]), response[:-1]])
+        logits = self.model(input_ids=prompt[None], decoder_input_ids=before[None], use_cache=False).logits[0]
+        places = torch.from_numpy(sequence.scored_positions - len(prompt)).to(logits.device)
+        target = response.to(logits.device)[places]
+        return log_softmax(logits[places].float()).gather(1, target[:, None])[:, 0].cpu().numpy()
+
     def refuse_if_not_causal(self) -> None:
-        """Raises ModelError where another last token moves the log-probabilities of tokens before it."""
+        """Raises ModelError where another last token moves the log-probabilities of tokens before it.
+
+        Rows of odd and even length are asked, for models that read tokens in blocks.
+        """
         bound = CAUSAL_BOUND if not self.why_not_exact else QUANTIZED_BOUND
-        for sequence in (max(self.sequences[:3], key=lambda s: len(s.response)), self.sequences[-1]):
+        for sequence in (self.sequences[0], max(self.sequences[:3], key=lambda s: len(s.response)), self.sequences[-1]):
             changed = sequence.response.copy()
-            changed[-1] = next(i for i in self.sequences[0].prompt if i != changed[-1])
+            changed[self.last_read] = next(i for i in self.sequences[0].prompt if i != changed[self.last_read])
             moved = self._moved(sequence, replace(sequence, response=changed))
             if moved > bound and self._moved(sequence, sequence) > bound:
                 raise ModelError(
@@ -206,10 +225,10 @@ class Probe:
                 )
 
     def _moved(self, one: TokenSequence, other: TokenSequence) -> float:
-        """Largest change of the log-probability of a token before the last, which alone differs."""
+        """Largest change of the log-probability of a token before the last that is read, which alone differs."""
         context: Any = widened(self.model) if self.exact is not None else nullcontext()
         with context, _outliers_as_others(self.model):
-            change = self.alone(one)[:-1] - self.alone(other)[:-1]
+            change = (self.alone(one) - self.alone(other))[: self.last_read]
         return float(np.abs(change).max(initial=0.0)) if np.isfinite(change).all() else 0.0
 
     def tried(self, numerics: Numerics) -> Outcome:

@@ -29,7 +29,21 @@ from dpo_score.models.quantized import refuse_packed
 from dpo_score.models.resolve import ModelSource
 from dpo_score.models.weights import brief
 
-INPUT_DEPENDENT = frozenset({"XLORA", "POLY", "SHADOW", "ADAPTION_PROMPT", "CPT", "MULTITASK_PROMPT_TUNING"})
+LEARNED_TOKENS = "puts learned tokens before the input"
+LEARNED_KEYS = "has attention read learned keys and values beside those of the input"
+NOT_OF_WEIGHTS = {
+    "PROMPT_TUNING": LEARNED_TOKENS,
+    "P_TUNING": LEARNED_TOKENS,
+    "CPT": LEARNED_TOKENS,
+    "PREFIX_TUNING": LEARNED_KEYS,
+    "CARTRIDGE": LEARNED_KEYS,
+    "ADAPTION_PROMPT": LEARNED_KEYS,
+    "MULTITASK_PROMPT_TUNING": "chooses its prompt by a task number that each input must bring",
+    "POLY": "mixes its parts by a task number that each input must bring",
+    "XLORA": "mixes other adapters anew for each token, by a forward of its own (name one of these instead)",
+    "SHADOW": "runs a second model beside the base",
+}
+"""Kinds of adapters that do more than change weights, and what it is that they do."""
 KEPT_APART = frozenset({"RANDLORA", "DELORA"})
 """Kinds whose merged weights round more of the adapter away than float32 log-probs may lose."""
 WITHOUT_EFFECT = (
@@ -172,11 +186,11 @@ def read_config(source: ModelSource) -> Any:
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{source.adapter}: peft does not read its adapter_config.json ({brief(error)})") from error
     kind = getattr(config.peft_type, "value", str(config.peft_type))
-    if config.is_prompt_learning or kind in INPUT_DEPENDENT or getattr(config, "alora_invocation_tokens", None):
-        raise ModelError(
-            f"{source.adapter} is a {kind} adapter, which changes or depends on the input tokens rather than the "
-            "weights alone: it cannot be scored here"
-        )
+    what = NOT_OF_WEIGHTS.get(kind, LEARNED_TOKENS if config.is_prompt_learning else "")
+    if getattr(config, "alora_invocation_tokens", None):
+        what = "acts only after its invocation tokens (activated LoRA)"
+    if what:
+        raise ModelError(f"{source.adapter} is a {kind} adapter, which {what}: it cannot be scored here")
     config.inference_mode = True
     return config
 

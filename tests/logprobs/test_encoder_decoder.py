@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from dpo_score.data.types import TokenSequence
 from dpo_score.errors import ModelError
 from dpo_score.logprobs.scorer import PairScorer
+from dpo_score.logprobs.self_check import check_model
 from dpo_score.logprobs.types import STATS, SequenceLogps, Unscored
 from tests.logprobs.engine import numerics_for
 from tests.logprobs.sequences import ids
@@ -87,3 +88,17 @@ def test_a_model_without_a_start_token_is_refused(model, monkeypatch):
     monkeypatch.setattr(model.config, "decoder_start_token_id", None)
     with pytest.raises(ModelError, match="decoder_start_token_id"):
         PairScorer(model, numerics_for(model, "plain"))
+
+
+def test_a_decoder_that_reads_later_labels_is_refused(model, monkeypatch):
+    decoder = model.get_decoder()
+    forward = decoder.forward
+
+    def with_later_labels(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output["last_hidden_state"] = output[0] + output[0].mean(1, keepdim=True)
+        return output
+
+    monkeypatch.setattr(decoder, "forward", with_later_labels)
+    with pytest.raises(ModelError, match="is not causal"):
+        check_model(model, numerics_for(model, "plain"))

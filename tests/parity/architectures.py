@@ -26,10 +26,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 from transformers.utils import logging as notices
 
@@ -66,7 +67,11 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_d_head", "mamba_d_state", "state_size"), 8),
     **dict.fromkeys(("linear_num_value_heads", "mamba_n_heads", "mamba_num_heads"), 4),
     **dict.fromkeys(("linear_num_key_heads", "n_groups", "mamba_n_groups", "decoder_sparse_step", "mamba_expand"), 2),
-    **{"image_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 32, "out_hidden_size": 32, "spatial_merge_size": 2},
+    **dict.fromkeys(("embed_dim", "out_hidden_size"), 32),
+    "image_size": 16,
+    "patch_size": 8,
+    "depth": 2,
+    "spatial_merge_size": 2,
     "vocab_size": VOCAB,
     "vocab_size_per_layer_input": VOCAB,
     "hidden_size_per_layer_input": 8,
@@ -106,17 +111,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2, "num_hidden_layers": None},
     "roc_bert": {"pad_token_id": 0, "pronunciation_vocab_size": 32, "shape_vocab_size": 32},
     "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 32]},
-    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), {"global_head_dim": 16, "hidden_size_per_layer_input": 8}),
+    **{key: {"global_head_dim": 16} for key in ("gemma4_text", "gemma4_unified_text")},
     "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"], "indexer_n_heads": 2,
                        "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 32, "indexer_compress_ratio": 4},
     **{key: {"text_config": {"rope_parameters": MROPE}} for key in (
         "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl", "glm46v", "glm4v", "glm_ocr", "glmga")},
     "glm4v_moe": {"text_config": {"rope_parameters": {**MROPE, "mrope_section": [0, 1, 1]}}},
+    **{key: {"decoder_start_token_id": 0} for key in ("t5", "longt5", "switch_transformers")},
     "mistral_large4": {"text_config": {"num_key_value_heads": 4}},
     "kimi_k25": {"text_config": {"num_key_value_heads": 4}},
     "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [16, 16]}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "d_model": 32, "n_heads": 4, "n_layers": 2,
-             "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
+    "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 2, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4,
+             "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"], "intermediate_size": 64,
                      "activation_sparsity_pattern": None, "laurel_rank": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -127,6 +133,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ctrl": {"n_embd": 32, "dff": 64},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": WINDOW},
 }  # fmt: skip
+SPREADS = {"switch_transformers": 0.05}
+"""Standard deviation of the random weights, where 0.2 would make the model's own fp32 differ from float64 by more than
+what is asked here (attention without a scale, experts chosen by it)."""
 LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
              "short_factor": [1.0] * 4, "long_factor": [2.0, 4.0, 8.0, 16.0]}  # fmt: skip
 ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 64, "factor": 4.0}
@@ -183,7 +192,7 @@ SPREAD = (
     "llama", "llama+longrope", "llama+dynamic", "phi3+longrope", "phi3+longrope+window", "phimoe+longrope", "mistral",
     "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "gemma3_text+bidirectional", "gpt2", "gpt_oss", "cohere2", "biogpt",
     "bert", "bert+encoder", "bloom", "deepseek_v3", "deepseek_v32", "mixtral", "olmo2", "opt", "qwen3_next", "mamba",
-    "falcon_h1", "lfm2", "cpmant", "llama4_text",
+    "falcon_h1", "lfm2", "cpmant", "llama4_text", "t5", "fsmt", "qwen2_vl", "gemma4_text+shared",
 )  # fmt: skip
 """What continuous integration tries: each way of scoring, and what has gone wrong somewhere."""
 
@@ -205,15 +214,23 @@ class Line:
 
 
 def names() -> list[str]:
-    """All types of transformers that give next-token logits, the variants, and what reads pictures beside text."""
-    with_pictures = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    return [*sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *VARIANTS, *sorted(with_pictures)]
+    """All types of transformers with next-token logits, the variants, encoder-decoders, and what reads pictures."""
+    others = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+    return [
+        *sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        *VARIANTS,
+        *sorted(others - {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}),
+    ]
 
 
 def tiny(name: str) -> Any:
     """A model of two layers with random weights large enough for errors to show."""
     kind, changes = VARIANTS.get(name, (name, {}))
-    auto = AutoModelForCausalLM if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        auto = AutoModelForCausalLM
+    else:
+        seq2seq = kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+        auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForImageTextToText
     config = _config(kind, _small(AutoConfig.for_model(kind)), changes)
     with torch.device("meta"):
         size = sum(p.numel() for p in auto.from_config(copy.deepcopy(config)).parameters())
@@ -225,7 +242,7 @@ def tiny(name: str) -> Any:
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.ndim > 1 or key.endswith(("sinks", "bias")):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * SPREADS.get(kind, 0.2))
     model.eval()
     with torch.inference_mode():  # a size that does not fit another is the fault of this file, and shows here
         ids = torch.arange(1, 13)[None]
@@ -303,7 +320,8 @@ def _row(model: Any, sequence: TokenSequence) -> float:
     fresh_rope(model)
     prompt, response = (torch.from_numpy(x.astype(np.int64))[None] for x in (sequence.prompt, sequence.response))
     if model.config.is_encoder_decoder:
-        start = torch.tensor([[model.config.decoder_start_token_id]])
+        start = getattr(model.config, "decoder_start_token_id", None)
+        start = torch.tensor([[model.config.decoder.bos_token_id if start is None else start]])
         decoder = torch.cat([start, response[:, :-1]], 1)
         logits = model(input_ids=prompt, decoder_input_ids=decoder, use_cache=False).logits[0]
         target = response[0]

@@ -7,7 +7,7 @@ import pytest
 
 from tests.parity.architectures import SPREAD, tried
 
-PLAIN = ("bert", "bloom", "mamba", "llama4_text")
+PLAIN = ("bert", "bloom", "mamba", "llama4_text", "t5", "fsmt")
 ONE_ROW = ("deepseek_v32",)
 REFUSED = ("gemma3_text+bidirectional", "bert+encoder", "cpmant")
 
