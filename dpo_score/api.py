@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypedDict,
 from dpo_score.config.hints import meant_by
 from dpo_score.config.load import load_config
 from dpo_score.config.schema import BY_NAME, RunConfig
+from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError, UsageError, nearest
+from dpo_score.storage.cache.location import cache_folder
 
 if TYPE_CHECKING:
     import polars as pl
@@ -215,7 +217,6 @@ def run(
     [0.0]
     """
     from dpo_score.engine.executors import choose
-    from dpo_score.engine.progress import Progress
 
     given = {"data": data, "reference": reference, "policy": policy, "out": out}
     config = configured(pipeline, {**given, **settings})
@@ -256,7 +257,6 @@ def precompute(
     >>> made.summary["scored"]
     1
     """
-    from dpo_score.engine.progress import Progress
     from dpo_score.export import precompute as stage
 
     stage.refuse_unread_options(settings)
@@ -295,7 +295,6 @@ def _path_of(given: Any, cache_dir: PathLike | None) -> str:
     if isinstance(given, str | os.PathLike):
         return os.fspath(given)
     from dpo_score.engine.in_memory import written
-    from dpo_score.storage.cache.location import cache_folder
     from dpo_score.storage.open import open_store
 
     with tempfile.TemporaryDirectory(prefix="dpo-score-") as folder:
@@ -424,7 +423,6 @@ def _scored(
 ) -> dict[str, Any]:
     from dpo_score.engine.context import open_context
     from dpo_score.engine.in_memory import scored_tables, written
-    from dpo_score.engine.progress import Progress
     from dpo_score.storage.open import open_store
 
     _refuse_options_of_runs(options)

@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any, Literal, TypeAlias
 
+import fsspec
+
 from dpo_score.config.schema import DataSpec
 from dpo_score.data.hub import fetch
 from dpo_score.data.layout import (
@@ -51,8 +53,6 @@ def select(spec: DataSpec) -> tuple[list[Located], Mapping[str, str]]:
 
     Raises DataError where there are none, or where it is not clear which ones are meant.
     """
-    import fsspec
-
     try:
         fs, root = fsspec.core.url_to_fs(spec.path)
     except client_errors(OSError, ValueError, ImportError) as error:
@@ -151,8 +151,6 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def open_binary(path: str) -> Any:
     """A readable binary file, local or behind fsspec; packed JSON and CSV is unpacked."""
-    import fsspec
-
     compression = "infer" if kind_of_name(PurePosixPath(path).name) in ("JSON", "CSV") else None
     try:
         return fsspec.open(path, "rb", compression=compression).open()
@@ -207,8 +205,6 @@ def _refuse_other(head: bytes, file: Located) -> None:
 
 def content_sha256(path: str) -> str:
     """SHA-256 of the file as it lies in storage, hexadecimal."""
-    import fsspec
-
     digest = hashlib.sha256()
     try:
         with fsspec.open(path, "rb").open() as handle:

@@ -15,6 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import huggingface_hub
+from huggingface_hub import errors
+
 from dpo_score.config.schema import DataSpec
 from dpo_score.data.hub_errors import explained, hub_failures, not_cached, page_of
 from dpo_score.data.layout import (
@@ -62,10 +65,8 @@ def _revisions(spec: DataSpec) -> tuple[str, ...]:
 
 def _listing(spec: DataSpec, revision: str) -> Listing:
     """What the repository holds; from the cache where the hub cannot be reached. Raises _Unreachable, DataError."""
-    from huggingface_hub import HfApi, errors
-
     try:
-        return _asked(lambda: _remote(HfApi(), spec, revision), spec, revision)
+        return _asked(lambda: _remote(huggingface_hub.HfApi(), spec, revision), spec, revision)
     except _Unreachable:
         with suppress(OSError, ValueError, errors.EntryNotFoundError):
             return _cached(spec, revision)
@@ -73,8 +74,7 @@ def _listing(spec: DataSpec, revision: str) -> Listing:
 
 
 def _remote(api: Any, spec: DataSpec, revision: str) -> Listing:
-    from huggingface_hub import errors, hf_hub_download
-    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub.hf_api import RepoFile  # which loads every part of the library
 
     repository = hub_name(spec.path)[0]
     try:
@@ -87,7 +87,7 @@ def _remote(api: Any, spec: DataSpec, revision: str) -> Listing:
     entries = tuple(_entry(item) for item in tree if isinstance(item, RepoFile))
     card: Mapping[str, Any] = {}
     if any(entry.name == _CARD for entry in entries):
-        card = _card(Path(hf_hub_download(repository, _CARD, repo_type="dataset", revision=commit)))
+        card = _card(Path(huggingface_hub.hf_hub_download(repository, _CARD, repo_type="dataset", revision=commit)))
     return Listing(commit, entries, card)
 
 
@@ -97,11 +97,10 @@ def _entry(item: Any) -> Entry:
 
 def _cached(spec: DataSpec, revision: str) -> Listing:
     """What an earlier run fetched. Raises OSError when it fetched nothing."""
-    from huggingface_hub import snapshot_download
 
     repository = hub_name(spec.path)[0]
     folder = Path(
-        snapshot_download(
+        huggingface_hub.snapshot_download(
             repository, repo_type="dataset", revision=revision, local_files_only=True, allow_patterns=[_CARD]
         )
     )
@@ -125,13 +124,11 @@ def _card(path: Path) -> Mapping[str, Any]:
 
 
 def _downloaded(spec: DataSpec, revision: str, listing: Listing, chosen: Selection) -> list[Located]:
-    from huggingface_hub import snapshot_download
-
     names = [glob.escape(entry.name) for entry in chosen.entries]
 
     def snapshot(at: str) -> Path:
         return Path(
-            snapshot_download(
+            huggingface_hub.snapshot_download(
                 hub_name(spec.path)[0],
                 repo_type="dataset",
                 revision=at,
@@ -158,8 +155,6 @@ class _Unreachable(Exception):
 
 def _asked(request: Callable[[], Found], spec: DataSpec, revision: str) -> Found:
     """The hub's answer. Raises _Unreachable without one, DataError for a refusal."""
-    from huggingface_hub import errors
-
     try:
         return request()
     except hub_failures() as error:

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub import constants, errors
+
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 def hub_failures() -> tuple[type[Exception], ...]:
     """What a request raises when it fails. The HTTP library differs between versions of huggingface_hub; its root error
     is what theirs derives from."""
-    from huggingface_hub import errors
-
-    return (errors.HfHubHTTPError.__bases__[0], errors.EntryNotFoundError, OSError, ValueError)
+    return (
+        errors.HfHubHTTPError.__bases__[0],
+        errors.EntryNotFoundError,
+        OSError,
+        ValueError,
+    )
 
 
 def explained(error: Exception, name: str, kind: str, revision: str | None) -> str:
     """Why `name` (a `kind`: "model" or "data set") cannot be read from the hub."""
-    from huggingface_hub import constants, errors
-
     page = page_of(name, kind)
     match error:
         case errors.GatedRepoError():
@@ -56,8 +59,6 @@ def not_cached(name: str, kind: str, revision: str | None = None) -> str:
 
 def page_of(name: str, kind: str) -> str:
     """The hub's page of a repository."""
-    from huggingface_hub import constants
-
     return f"{constants.ENDPOINT}/{'datasets/' if kind == 'data set' else ''}{repository_of(name)}"
 
 

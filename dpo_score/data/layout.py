@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal, TypeAlias
 
+import yaml
+from fsspec.utils import glob_translate
+
 from dpo_score.config.schema import DataSpec
 from dpo_score.errors import DataError
 
@@ -177,8 +180,6 @@ def is_commit(revision: str | None) -> bool:
 
 def card_head(text: str) -> Mapping[str, Any]:
     """The YAML head of a README.md, between two lines of `---`. A head that is no mapping says nothing."""
-    import yaml
-
     match = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(\n|$)", text.removeprefix("\ufeff"), flags=re.DOTALL)
     try:
         found = yaml.safe_load(match[1]) if match else None
@@ -247,8 +248,6 @@ def _patterns(files: Any) -> Iterable[tuple[str | None, str]]:
 
 
 def _matching(entries: Iterable[Entry], pattern: str) -> list[Entry]:
-    from fsspec.utils import glob_translate
-
     pattern = pattern.removeprefix("./").rstrip("/")
     try:
         shape = re.compile(glob_translate(pattern))

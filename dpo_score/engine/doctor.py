@@ -22,7 +22,18 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoTokenizer
+
+from dpo_score.config.schema import ComputeSpec
 from dpo_score.errors import DpoScoreError
+from dpo_score.logprobs.attention.flash_flex import kernel
+from dpo_score.logprobs.matmul import onednn, onednn_is_true_fp32
+from dpo_score.logprobs.numerics import may_share, resolve_numerics
+from dpo_score.models.memory import peak_bytes, total_memory
+from dpo_score.models.resolve import Resolver
+from dpo_score.storage.cache.location import cache_folder
+from dpo_score.storage.file_hashes import FileDigests
 
 COMPILE_TIMEOUT, NCCL_TIMEOUT = 50.0, 60.0
 """Seconds that a real compilation, and two ranks up and down, may take."""
@@ -50,8 +61,6 @@ class Finding:
 
 def examine(reference: str | None = None, device: str = "auto", cache_dir: str | None = None) -> list[Finding]:
     """All checks, in order. `reference`: a model, for what `auto` picks for it and how fast its tokenizer is."""
-    import torch
-
     checks: list[Callable[[], Iterator[Finding]]] = [software, host, lambda: cache_folder_of(cache_dir)]
     if torch.cuda.is_available():
         checks += [cuda_devices, cuda_settings, flash_kernel, nccl]
@@ -82,10 +91,6 @@ def software() -> Iterator[Finding]:
 
 def host() -> Iterator[Finding]:
     """Processor, threads and memory, and what of it this process may use."""
-    import torch
-
-    from dpo_score.models.memory import total_memory
-
     cores, usable = os.cpu_count() or 1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     name, flags = _processor()
     seen = f"{name}, {cores} cores" + (f", {usable} for this process" if usable and usable != cores else "")
@@ -128,8 +133,6 @@ def _processor() -> tuple[str, frozenset[str]]:
 
 def cache_folder_of(cache_dir: str | None) -> Iterator[Finding]:
     """Where log-probs are kept, whether they can be, and how much room there is."""
-    from dpo_score.storage.cache.location import cache_folder
-
     folder = Path(cache_folder(cache_dir))
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not os.access(nearest, os.W_OK):
@@ -142,10 +145,6 @@ def cache_folder_of(cache_dir: str | None) -> Iterator[Finding]:
 
 def product_rates() -> Iterator[Finding]:
     """Matrix products a second on this CPU, measured for half a second each: nothing that is computed is faster."""
-    import torch
-
-    from dpo_score.logprobs.matmul import onednn, onednn_is_true_fp32
-
     exact = onednn_is_true_fp32()
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -161,8 +160,6 @@ def product_rates() -> Iterator[Finding]:
 
 def _rate(dtype: Any) -> float:
     """GFLOP/s of a product of the shape of a feed-forward layer."""
-    import torch
-
     a, b = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
     begin, done = time.perf_counter(), 0
     while time.perf_counter() - begin < 0.5:
@@ -173,8 +170,6 @@ def _rate(dtype: Any) -> float:
 
 def compilation() -> Iterator[Finding]:
     """A three-line function really compiled for this machine's device, in a process that may fail."""
-    import torch
-
     where = "cuda" if torch.cuda.is_available() else "cpu"
     program = (
         "import torch\n"
@@ -212,8 +207,6 @@ def _in_a_process(program: str, seconds: float) -> str | None:
 
 def no_cuda() -> Iterator[Finding]:
     """Why no GPU is used: none, a CPU build of torch beside one, or another kind of device."""
-    import torch
-
     if torch.backends.mps.is_available():
         yield Finding("device", "Apple GPU (mps)")
         return
@@ -235,8 +228,6 @@ def no_cuda() -> Iterator[Finding]:
 
 def cuda_devices() -> Iterator[Finding]:
     """Each GPU with its capability and free memory, and how many of them a run would use."""
-    import torch
-
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         major, minor = torch.cuda.get_device_capability(index)
@@ -257,8 +248,6 @@ def cuda_devices() -> Iterator[Finding]:
 
 def cuda_settings() -> Iterator[Finding]:
     """The cheap half: settings from outside that make products inexact or kernels impossible. No kernel is run."""
-    import torch
-
     if os.environ.get("NVIDIA_TF32_OVERRIDE") not in (None, "0"):
         yield Finding(
             "TF32", "NVIDIA_TF32_OVERRIDE is set: it rounds the factors of every float32 product to 10 bits",
@@ -275,10 +264,6 @@ def cuda_settings() -> Iterator[Finding]:
 
 def flash_kernel() -> Iterator[Finding]:
     """The kernel that a run would take for attention, really called on 64 tokens and compared with plain products."""
-    import torch
-
-    from dpo_score.logprobs.attention.flash_flex import kernel
-
     chosen = kernel()
     query = torch.randn(1, 4, 64, 64, device="cuda", dtype=torch.float16)
     try:
@@ -302,8 +287,6 @@ def flash_kernel() -> Iterator[Finding]:
 
 def nccl() -> Iterator[Finding]:
     """Two ranks up, one sum, and down again, for --tensor-parallel."""
-    import torch
-
     if torch.cuda.device_count() < 2 or not torch.distributed.is_nccl_available():
         return
     program = (
@@ -328,13 +311,6 @@ def nccl() -> Iterator[Finding]:
 
 def model(name: str, device: str, cache_dir: str | None) -> Iterator[Finding]:
     """What `auto` picks for a model and why, and how many pairs a second its tokenizer can feed. Loads no weights."""
-    from dpo_score.config.schema import ComputeSpec
-    from dpo_score.logprobs.numerics import may_share, resolve_numerics
-    from dpo_score.models.memory import peak_bytes, total_memory
-    from dpo_score.models.resolve import Resolver
-    from dpo_score.storage.cache.location import cache_folder
-    from dpo_score.storage.file_hashes import FileDigests
-
     folder = cache_folder(cache_dir)
     try:
         source = Resolver(folder, FileDigests(folder).sha256).resolve(name)
@@ -365,8 +341,6 @@ def model(name: str, device: str, cache_dir: str | None) -> Iterator[Finding]:
 
 def _tokenizer_rate(folder: str) -> Iterator[Finding]:
     """Pairs a second of one core: three texts of about 600 characters each, for half a second."""
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "The quick brown fox jumps over the lazy dog, and seven wizards watch. " * 9
     texts: Sequence[str] = [f"{i} {text}" for i in range(96)]

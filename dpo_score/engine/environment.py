@@ -17,6 +17,7 @@ from dpo_score.config.schema import RunConfig
 from dpo_score.engine.plan import RunPlan
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import IdentityError
+from dpo_score.logprobs.numerics import in_effect, present
 from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
 from dpo_score.storage.fingerprint import diff, listed
@@ -44,8 +45,6 @@ def versions(numerics: Numerics | None) -> dict[str, str]:
 
 
 def _computing(numerics: Numerics) -> dict[str, str]:
-    from dpo_score.logprobs.numerics import in_effect, present
-
     if not present(numerics.device):
         return {}
     return {"device": _device(numerics), "kernel": in_effect(numerics).kernel}

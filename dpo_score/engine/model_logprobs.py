@@ -19,7 +19,7 @@ from dpo_score.engine.context import RunContext
 from dpo_score.engine.environment import versions
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError, DamageError
-from dpo_score.logprobs.numerics import another_way
+from dpo_score.logprobs.numerics import another_way, in_effect, present
 from dpo_score.logprobs.types import SequenceLogps, Unscored
 from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
@@ -168,8 +168,6 @@ class CachedLogprobs:
     @cached_property
     def _numerics(self) -> Numerics:
         """Those that the run began with, on the device asked for, with the kernel that runs here."""
-        from dpo_score.logprobs.numerics import in_effect
-
         return in_effect(on_device(self._begun, self._context.compute.device))
 
     @cached_property
@@ -265,8 +263,6 @@ class CachedLogprobs:
 
 def _refuse_absent(source: ModelSource, numerics: Numerics) -> None:
     """ConfigError for a device that a run was begun on and this machine lacks."""
-    from dpo_score.logprobs.numerics import present
-
     if present(numerics.device):
         return
     raise ConfigError(

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from dpo_score.config.schema import ComputeSpec, ModelSpec, PolicySpec, RunConfig, TextSpec
 from dpo_score.data.dataset import Dataset, mean_text_bytes, only_ids, open_data
 from dpo_score.engine.context import ManifestLock, RunContext
-from dpo_score.engine.doctor import cuda_settings
 from dpo_score.engine.environment import (
     commit_lines,
     compared_environment,
@@ -49,7 +48,6 @@ from dpo_score.logprobs.numerics import present, resolve_numerics, ways, with_ow
 from dpo_score.losses.parse import ResolvedLoss, parse_loss
 from dpo_score.models.limits import text_limits
 from dpo_score.models.numerics import Numerics
-from dpo_score.models.parallel.sharding import refuse_undealt
 from dpo_score.models.resolve import ModelSource, Resolver, resolve_policy
 from dpo_score.results.groups import check_slices
 from dpo_score.results.rewardbench import check_pairing
@@ -104,6 +102,8 @@ def checked_environment(context: RunContext, plan: RunPlan, computes: bool = Tru
     numerics = plan.numerics if computes and context.workers is None else None
     here = versions(on_device(numerics, context.compute.device) if numerics is not None else None)
     if numerics is not None and numerics.device_kind == "cuda" and present(numerics.device):
+        from dpo_score.engine.doctor import cuda_settings  # torch
+
         for finding in cuda_settings():
             context.progress.warn(f"{finding.what}: {finding.seen}: {finding.way_out}")
     found = read_manifest(context.store)
@@ -253,6 +253,8 @@ def check_placement(compute: ComputeSpec, models: RunModels, context: RunContext
             raise ConfigError(
                 f"--device {compute.device} names one GPU; --tensor-parallel takes several: say --device cuda"
             )
+        from dpo_score.models.parallel.sharding import refuse_undealt  # transformers
+
         for _, source in models.sources:
             refuse_undealt(source, compute.tensor_parallel)
     if compute.device_map is not None:

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from dpo_score.engine.plan import RunPlan
 from dpo_score.export.layout import Export
 from dpo_score.models.resolve import ModelSource
@@ -100,8 +102,6 @@ def fingerprint(source: ModelSource) -> dict[str, dict[str, str]] | None:
     """
     if source.adapter is not None or source.pickle:
         return None
-    from safetensors import safe_open
-
     names = sorted((name, path) for path in source.weights for name in _names(path))
     step = max(1, -(-len(names) // SAMPLED_WEIGHTS))
     found = {}
@@ -112,8 +112,6 @@ def fingerprint(source: ModelSource) -> dict[str, dict[str, str]] | None:
 
 
 def _names(path: Path) -> list[str]:
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         return list(file.keys())
 

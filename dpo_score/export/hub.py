@@ -20,7 +20,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import huggingface_hub
 import yaml
+from huggingface_hub import errors
 from markupsafe import escape
 
 from dpo_score.config.load import default_cache_dir
@@ -100,22 +102,18 @@ def plan(
 
 def push(upload: Upload) -> str:
     """Send it; returns the address of the commit. Raises DpoScoreError in one paragraph."""
-    from huggingface_hub import HfApi
-
     try:
-        return _sent(HfApi(), upload)
+        return _sent(huggingface_hub.HfApi(), upload)
     except hub_failures() as error:
         raise _explained(error, upload.repository) from error
 
 
 def _sent(api: Any, upload: Upload) -> str:
-    from huggingface_hub import CommitOperationAdd
-
     api.create_repo(upload.repository, repo_type="dataset", private=upload.private, exist_ok=True)
     found = api.create_commit(
         repo_id=upload.repository,
         repo_type="dataset",
-        operations=[CommitOperationAdd(name, upload.content(name)) for name in upload.files],
+        operations=[huggingface_hub.CommitOperationAdd(name, upload.content(name)) for name in upload.files],
         revision=upload.revision,
         commit_message=f"Preference scores: {len(upload.files)} files",
     )
@@ -123,8 +121,6 @@ def _sent(api: Any, upload: Upload) -> str:
 
 
 def _explained(error: Exception, repository: str) -> DpoScoreError:
-    from huggingface_hub import errors
-
     page = page_of(repository, "data set")
     if isinstance(error, (errors.RepositoryNotFoundError, errors.LocalTokenNotFoundError)):
         return UsageError(f"{repository} cannot be written to: {LOGIN}, with a token that may write to {page}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from dpo_score.api import score
 from dpo_score.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,8 +56,6 @@ class PreferenceMetrics(TrainerCallback):  # type: ignore[misc]
 
     def measure(self) -> dict[str, float]:
         """The metrics of the trainer's model as it is now: means over scored pairs, and counts."""
-        from dpo_score.api import score
-
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
         options = {"tokenizer": self._trainer.processing_class, **self._options}
         return measured(score(self._pairs, policy=model, reference=self._reference, **options))

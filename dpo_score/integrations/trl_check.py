@@ -23,6 +23,7 @@ from dpo_score.data.types import Pair
 from dpo_score.errors import ConfigError, DamageError, UsageError, nearest
 from dpo_score.export.contract import NOISE_FLOOR, noise_floor
 from dpo_score.export.layout import as_scored, rule_unlike_trl
+from dpo_score.integrations.load_ref_logps import pair_digest
 from dpo_score.integrations.trl_pass import VALUES, TrlRow, reference_pass
 from dpo_score.models.loader import ModelLoader
 from dpo_score.models.resolve import ModelSource, Resolver
@@ -217,8 +218,6 @@ def _floor(store: Store, manifest: Manifest) -> float:
 
 def compared(out: str, stored: Sequence[StoredRow], theirs: Mapping[str, TrlRow], floor: float) -> Agreement:
     """Ids first, then sums, each against its own bound; the largest |Δ| is that nearest to, or furthest over, it."""
-    from dpo_score.integrations.load_ref_logps import pair_digest
-
     differences: list[tuple[str, str]] = []
     worst = (0.0, 0.0, 1.0)
     for row in stored:

@@ -19,10 +19,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from transformers.utils import logging
 
 from dpo_score.config.schema import TextSpec
 from dpo_score.data.types import Pair
 from dpo_score.export.layout import built_columns, columns_to_build, survey
+from dpo_score.integrations.load_ref_logps import cut
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 VALUES = ("ref_chosen_logps", "ref_rejected_logps")
@@ -57,8 +60,6 @@ def _pass(
         from datasets import Dataset
         from trl import DPOTrainer
 
-        from dpo_score.integrations.load_ref_logps import cut
-
         pq.write_table(_table(pairs, text), Path(folder) / "rows.parquet")
         rows = Dataset.from_parquet(str(Path(folder) / "rows.parquet"), cache_dir=folder)
         settings = _settings(folder, max_length)
@@ -78,7 +79,6 @@ def _table(pairs: Sequence[Pair], text: TextSpec) -> pa.Table:
 
 
 def _settings(folder: str, max_length: int | None) -> Any:
-    import torch
     from trl import DPOConfig
 
     return DPOConfig(
@@ -98,7 +98,6 @@ def _settings(folder: str, max_length: int | None) -> Any:
 def _quiet() -> Iterator[None]:
     """No bars and no notices of the libraries, which are put back as they were."""
     import datasets
-    from transformers.utils import logging
 
     messages.getLogger("bitsandbytes").setLevel(messages.ERROR)  # TRL imports it where it is installed
     before, level = os.environ.get("TQDM_DISABLE"), logging.get_verbosity()

@@ -7,6 +7,9 @@ asked later, of the loaded model itself (`self_check.py`).
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +17,7 @@ from typing import Any
 
 from dpo_score.config.schema import ComputeSpec
 from dpo_score.errors import ConfigError
+from dpo_score.models import memory
 from dpo_score.models.limits import text_config
 from dpo_score.models.numerics import Kernel, Numerics
 
@@ -48,8 +52,6 @@ def resolve_numerics(
     `parameters` and `rows_hint` (rows of the whole job) only steer batch size and compilation. Raises
     ConfigError for a device this machine lacks.
     """
-    from dpo_score.models import memory
-
     device = _device(compute.device)
     kind = device.split(":")[0]
     dtype = compute.dtype if compute.dtype != "auto" else ("float32" if kind == "cpu" else "float16")
@@ -219,10 +221,6 @@ def _compile(asked: str, path: str, kind: str, parameters: int | None, rows: int
 
 def _can_compile(kind: str) -> bool:
     """Whether Inductor finds what it needs here: a C++ compiler for the CPU, Triton for CUDA."""
-    import importlib.util
-    import os
-    import shutil
-
     if kind == "cuda":
         return importlib.util.find_spec("triton") is not None
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)

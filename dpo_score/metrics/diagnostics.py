@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
 
 from dpo_score.losses.ops import Floats, log_sigmoid, sigmoid
@@ -270,8 +271,6 @@ def best_beta(margins_nats: Floats) -> BetaFit:
     Null when every margin is 0, or when the mean margin is not positive (then β → 0 fits best: the policy knows no
     better than chance).
     """
-    from scipy import optimize
-
     kept = margins_nats[np.isfinite(margins_nats)]
     if not len(kept) or not kept.any():
         return BetaFit(None, None, False, "no margin other than 0")
@@ -285,7 +284,7 @@ def best_beta(margins_nats: Floats) -> BetaFit:
     if slope(low) >= 0.0 or slope(high) <= 0.0:
         beta, at_edge = (low if slope(low) >= 0.0 else high), True
     else:
-        beta, at_edge = float(optimize.brentq(slope, low, high, xtol=1e-15, rtol=1e-13)), False
+        beta, at_edge = float(scipy.optimize.brentq(slope, low, high, xtol=1e-15, rtol=1e-13)), False
     return BetaFit(beta, mean(-log_sigmoid(beta * kept)), at_edge)
 
 
@@ -321,10 +320,8 @@ def pearson(x: Floats, y: Floats) -> float | None:
 
 def spearman(x: Floats, y: Floats) -> float | None:
     """Pearson's correlation of the ranks, equal values sharing theirs. Spearman 1904."""
-    from scipy import stats
-
     there = np.isfinite(x) & np.isfinite(y)
-    return pearson(stats.rankdata(x[there]), stats.rankdata(y[there]))
+    return pearson(scipy.stats.rankdata(x[there]), scipy.stats.rankdata(y[there]))
 
 
 def length_controlled_accuracy(
@@ -427,7 +424,6 @@ class LogisticFit:
 
     def _best_slope(self, intercept: float) -> float:
         """The likeliest slope given the intercept."""
-        from scipy import optimize
 
         def rise(slope: float) -> float:
             fitted = sigmoid(intercept + slope * self.feature)
@@ -436,20 +432,18 @@ class LogisticFit:
         reach = 1.0
         while rise(-reach) < 0.0 or rise(reach) > 0.0:
             reach *= 4.0
-        return float(optimize.brentq(rise, -reach, reach, xtol=1e-9, rtol=1e-9))
+        return float(scipy.optimize.brentq(rise, -reach, reach, xtol=1e-9, rtol=1e-9))
 
     def bound(self, limit: float) -> float:
         """The intercept above the fit (limit > 0) or below it whose score is −limit. Rao 1948.
 
         With equal lengths throughout this is Wilson's interval on the log-odds.
         """
-        from scipy import optimize
-
         step = math.copysign(1.0, limit)
         while abs(self.score(self.intercept + step)) <= abs(limit):
             step *= 2.0
         ends = sorted((self.intercept, self.intercept + step))
-        return float(optimize.brentq(lambda at: self.score(at) + limit, *ends, xtol=1e-9, rtol=1e-9))
+        return float(scipy.optimize.brentq(lambda at: self.score(at) + limit, *ends, xtol=1e-9, rtol=1e-9))
 
 
 # --- health: what training did to both answers -----------------------------------------------------------------------

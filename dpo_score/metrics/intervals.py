@@ -4,7 +4,7 @@ A cluster is a prompt or group: its pairs are not independent, so their residual
 (CR2 of Bell and McCaffrey 2002, with their degrees of freedom, fewer where few clusters carry the error, after Valliant
 and Rust 2010). Where nothing repeats the formulas reduce to the textbook ones. An interval that cannot be computed is
 None with a reason. Sums are made in twice the precision, so no result depends on the order of summation. scipy has the
-distributions and is imported on first use; it has neither Tango's interval nor cluster-robust means, so those are ours.
+distributions; it has neither Tango's interval nor cluster-robust means, so those are ours.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from statistics import NormalDist
 from typing import Any, TypeAlias
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
 
 from dpo_score.losses.ops import Floats
@@ -75,19 +76,15 @@ def normal_quantile(p: float) -> float:
 
 def t_two_sided_p(t: float, df: float) -> float:
     """P(|T| ≥ |t|) of Student's t with df degrees of freedom, not necessarily whole; NaN without any."""
-    from scipy import special
-
     if math.isnan(t) or df <= 0:
         return math.nan
-    return float(2.0 * special.stdtr(df, -abs(t)))
+    return float(2.0 * scipy.special.stdtr(df, -abs(t)))
 
 
 @lru_cache(maxsize=4096)
 def t_quantile(p: float, df: float) -> float:
     """The value below which a share p of Student's t lies."""
-    from scipy import special
-
-    return float(special.stdtrit(df, p)) if df < 1e9 else normal_quantile(p)
+    return float(scipy.special.stdtrit(df, p)) if df < 1e9 else normal_quantile(p)
 
 
 # --- sums and clusters -----------------------------------------------------------------------------------------------
@@ -334,15 +331,13 @@ def tango(won: float, lost: float, n: float, z: float) -> tuple[float, float]:
     won, lost: pairs that only one side has right; with n they may be an effective size, not whole. At z of a 95 %
     interval it holds 0 where McNemar's p, uncorrected, is above 5 %.
     """
-    from scipy import optimize
-
     share, bounds = (won - lost) / n, []
     for side, end in ((1.0, -1.0), (-1.0, 1.0)):
         if side * _tango_score(end, won, lost, n) <= z or share == end:
             bounds.append(end)
             continue
         bounds.append(
-            optimize.brentq(
+            scipy.optimize.brentq(
                 lambda delta, side=side: min(side * _tango_score(delta, won, lost, n), 1e6) - z,
                 end,
                 share,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 
 from dpo_score.losses.ops import Floats
 from dpo_score.metrics.intervals import (
@@ -187,9 +188,7 @@ def mcnemar(won: int, lost: int) -> float:
 
     McNemar 1947, exact form. For independent pairs only.
     """
-    from scipy import special
-
-    return min(1.0, 2.0 * float(special.bdtr(min(won, lost), won + lost, 0.5)))
+    return min(1.0, 2.0 * float(scipy.special.bdtr(min(won, lost), won + lost, 0.5)))
 
 
 def mcnemar_mid(won: int, lost: int) -> float:
@@ -197,11 +196,9 @@ def mcnemar_mid(won: int, lost: int) -> float:
 
     Fagerland, Lydersen and Laake 2013. For independent pairs only.
     """
-    from scipy import special
-
     least, flipped = min(won, lost), won + lost
-    below = float(special.bdtr(least - 1, flipped, 0.5)) if least else 0.0
-    return min(1.0, below + float(special.bdtr(least, flipped, 0.5)))
+    below = float(scipy.special.bdtr(least - 1, flipped, 0.5)) if least else 0.0
+    return min(1.0, below + float(scipy.special.bdtr(least, flipped, 0.5)))
 
 
 # --- several policies ------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from dpo_score.errors import ConfigError, nearest
@@ -310,8 +311,6 @@ def _band(text: str, argument: str) -> Rule:
 
 def _expression(text: str) -> Rule:
     """A polars SQL expression: true or false says which pairs are kept, a number is a score. No code is run."""
-    import polars as pl
-
     try:
         expression = pl.sql_expr(text)
         columns = tuple(dict.fromkeys(expression.meta.root_names()))
@@ -553,8 +552,6 @@ def _positive(tokens: Floats) -> Floats:
 
 def stored_column(candidates: Candidates, name: str) -> Floats:
     """A stored column as float64, NaN for null or for what is no number. Raises ConfigError when it is not stored."""
-    import polars as pl
-
     there = [] if candidates.stored is None else candidates.stored.columns
     if candidates.stored is None or name not in there:
         raise ConfigError(

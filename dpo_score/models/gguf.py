@@ -21,6 +21,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
 from dpo_score.errors import ModelError, StorageError
 from dpo_score.models.locate import ProgressLine, no_progress
 from dpo_score.models.weights import brief
@@ -42,8 +47,6 @@ def converted(
 
     Raises ModelError when the gguf package is absent, the architecture is unknown, or the check fails.
     """
-    from filelock import FileLock
-
     folder = cache_dir / "converted" / f"{digest}-v{VERSION}"
     if _whole(folder, sha256):
         return folder
@@ -92,9 +95,6 @@ def _write_model(folder: Path, path: Path) -> None:
             f"{path} is a GGUF file, and reading one for the first time needs the gguf package: "
             '`pip install "dpo-score[gguf]"`'
         )
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     with _quiet(), _names_made_once():
         try:
             place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -126,8 +126,6 @@ def _difference(read: Any, again: Any, ids: list[int], tokens: list[int]) -> str
 
     Tensors are compared bit for bit. Logits are not: two passes over the same weights may differ in their last bits.
     """
-    import torch
-
     if tokens != ids:
         return "its tokenizer gives other ids for a probe text"
     stored = again.state_dict()
@@ -142,8 +140,6 @@ def _difference(read: Any, again: Any, ids: list[int], tokens: list[int]) -> str
 
 def _plain_copy(read: Any) -> Any:
     """The same weights in a model that was never quantised: transformers does not save one that was."""
-    from transformers import AutoModelForCausalLM
-
     config = type(read.config).from_dict(
         {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_model_name_or_path")}
     )
@@ -156,8 +152,6 @@ def _plain_copy(read: Any) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars of transformers: the conversion says one line of its own."""
-    from transformers.utils import logging
-
     was_on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

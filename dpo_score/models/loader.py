@@ -12,17 +12,29 @@ from __future__ import annotations
 
 import gc
 import re
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+from transformers.models.auto import modeling_auto
+from transformers.utils import logging as notices
 
 from dpo_score.errors import ModelError
 from dpo_score.models import memory
 from dpo_score.models.lora import AdapterSlot
+from dpo_score.models.parallel import rank_zero
+from dpo_score.models.parallel.process_group import own_group
 from dpo_score.models.parallel.sharded_lora import ShardedSlot
+from dpo_score.models.parallel.sharding import load_options, localized, refuse_undealt
 from dpo_score.models.quantized import keep_four_bits_unpacked, quantization_config
 from dpo_score.models.resolve import ModelSource
 from dpo_score.models.state_dict import is_wrapped, read_state
@@ -30,9 +42,6 @@ from dpo_score.models.weights import EMBEDDINGS, brief
 
 if TYPE_CHECKING:
     from dpo_score.models.parallel.rank_zero import RankZero
-import threading
-from collections.abc import Iterable
-from pathlib import Path
 
 FIRST_KEYS = 5
 BESIDE_THE_LOGITS = re.compile(r"(^|\.)(position_ids|masked_bias|rotary_emb\.inv_freq)$|^v_head\.")
@@ -106,8 +115,6 @@ class ModelLoader:
 
     def _together(self, source: ModelSource, numerics: Placement, attn: str | None) -> AbstractContextManager[None]:
         """All ranks load, where this process leads a group; it is started at the first load."""
-        from dpo_score.models.parallel import rank_zero
-
         if self.tensor_parallel == 1 or self.is_worker:
             return nullcontext()
         if self._rank_zero is None:
@@ -146,8 +153,6 @@ class ModelLoader:
             return
         self._base = None
         gc.collect()
-        import torch
-
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -164,8 +169,6 @@ class ModelLoader:
             self._ahead = None
 
     def _read(self, source: ModelSource, numerics: Placement, attn_implementation: str | None) -> Any:
-        import torch
-
         options: dict[str, Any] = {"dtype": getattr(torch, numerics.dtype), "attn_implementation": attn_implementation}
         if self.device_map is not None:
             options["device_map"] = self.device_map
@@ -184,9 +187,6 @@ class ModelLoader:
 
     def _read_part(self, source: ModelSource, options: dict[str, Any]) -> Any:
         """This rank's part of the model."""
-        from dpo_score.models.parallel.process_group import own_group
-        from dpo_score.models.parallel.sharding import load_options, localized, refuse_undealt
-
         refuse_undealt(source, self.tensor_parallel)
         with own_group().reading(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about random numbers: no weight is left at random
@@ -199,8 +199,6 @@ class ModelLoader:
 def detach_from_files(model: Any) -> None:
     """Give tensors on the CPU memory of their own. What safetensors hands out there is a map of the file: a later write
     to the file, by `cp` say, would change the weights of a model that is being scored."""
-    import torch
-
     seen: set[int] = set()
     for tensor in (*model.parameters(), *model.buffers()):
         plain = type(tensor) in (torch.nn.Parameter, torch.Tensor)  # what a quantiser made is no map of a file
@@ -211,8 +209,6 @@ def detach_from_files(model: Any) -> None:
 
 def read_model(source: ModelSource, options: dict[str, Any], trust_remote_code: bool = False) -> Any:
     """The base of `source` through transformers; ModelError naming the first keys that are missing or left over."""
-    from transformers.utils import logging as notices
-
     code = {"trust_remote_code": trust_remote_code}
     with _quiet(notices):
         config = _configuration(source, code)
@@ -237,9 +233,6 @@ def read_model(source: ModelSource, options: dict[str, Any], trust_remote_code: 
 
 def _configuration(source: ModelSource, code: dict[str, bool]) -> Any:
     """config.json as transformers takes it; its classes compute with what stands there."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
     try:
         return AutoConfig.from_pretrained(source.folder, local_files_only=True, **code)
     except (*UNLOADABLE, StrictDataclassError) as error:
@@ -249,8 +242,6 @@ def _configuration(source: ModelSource, code: dict[str, bool]) -> Any:
 
 def _from_state(auto: Any, source: ModelSource, options: dict[str, Any], code: dict[str, bool]) -> tuple[Any, Any]:
     """A model of the base's configuration with the tensors of a checkpoint; loaded and reported on by transformers."""
-    import torch
-
     with torch.device("meta"):
         shape = auto.from_config(options["config"], **code)
     state = read_state(source.weights, shape.state_dict().keys())
@@ -259,19 +250,16 @@ def _from_state(auto: Any, source: ModelSource, options: dict[str, Any], code: d
 
 def _auto_class(config: Any, source: ModelSource) -> Any:
     """The class that gives next-token logits for text: causal, encoder-decoder, or a vision-language wrapper."""
-    import transformers
-    from transformers.models.auto import modeling_auto as auto
-
     names = config.architectures or []
     for ending, what in (("ForSequenceClassification", "a classifier"), ("ForMaskedLM", "a masked language model")):
         if any(name.endswith(ending) for name in names):
             raise ModelError(f"{source.name} is {what} ({names[0]}): it gives no next-token log-probabilities")
     if config.is_encoder_decoder:
         return transformers.AutoModelForSeq2SeqLM
-    pictures = type(config) in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    pictures = type(config) in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if pictures and any(name.endswith("ForConditionalGeneration") for name in names):
         return transformers.AutoModelForImageTextToText
-    if pictures and type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+    if pictures and type(config) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM
 

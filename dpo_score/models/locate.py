@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+import huggingface_hub
+from huggingface_hub import constants, errors
+
 from dpo_score.config.checkpoint_glob import STATE_SUFFIXES
 from dpo_score.data.hub_errors import explained, hub_failures
 from dpo_score.errors import ModelError
@@ -114,9 +117,7 @@ class _Hub:
     allow_pickle: bool
 
     def repository(self, repo: str) -> Located:
-        from huggingface_hub import snapshot_download
-
-        folder = snapshot_download(
+        folder = huggingface_hub.snapshot_download(
             repo,
             revision=self.revision,
             local_files_only=self.local_only,
@@ -126,9 +127,7 @@ class _Hub:
         return _snapshot(Path(folder))
 
     def gguf(self, repo: str, file: str) -> Located:
-        from huggingface_hub import hf_hub_download
-
-        path = hf_hub_download(repo, file, revision=self.revision, local_files_only=self.local_only)
+        path = huggingface_hub.hf_hub_download(repo, file, revision=self.revision, local_files_only=self.local_only)
         return _snapshot(Path(path))
 
 
@@ -141,8 +140,6 @@ def _hub(
     fetch: Callable[[_Hub], Located], model: str, revision: str | None, local_only: bool, allow_pickle: bool
 ) -> Located:
     """Run one hub request; every way it fails becomes a paragraph with the way out."""
-    from huggingface_hub import errors
-
     try:
         return fetch(_Hub(revision, local_only, allow_pickle))
     except hub_failures() as error:
@@ -153,8 +150,6 @@ def _hub(
 
 def stored_sha256(path: Path) -> str | None:
     """The sha256 under which the hub cache keeps a large file (the name of its blob), or None for any other file."""
-    from huggingface_hub import constants
-
     blob = path.resolve()
     cache = Path(constants.HF_HUB_CACHE).resolve()
     if blob.parent.name == "blobs" and blob.is_relative_to(cache) and SHA256.fullmatch(blob.name):

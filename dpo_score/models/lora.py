@@ -20,6 +20,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dpo_score.errors import ModelError
@@ -199,8 +200,6 @@ def read_weights(source: ModelSource) -> dict[str, Tensor]:
     """The adapter's tensors; a pickle (allowed when the source was resolved) is read with weights_only."""
     (path,) = source.adapter_files
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
         return dict(load_file(path))
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -5,6 +5,8 @@ Sizes follow total memory, never free memory: the plan must not depend on what e
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -91,8 +93,6 @@ def total_memory(device: str) -> int:
 
 
 def _host_memory() -> int:
-    import os
-
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         limit = Path(name)
@@ -130,8 +130,6 @@ def room_for(what: str, device: str, dtype: str) -> Iterator[None]:
 
 def release(device_kind: str) -> None:
     """Give cached blocks back after running out, so that the smaller attempt starts from a clean pool."""
-    import gc
-
     import torch
 
     gc.collect()

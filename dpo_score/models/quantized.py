@@ -9,14 +9,14 @@ import importlib.util
 import logging
 from typing import Any
 
+import torch
+from transformers import BitsAndBytesConfig
+
 from dpo_score.errors import ModelError
 
 
 def quantization_config(kind: str, dtype: str) -> Any:
     """What transformers is given for `--quantization int8|nf4`; `dtype`: what products are computed in."""
-    import torch
-    from transformers import BitsAndBytesConfig
-
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(f"--quantization {kind} needs bitsandbytes: `pip install bitsandbytes`")
     logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # else a line for every product of every pass

@@ -21,6 +21,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dpo_score.errors import ModelError
@@ -56,9 +58,6 @@ def read_state(files: tuple[Path, ...], expected: Collection[str]) -> dict[str, 
 
 
 def _open(path: Path) -> dict[str, Tensor]:
-    import torch
-    from safetensors.torch import load_file
-
     if path.suffix == ".safetensors":
         return dict(load_file(path))
     try:
@@ -115,8 +114,6 @@ class _DcpUnpickler(pickle.Unpickler):
     """Knows the classes that a DCP metadata file is made of, and dtypes; refuses every other name."""
 
     def find_class(self, module: str, name: str) -> Any:
-        import torch
-
         known = (module, name) in DCP_CLASSES
         if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
@@ -124,7 +121,6 @@ class _DcpUnpickler(pickle.Unpickler):
 
 
 def _read_dcp(folder: Path, expected: Collection[str]) -> dict[str, Tensor]:
-    import torch
     import torch.distributed.checkpoint as dcp
 
     entries = _dcp_metadata(folder).state_dict_metadata

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
+import huggingface_hub
 from safetensors import SafetensorError, safe_open
 
 from dpo_score.config.checkpoint_glob import PICKLE_SUFFIXES, STATE_SUFFIXES, is_state_name, is_trainers
@@ -152,10 +153,12 @@ def code_files(folder: Path, config: Mapping[str, Any]) -> tuple[Path, ...]:
 
 
 def _cached_code(repository: str) -> set[Path]:
-    from huggingface_hub import snapshot_download
-
     try:
-        return set(Path(snapshot_download(repository, local_files_only=True, allow_patterns="*.py")).rglob("*.py"))
+        return set(
+            Path(huggingface_hub.snapshot_download(repository, local_files_only=True, allow_patterns="*.py")).rglob(
+                "*.py"
+            )
+        )
     except (OSError, ValueError):
         return set()
 

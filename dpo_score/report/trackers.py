@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -199,8 +200,6 @@ def to_mlflow(payload: Mapping[str, Any]) -> None:
 
 def to_wandb(payload: Mapping[str, Any]) -> None:
     """One W&B run a family, resumed by its key; project from WANDB_PROJECT, else dpo-score."""
-    import tempfile
-
     import wandb
 
     project = os.environ.get("WANDB_PROJECT", "dpo-score")

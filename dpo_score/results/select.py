@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import polars as pl
 
 from dpo_score.errors import ConfigError, UsageError, nearest
 from dpo_score.losses.ops import Floats
@@ -32,6 +33,7 @@ from dpo_score.metrics.suspect_labels import near_duplicates
 from dpo_score.results.run_folder import chosen_names, open_out, parts
 from dpo_score.results.source_text import plain_text, text_source
 from dpo_score.storage.base import Store
+from dpo_score.storage.fingerprint import digest
 from dpo_score.storage.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -131,8 +133,6 @@ def read_run(out: str, policies: str | None, columns: Iterable[str], folds: Fold
 
 def _scores(store: Store, policy: str, names: Sequence[str], wanted: Iterable[str], out: str) -> pl.DataFrame:
     """The columns of one policy that are needed; those that are its own are named POLICY.COLUMN."""
-    import polars as pl
-
     found = []
     for name in parts(store, policy):
         with store.open_table(name) as file:
@@ -167,8 +167,6 @@ def _check_stored(columns: Iterable[str], there: Sequence[str], out: str) -> Non
 
 def _joined(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     """One row a pair that any policy scored, in the order of the data."""
-    import polars as pl
-
     first, *others = tables.values()
     frame = first
     for table in others:
@@ -183,8 +181,6 @@ def _joined(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
 
 def _with_means(frame: pl.DataFrame, names: Sequence[str], wanted: Iterable[str]) -> pl.DataFrame:
     """COLUMN beside every POLICY.COLUMN: the mean over policies of numbers, the first policy's value of others."""
-    import polars as pl
-
     for column in dict.fromkeys(c for c in wanted if c not in frame.columns):
         own = [f"{name}.{column}" for name in names if f"{name}.{column}" in frame.columns]
         if own:
@@ -195,8 +191,6 @@ def _with_means(frame: pl.DataFrame, names: Sequence[str], wanted: Iterable[str]
 
 
 def _numbers(frame: pl.DataFrame, name: str) -> Floats:
-    import polars as pl
-
     if name not in frame.columns:
         return np.full(len(frame), np.nan)
     return frame[name].cast(pl.Float64).fill_null(float("nan")).to_numpy().astype(np.float64)
@@ -210,8 +204,6 @@ def _judge(frame: pl.DataFrame, policy: str) -> Judge:
 
 def _out_of_fold(frame: pl.DataFrame, judges: Sequence[Judge], folds: Folds) -> Judge:
     """One judge made of all: each pair has the values of the policy that its fold names. Raises UsageError."""
-    import polars as pl
-
     owner = next((c for c in (folds.column, f"{judges[0].name}.{folds.column}") if c in frame.columns), folds.column)
     values = frame[owner].cast(pl.String)
     unknown = [fold for fold in values.unique().drop_nulls().sort().to_list() if fold not in folds.policy_of]
@@ -238,8 +230,6 @@ def _out_of_fold(frame: pl.DataFrame, judges: Sequence[Judge], folds: Folds) -> 
 
 
 def _candidates(frame: pl.DataFrame, judges: Sequence[Judge]) -> Candidates:
-    import polars as pl
-
     tied = frame["tied"].fill_null(False).cast(pl.Boolean).to_numpy() if "tied" in frame.columns else None
     keys = frame["prompt_digest" if "prompt_digest" in frame.columns else "row_id"].cast(pl.String).fill_null("")
     prompt_keys = keys.unique().sort()
@@ -259,8 +249,6 @@ def _candidates(frame: pl.DataFrame, judges: Sequence[Judge]) -> Candidates:
 
 def _rejects(store: Store, names: Sequence[str], frame: pl.DataFrame) -> pl.DataFrame:
     """The rows of OUT that none of these policies scored, one line each, with the code."""
-    import polars as pl
-
     columns = ["row_id", "dataset", "source_file", "source_row", "code"]
     kinds = ("data", "reference", *names)
     files = [file for kind in kinds for file in store.list(f"rejects/{kind}") if file.endswith(".parquet")]
@@ -275,8 +263,6 @@ def _rejects(store: Store, names: Sequence[str], frame: pl.DataFrame) -> pl.Data
 
 def _identity(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
     """What OUT was computed from, as digests."""
-    from dpo_score.storage.fingerprint import digest
-
     identities = manifest.identities
     return {
         "text": digest(identities.text),
@@ -290,8 +276,6 @@ def _identity(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
 
 def selection_frame(run: RunRows, selection: Selection) -> pl.DataFrame:
     """One row for every row of OUT: row_id, where it comes from, select_score, select_rank, kept, reason, code."""
-    import polars as pl
-
     where = [
         c for c in ("row_id", "dataset", "source_file", "source_row", "pair_id", "subset") if c in run.frame.columns
     ]
@@ -453,8 +437,6 @@ def duplicate_keys(run: RunRows, source: str | pl.DataFrame) -> list[str]:
 
 def from_frame(frame: pl.DataFrame, policies: str | None, columns: Iterable[str], folds: Folds | None) -> RunRows:
     """A frame of score columns, as `dpo_score.score` returns it: one policy, or several named by a column `policy`."""
-    import polars as pl
-
     if folds is not None:
         raise ConfigError("folds name the policies of a run: give the folder of a run instead of a frame")
     several = "policy" in frame.columns

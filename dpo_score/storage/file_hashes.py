@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from dpo_score.errors import DamageError, StorageError
 from dpo_score.storage.faults import translated, translated_remote
 from dpo_score.storage.fingerprint import digest
@@ -99,8 +101,6 @@ def _object_state(url: str) -> dict[str, Any]:
 
 
 def _opened(url: str) -> tuple[Any, str]:
-    import fsspec
-
     fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     return fs, str(root)
 

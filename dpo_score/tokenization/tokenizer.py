@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from huggingface_hub import errors
 from numpy.typing import NDArray
 
 from dpo_score.data.types import Ids
@@ -30,7 +31,6 @@ _NO_PROGRAM_STATE = ("truncation", "padding")
 
 def load_tokenizer(name_or_folder: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder or hub id. Raises ModelError if there is none, or it is not a fast one."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     if not trust_remote_code:
@@ -44,7 +44,13 @@ def load_tokenizer(name_or_folder: str, revision: str | None = None, trust_remot
         raise ModelError(
             f"no tokenizer can be loaded from {name_or_folder}: {reason} Name another with --tokenizer."
         ) from None
-    except (TypeError, ArithmeticError, LookupError, AttributeError, StrictDataclassError) as error:
+    except (
+        TypeError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        errors.StrictDataclassError,
+    ) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{name_or_folder}: its config.json or tokenizer holds a wrong value: {reason}") from None
     return checked(tokenizer, name_or_folder)

@@ -12,9 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dpo_score.errors import ModelError
 from dpo_score.models.adapter_files import PREFIX
 from dpo_score.models.lora import read_config, read_weights, starts_from_base
+from dpo_score.models.parallel.process_group import group_of
 from dpo_score.models.resolve import ModelSource
 
 if TYPE_CHECKING:
@@ -55,8 +58,6 @@ class ShardedSlot:
             self._worn = wanted
 
     def _put_on(self, source: ModelSource) -> None:
-        from dpo_score.models.parallel.process_group import group_of
-
         config = read_config(source)
         group = group_of(self.model)
         assert group is not None, "a model in parts belongs to a group"
@@ -108,8 +109,6 @@ def _beside(
     source: ModelSource, name: str, module: Any, a_RI: Tensor, b_OR: Tensor, group: Group
 ) -> Callable[[Any, Any, Tensor], Tensor]:
     """A forward hook that adds B A x to what this rank's part of a linear layer gives."""
-    import torch
-
     head = name.rsplit(".", 1)[-1] in ("lm_head", "embed_out", "output")
     if type(module) is not torch.nn.Linear or head:
         raise _refusal(source, f"LoRA on {name}")

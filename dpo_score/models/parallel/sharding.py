@@ -12,8 +12,16 @@ from collections.abc import Mapping
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
+import torch
+import transformers
+from torch.distributed.tensor import DTensor, Shard
+from transformers import CONFIG_MAPPING
+from transformers.distributed import DistributedConfig
+
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.models.limits import text_config
+from dpo_score.models.parallel.process_group import group_of
+from dpo_score.models.parts import TOLERANCE
 from dpo_score.models.resolve import ModelSource
 
 if TYPE_CHECKING:
@@ -25,8 +33,6 @@ PROBE_IDS = range(7, 19)
 
 def has_plan(config: Mapping[str, Any]) -> bool:
     """Whether transformers knows how to deal out the layers of an architecture, from config.json alone."""
-    from transformers import CONFIG_MAPPING
-
     kinds = (config.get("model_type"), text_config(config).get("model_type"))
     known = [CONFIG_MAPPING[kind] for kind in kinds if kind in CONFIG_MAPPING]
     parts = [part for kind in known for part in (kind, kind.sub_configs.get("text_config"))]
@@ -70,9 +76,6 @@ def _refuse_uneven(name: str, heads: int, keys: int, ways: int) -> None:
 
 
 def _refuse_old_transformers(ways: int) -> None:
-    import transformers
-    from transformers.distributed import DistributedConfig
-
     if "tp_size" not in inspect.signature(DistributedConfig).parameters:
         raise ConfigError(
             f"--tensor-parallel {ways}: transformers {transformers.__version__} is too old for it (5.23 is not); "
@@ -82,18 +85,11 @@ def _refuse_old_transformers(ways: int) -> None:
 
 def load_options(size: int) -> dict[str, Any]:
     """What `from_pretrained` takes to deal a model out to the `size` ranks that have joined."""
-    from transformers.distributed import DistributedConfig
-
     return {"distributed_config": DistributedConfig(tp_size=size)}
 
 
 def localized(model: Any) -> Any:
     """`model` with plain local tensors for parameters; ModelError when it computes something else then."""
-    import torch
-    from torch.distributed.tensor import DTensor
-
-    from dpo_score.models.parallel.process_group import group_of
-
     group = group_of(model)
     assert group is not None, "a model is dealt out to the ranks of a group"
     before = _logits(model)
@@ -111,9 +107,6 @@ def localized(model: Any) -> Any:
 
 def _look_up_locally(module: Any, sharded: Any, group: Any) -> None:
     """An embedding of which this rank holds some rows, or columns: what the ranks find makes the whole."""
-    import torch
-    from torch.distributed.tensor import Shard
-
     (placement,) = (p for p in sharded.placements if isinstance(p, Shard))
     if placement.dim != 0:
         raise ModelError(
@@ -133,8 +126,6 @@ def _look_up_locally(module: Any, sharded: Any, group: Any) -> None:
 
 
 def _logits(model: Any) -> Tensor:
-    import torch
-
     rows = int(model.config.get_text_config(decoder=True).vocab_size)
     ids = torch.tensor([[i % rows for i in PROBE_IDS]], device=model.device)
     with torch.inference_mode():
@@ -143,14 +134,10 @@ def _logits(model: Any) -> Tensor:
 
 
 def _refuse_other(model: Any, before: Tensor, after: Tensor) -> None:
-    from dpo_score.models.parts import TOLERANCE
-
     if not bool(before.isfinite().all()):  # a probe that overflows 16 bits says nothing
         return
     worst = float((after - before).abs().max() / before.abs().max().clamp_min(1e-6))
     if not worst <= TOLERANCE[model.dtype]:
-        import transformers
-
         raise ModelError(
             f"--tensor-parallel: {type(model).__name__} under transformers {transformers.__version__} computes "
             f"otherwise once its weights are plain tensors (logits off by {worst:.1e}): use --device-map auto"
