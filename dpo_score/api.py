@@ -71,6 +71,7 @@ class ScoreSettings(TypedDict, total=False):
     compile: Literal["auto", "on", "off"]
     path: Literal["auto", "fast", "plain"]
     threads: int
+    text_processes: int
     per_token: bool
     stats: str | Sequence[str]
     keep_columns: str | Sequence[str]

@@ -11,6 +11,7 @@
     │   └── IdentityError             2   OUT belongs to another request: prints the fields that differ
     ├── StorageError                  1   disk full, read-only, permission: resumable once mended
     ├── GroupLostError                1   a process that holds part of a model died or fell silent: resumable
+    ├── TextProcessError              1   a process that reads and tokenises rows died: resumable
     ├── BadRowsError                  3   more rejected rows than --max-bad-rows allows; outputs are kept
     ├── DamageError                   4   verify found damaged files
     ├── FailIfError                   5   a --fail-if condition holds
@@ -74,6 +75,10 @@ class IdentityError(UsageError):
 
 
 class StorageError(DpoScoreError):
+    pass
+
+
+class TextProcessError(DpoScoreError):
     pass
 
 

@@ -266,6 +266,9 @@ class ComputeSpec(Spec):
         Literal["auto", "fast", "plain"], Setting(COMPUTE, "fast: packed sequences; plain: padded, one answer a row")
     ] = "auto"
     threads: Annotated[AtLeastOne, Setting(COMPUTE, "CPU threads (default: all)")] = None
+    text_processes: Annotated[
+        int | None, Field(ge=0), Setting(COMPUTE, "processes that read and tokenise rows (default: some beside a GPU)")
+    ] = None
     stats: Annotated[Names, Setting(COMPUTE, "also for each answer: wpo, entropy, top1; a comma list")] = ()
     per_token: Annotated[bool, Setting(COMPUTE, "keep the log-probability of every token")] = False
     device_map: Annotated[str | None, Setting(COMPUTE, "auto: spread one model over devices (accelerate)")] = None

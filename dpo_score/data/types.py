@@ -210,6 +210,13 @@ class TokenSequence:
         positions = np.flatnonzero(self.scored)
         return positions[positions > 0]
 
+    @property
+    def scored_count(self) -> int:
+        """How many positions are scored."""
+        if self.scored is None:
+            return len(self.response) if len(self.prompt) else max(len(self.response) - 1, 0)
+        return int(np.count_nonzero(self.scored[1:]))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedPair:

@@ -7,17 +7,18 @@ carries the text identity, and is made again where it is missing or stale. Holds
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
-from dpo_score.data.dataset import PairReader, read_rows_at
+from dpo_score.data.dataset import Dataset, PairReader, read_rows_at
 from dpo_score.data.types import EncodedPair, Pair, Rejected, Source
 from dpo_score.engine.context import RunContext
-from dpo_score.engine.plan import RunPlan
+from dpo_score.engine.plan import RowBlocks, RunPlan
 from dpo_score.errors import DamageError
 from dpo_score.results.schemas import text_table
+from dpo_score.tokenization.render import Renderer
 
 TEXT_FOLDER = ".work/text"
 _IDENTITY, _REJECTED = b"dpo_score.text", b"dpo_score.rejected"
@@ -34,7 +35,21 @@ class BlockText:
     rejected: tuple[Rejected, ...]
 
 
-def encoded_block(plan: RunPlan, reader: PairReader, block: int) -> BlockText:
+@dataclass(frozen=True, slots=True)
+class TextPlan:
+    """What token ids of blocks depend on. `extra`: columns that are carried along."""
+
+    datasets: tuple[Dataset, ...]
+    rows: RowBlocks
+    renderer: Renderer
+    extra: tuple[pa.Field, ...]
+
+    @classmethod
+    def of(cls, plan: RunPlan) -> TextPlan:
+        return cls(plan.datasets, plan.rows, plan.renderer, plan.extra)
+
+
+def encoded_block(plan: TextPlan, reader: PairReader, block: int) -> BlockText:
     """The rows of one block, read, rendered and tokenised."""
     start, stop = plan.rows.span(block)
     sample = plan.rows.sample
@@ -49,20 +64,33 @@ def encoded_block(plan: RunPlan, reader: PairReader, block: int) -> BlockText:
 class BlockTexts:
     """Texts of one run's blocks. Not for two threads at once: the tokenizer and the reader have state."""
 
-    def __init__(self, context: RunContext, plan: RunPlan, identity: str) -> None:
-        self._context, self._plan, self._identity = context, plan, identity
+    def __init__(self, context: RunContext, plan: RunPlan, identity: str, keep: bool = True) -> None:
+        """`keep`: somebody will ask for these blocks again."""
+        self._context, self._plan, self._identity, self._keeps = context, TextPlan.of(plan), identity, keep
         self._reader = PairReader(plan.datasets)
 
-    def each(self, blocks: Iterable[int]) -> Iterator[BlockText]:
+    def missing(self, blocks: Sequence[int]) -> list[int]:
+        """Those of `blocks` that are not kept aside."""
+        return [block for block in blocks if not self._context.store.exists(self._name(block))]
+
+    def each(self, blocks: Sequence[int], made: Iterable[BlockText] = ()) -> Iterator[BlockText]:
+        """The texts of `blocks`, in order. `made`: some of them, in the same order, that others make."""
+        others = iter(made)
+        theirs = next(others, None)
         for block in blocks:
-            yield self.block(block)
+            if theirs is not None and theirs.block == block:
+                yield self._new(theirs)
+                theirs = next(others, None)
+            else:
+                yield self.block(block)
 
     def block(self, block: int) -> BlockText:
         kept = self._kept(block)
-        if kept is not None:
-            return kept
-        made = encoded_block(self._plan, self._reader, block)
-        self._keep(made)
+        return kept if kept is not None else self._new(encoded_block(self._plan, self._reader, block))
+
+    def _new(self, made: BlockText) -> BlockText:
+        if self._keeps:
+            self._keep(made)
         return made
 
     def _name(self, block: int) -> str:

@@ -89,7 +89,9 @@ def _comparable(begun: Mapping[str, str], here: Mapping[str, str]) -> dict[str, 
     return libraries | {name: here.get(name, begun[name]) for name in COMPUTING if name in begun}
 
 
+@cache
 def _version(name: str) -> str | None:
+    """Remembered: every committed block names it, and reading a package's metadata takes milliseconds."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

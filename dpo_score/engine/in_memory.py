@@ -8,7 +8,7 @@ and the active adapter.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,20 +20,19 @@ import pyarrow.parquet as pq
 from dpo_score.config.schema import ComputeSpec, RunConfig
 from dpo_score.data.dataset import PairReader
 from dpo_score.data.types import TokenSequence, row_place
-from dpo_score.engine.block_inputs import BlockText, encoded_block
+from dpo_score.engine.block_inputs import BlockText, TextPlan, encoded_block
 from dpo_score.engine.context import RunContext
 from dpo_score.engine.limits import TokenGuard, refuse_long, refuse_other_kind
-from dpo_score.engine.model_logprobs import BlockLogprobs, CachedLogprobs, LogprobSource, with_slower_way
+from dpo_score.engine.model_logprobs import CachedLogprobs, Computed, LogprobSource, Lookup, with_slower_way
 from dpo_score.engine.plan import PolicyTask, RowBlocks, RunPlan, Task
 from dpo_score.engine.prepare import resolve_plan
-from dpo_score.engine.stages import BlockResult, policy_block, reference_block
+from dpo_score.engine.run import BlockSteps
+from dpo_score.engine.stages import BlockResult
 from dpo_score.errors import DataError, ModelError
 from dpo_score.logprobs.numerics import resolve_numerics
-from dpo_score.logprobs.types import SequenceLogps, Unscored
 from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
 from dpo_score.results.schemas import STATS
-from dpo_score.storage.cache.cache import CacheEntry
 from dpo_score.storage.parquet import fitted
 
 T = TypeVar("T")
@@ -87,25 +86,15 @@ def scored_tables(
         if policy.failure is not None:
             raise ModelError(policy.failure.reason)
     plan = replace(plan, rows=RowBlocks(plan.rows.total, max(plan.rows.total, 1)))
-    text = encoded_block(plan, PairReader(plan.datasets), 0)
+    text = encoded_block(TextPlan.of(plan), PairReader(plan.datasets), 0)
     for task in plan.tasks:
         _refuse_misfit(plan, task, text, is_loaded=task.name in loaded)
     reference = plan.references[0]
 
-    def scored_reference(logprobs: LogprobSource | None) -> BlockResult:
-        return reference_block(plan, reference, text, logprobs)
-
-    first = _with_logprobs(context, plan, reference, loaded.get(""), scored_reference)
+    first = _scored(context, plan, reference, loaded.get(""), text, {})
     tables = {}
     for policy in plan.policies:
-
-        def scored_policy(logprobs: LogprobSource | None, policy: PolicyTask = policy) -> BlockResult:
-            return policy_block(plan, policy, text, first.tables[reference.stage.part(0, 1)], logprobs)
-
-        if policy.equals_reference:
-            result = scored_policy(None)
-        else:
-            result = _with_logprobs(context, plan, policy, loaded.get(policy.name), scored_policy)
+        result = _scored(context, plan, policy, loaded.get(policy.name), text, first.tables)
         tables[policy.name] = _in_order(result.tables[policy.stage.part(0, 1)], first, result)
     return tables
 
@@ -121,18 +110,25 @@ def _refuse_misfit(plan: RunPlan, task: Task, text: BlockText, is_loaded: bool) 
         TokenGuard(plan.tokenizer, task.source, plan.config.text.max_length).check(text.table)
 
 
-def _with_logprobs(
+def _scored(
     context: RunContext,
     plan: RunPlan,
     task: Task,
     loaded: InMemoryModel | None,
-    scored: Callable[[LogprobSource | None], T],
-) -> T:
-    """`scored` with the log-probs of a task's model; with None where it has no model."""
-    stats = [STATS[name] for name in plan.stats]
+    text: BlockText,
+    stored: Mapping[str, pa.Table],
+) -> BlockResult:
+    """The tables of a task's only block. `stored`: those of the reference, for a policy."""
+
+    def scored(logprobs: LogprobSource | None) -> BlockResult:
+        steps = BlockSteps(plan, task, logprobs, lambda block: stored[plan.references[0].stage.part(block, 1)])
+        block = steps.prepare(text)
+        return steps.result(block, steps.compute(block))
+
     source, numerics = task.source, task.numerics
-    if source is None or numerics is None:
+    if source is None or numerics is None or (isinstance(task, PolicyTask) and task.equals_reference):
         return scored(None)
+    stats = [STATS[name] for name in plan.stats]
     if loaded is not None:
         return scored(InMemoryLogprobs(loaded, numerics, stats))
     return with_slower_way(
@@ -207,14 +203,20 @@ class InMemoryLogprobs:
     def __init__(self, loaded: InMemoryModel, numerics: Numerics, stats: Sequence[str] = ()) -> None:
         self._loaded, self._numerics, self._stats = loaded, numerics, tuple(stats)
 
-    def block(self, name: str, sequences: Sequence[TokenSequence], sample: int = 0) -> BlockLogprobs:
+    def look_up(self, sequences: Sequence[TokenSequence]) -> Lookup:
+        """Nothing is known."""
+        self._refuse_unknown_ids(sequences)
+        return Lookup(sequences, [sequence.key for sequence in sequences])
+
+    def compute(self, lookup: Lookup, sample: int = 0) -> Computed:
         from dpo_score.logprobs.scorer import PairScorer
 
-        self._refuse_unknown_ids(sequences)
         with self._loaded.as_found():
-            results = PairScorer(self._loaded.model, self._numerics, self._stats).score(sequences)
-        redone = frozenset(i for i, r in enumerate(results) if isinstance(r, SequenceLogps) and r.redone_dtype)
-        return BlockLogprobs([_entry(result) for result in results], redone)
+            results = PairScorer(self._loaded.model, self._numerics, self._stats).score(lookup.sequences)
+        return Computed(lookup, dict(zip(lookup.keys, results, strict=True)))
+
+    def keep(self, name: str, computed: Computed) -> None:
+        """Nothing is kept: nobody could say what these weights are."""
 
     def _refuse_unknown_ids(self, sequences: Sequence[TokenSequence]) -> None:
         rows = int(self._loaded.model.get_input_embeddings().weight.shape[0])
@@ -224,7 +226,3 @@ class InMemoryLogprobs:
                 f"{type(self._loaded.model).__name__}: token id {largest} lies beyond its {rows} embedding rows; it "
                 "was made for another tokenizer: name its own with tokenizer=…"
             )
-
-
-def _entry(result: SequenceLogps | Unscored) -> CacheEntry | Unscored:
-    return CacheEntry(result.token_logps, dict(result.stats)) if isinstance(result, SequenceLogps) else result

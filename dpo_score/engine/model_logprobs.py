@@ -1,8 +1,10 @@
 """Token log-probabilities of one model, from the cache where it has them, else computed and added to it.
 
-Promises: the model is loaded at the first miss and not before; only what is missing is computed; lookups see the
-cache files listed when the run began, so what others add meanwhile changes nothing. On its first load the fast
-path is held against the plain one; a refusal is raised, for the caller to go on with plain numerics.
+A block takes three steps, each in a thread of its own (`run.compute_blocks`): its values are looked up, what is missing
+is computed, and that enters the cache. Promises: the model is loaded at the first miss and not before; only what is
+missing is computed; lookups see the cache files listed when the run began, so what others add meanwhile changes
+nothing. On its first load the fast path is held against the plain one; a refusal is raised, for the caller to go on
+with plain numerics.
 """
 
 from __future__ import annotations
@@ -48,9 +50,39 @@ class FastPathRefusedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class BlockLogprobs:
-    """`entries` in the order of the sequences asked for; `redone`: keys computed again in float32."""
+class Lookup:
+    """Sequences of a block with their `keys`, and the values that are `known`; `redone`: keys of those among them that
+    were computed again in float32."""
 
+    sequences: Sequence[TokenSequence]
+    keys: Sequence[bytes] = ()
+    known: Mapping[bytes, Entry] = field(default_factory=dict)
+    redone: frozenset[bytes] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What a lookup lacked: `fresh` values by key, and what a commit record says of how they came about."""
+
+    lookup: Lookup
+    fresh: Mapping[bytes, SequenceLogps | Unscored]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def values(self) -> BlockLogprobs:
+        """The values of all sequences, in order."""
+        keys = self.lookup.keys
+        entries = {**self.lookup.known, **{key: _entry(result) for key, result in self.fresh.items()}}
+        again = {*self.lookup.redone, *(key for key, result in self.fresh.items() if _was_redone(result))}
+        redone = frozenset(i for i, key in enumerate(keys) if key in again)
+        return BlockLogprobs(self.lookup.sequences, [entries[key] for key in keys], redone, self.notes)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLogprobs:
+    """`entries` in the order of the sequences; `redone`: places of those computed again in float32."""
+
+    sequences: Sequence[TokenSequence]
     entries: list[Entry]
     redone: frozenset[int]
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -113,9 +145,17 @@ def on_device(numerics: Numerics, device: str) -> Numerics:
 
 
 class LogprobSource(Protocol):
-    """Where a stage gets token log-probabilities from, a block of sequences at a time."""
+    """Where a stage gets token log-probabilities from, a block of sequences at a time.
 
-    def block(self, name: str, sequences: Sequence[TokenSequence], sample: int = 0) -> BlockLogprobs: ...
+    `look_up` may run ahead of `compute`, and `keep` behind it, each in a thread of its own. `sample`: the noise floor
+    is measured on so many of the first sequences. `name` names the cache file that new values go to.
+    """
+
+    def look_up(self, sequences: Sequence[TokenSequence]) -> Lookup: ...
+
+    def compute(self, lookup: Lookup, sample: int = 0) -> Computed: ...
+
+    def keep(self, name: str, computed: Computed) -> None: ...
 
 
 class CachedLogprobs:
@@ -143,27 +183,37 @@ class CachedLogprobs:
         self._model: Any = None
         self._packs_split = 0
 
-    def block(self, name: str, sequences: Sequence[TokenSequence], sample: int = 0) -> BlockLogprobs:
-        """Values of one block. `name` names the cache file that its new values go to; the noise floor is measured
-        on the first `sample` sequences."""
+    def look_up(self, sequences: Sequence[TokenSequence]) -> Lookup:
+        """What the cache knows of a block."""
         keys = [sequence.key for sequence in sequences]
-        found: dict[bytes, Entry] = dict(self._known(keys))
-        again = self._known_redone([key for key in keys if key not in found])
-        found |= again
-        missing = {k: s for k, s in zip(keys, sequences, strict=True) if k not in found}
+        known: dict[bytes, Entry] = dict(self._view.lookup(list(dict.fromkeys(keys)), wanted=self._stats))
+        again = self._known_redone([key for key in keys if key not in known])
+        return Lookup(sequences, keys, {**known, **again}, frozenset(again))
+
+    def compute(self, lookup: Lookup, sample: int = 0) -> Computed:
+        """What is missing of a block: the only step that uses the model."""
+        pairs = zip(lookup.keys, lookup.sequences, strict=True)
+        missing = {key: sequence for key, sequence in pairs if key not in lookup.known}
         results = self._compute(list(missing.values())) if missing else []
         if missing:  # before anything enters the cache: these are the values of the weights that the digest names
             self._source.refuse_changed()
-        fresh = dict(zip(missing, results, strict=True))
-        self._keep(name, fresh)
-        found |= {key: _entry(result) for key, result in fresh.items()}
-        again_keys = {*again, *(key for key, result in fresh.items() if _was_redone(result))}
-        redone = frozenset(i for i, key in enumerate(keys) if key in again_keys)
-        entries = [found[key] for key in keys]
-        notes = self._notes(len(missing))
-        if sample:
-            notes["noise"] = self._noise(sequences[:sample], entries[:sample])
-        return BlockLogprobs(entries, redone, notes)
+        notes = {"packs_split": self._packs_split} if self._packs_split and missing else {}
+        computed = Computed(lookup, dict(zip(missing, results, strict=True)), notes)
+        if not sample:
+            return computed
+        noise_found = self._noise(lookup.sequences[:sample], computed.values.entries[:sample])
+        return replace(computed, notes={**notes, "noise": noise_found})
+
+    def keep(self, name: str, computed: Computed) -> None:
+        """New values into the cache, each under what computed it."""
+        for redone in (False, True):
+            entries = {
+                key: CacheEntry(result.token_logps, dict(result.stats))
+                for key, result in computed.fresh.items()
+                if isinstance(result, SequenceLogps) and _was_redone(result) == redone
+            }
+            if entries:
+                (self._redone_space if redone else self._own_space).add(name, entries)
 
     @cached_property
     def _numerics(self) -> Numerics:
@@ -183,9 +233,6 @@ class CachedLogprobs:
         found = noise.measure(self._model, self._numerics, sequences, entries)
         noise.remember(store, _namespace(self._own_space), found)
         return found
-
-    def _known(self, keys: Sequence[bytes]) -> dict[bytes, CacheEntry]:
-        return self._view.lookup(list(dict.fromkeys(keys)), wanted=self._stats)
 
     def _compute(self, sequences: Sequence[TokenSequence]) -> Sequence[SequenceLogps | Unscored]:
         scorer = self.scorer()
@@ -210,21 +257,6 @@ class CachedLogprobs:
         if not keys or self._begun.dtype == "float32":
             return {}
         return self._redone_view.lookup(list(dict.fromkeys(keys)), wanted=self._stats)
-
-    def _keep(self, name: str, fresh: Mapping[bytes, SequenceLogps | Unscored]) -> None:
-        """Into the cache, each value under what computed it."""
-        for redone in (False, True):
-            entries = {
-                key: CacheEntry(result.token_logps, dict(result.stats))
-                for key, result in fresh.items()
-                if isinstance(result, SequenceLogps) and _was_redone(result) == redone
-            }
-            if entries:
-                (self._redone_space if redone else self._own_space).add(name, entries)
-
-    def _notes(self, computed: int) -> dict[str, Any]:
-        """What a commit record says of how its values came about."""
-        return {"packs_split": self._packs_split} if self._packs_split and computed else {}
 
     def scorer(self) -> PairScorer:
         """The loaded model, verified; loads on the first call."""

@@ -167,7 +167,8 @@ Task: TypeAlias = ReferenceTask | PolicyTask
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """A run, ready to be worked through. `numerics`: those of the run; a task may be on the plain path instead."""
+    """A run, ready to be worked through. `numerics`: those of the run; a task may be on the plain path instead.
+    `keeps_texts`: blocks of token ids are asked for again when the last task is done."""
 
     config: RunConfig
     datasets: tuple[Dataset, ...]
@@ -181,6 +182,7 @@ class RunPlan:
     numerics: Numerics | None = None
     stats: tuple[str, ...] = ()
     cache_snapshots: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    keeps_texts: bool = False
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -189,6 +191,10 @@ class RunPlan:
 
     def task(self, stage: Stage) -> Task:
         return next(task for task in self.tasks if task.stage == stage)
+
+    def reads_texts_after(self, task: Task) -> bool:
+        """Whether somebody reads the token ids of blocks again once `task` has."""
+        return self.keeps_texts or task.stage != self.tasks[-1].stage
 
     @property
     def models(self) -> tuple[tuple[str, ModelSource, Numerics], ...]:

@@ -10,30 +10,47 @@ resumes. Who computes the blocks, this process or workers of a cluster, is decid
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
 import pyarrow as pa
 
 from dpo_score.config.schema import RunConfig
-from dpo_score.engine.block_inputs import BlockText, BlockTexts
+from dpo_score.engine.block_inputs import BlockText, BlockTexts, TextPlan
 from dpo_score.engine.context import RunContext, run_context
 from dpo_score.engine.environment import versions
 from dpo_score.engine.finish import Outcome, finish
 from dpo_score.engine.limits import TokenGuard, refuse_other_kind, refuse_unfit
-from dpo_score.engine.model_logprobs import CachedLogprobs, FastPathRefusedError, noise_name, warn_slower
+from dpo_score.engine.model_logprobs import (
+    CachedLogprobs,
+    Computed,
+    FastPathRefusedError,
+    LogprobSource,
+    Lookup,
+    noise_name,
+    warn_slower,
+)
 from dpo_score.engine.plan import PolicyFailure, PolicyTask, ReferenceTask, RunPlan, Task
 from dpo_score.engine.prepare import prepare
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.resume import missing_of, pending_blocks, refuse_changed_input
-from dpo_score.engine.stages import BlockResult, part_metadata, policy_block, reference_block, write_block
+from dpo_score.engine.stages import (
+    BlockResult,
+    part_metadata,
+    policy_block,
+    reference_block,
+    scored_rows,
+    write_block,
+)
+from dpo_score.engine.text_processes import encoded_apart, process_count
 from dpo_score.engine.threads import background_writer, prefetch
 from dpo_score.errors import ConfigError, GroupLostError, HalfWrittenError, ModelError, WeightsChangedError
 from dpo_score.report.trackers import check_trackers
+from dpo_score.results import noise
 from dpo_score.results.card import CONTRACT
-from dpo_score.results.schemas import STATS
+from dpo_score.results.schemas import STATS, sequences
 from dpo_score.storage.base import Store
 from dpo_score.storage.commits import CommitRecord, commit, discard_stage, read_records
 from dpo_score.storage.fingerprint import digest
@@ -41,7 +58,6 @@ from dpo_score.storage.manifest import forget_policy, read_manifest, save_manife
 from dpo_score.storage.manifest import restart as restart_manifest
 from dpo_score.storage.resume import row_ranges
 
-Compute: TypeAlias = Callable[[BlockText], BlockResult]
 WithWorkers: TypeAlias = Callable[[RunConfig, RunContext], AbstractContextManager[tuple[RunConfig, RunContext]]]
 """Adds workers to a context for as long as they are needed (executors/choose.py)."""
 
@@ -210,7 +226,7 @@ def _compute_pending(context: RunContext, plan: RunPlan, task: Task) -> None:
             context.workers.work(plan, task, pending)
             return
         try:
-            compute_blocks(context, plan, task, block_function(context, plan, task), pending)
+            compute_blocks(context, plan, task, block_steps(context, plan, task), pending)
             return
         except GroupLostError as lost:
             context.loader.close()
@@ -222,8 +238,65 @@ def _compute_pending(context: RunContext, plan: RunPlan, task: Task) -> None:
 # --- blocks -----------------------------------------------------------------------------------------------------------
 
 
-def block_function(context: RunContext, plan: RunPlan, task: Task) -> Compute:
-    """What is done with each block of a task. The model is loaded at the first value that the cache lacks."""
+@dataclass(frozen=True, slots=True)
+class PreparedBlock:
+    """A block before its values are computed: `text` holds the rows of the task, `lookup` what the cache knows of them
+    (None where the task has no model); `reference_part` is what stage one stored, for a policy."""
+
+    text: BlockText
+    lookup: Lookup | None
+    reference_part: pa.Table | None
+    tokens: int
+
+
+class BlockSteps:
+    """What is done with each block of a task, in three steps for three threads: before its values are computed, with
+    the model, and afterwards. The model is loaded at the first value that the cache lacks."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        task: Task,
+        logprobs: LogprobSource | None,
+        reference_part: Callable[[int], pa.Table],
+        check: Callable[[pa.Table], None] = lambda table: None,
+    ) -> None:
+        """`reference_part`: what stage one stored of a block; `check`: refuses token ids that a model cannot take."""
+        self._plan, self._task, self._logprobs = plan, task, logprobs
+        self._reference_part, self._check = reference_part, check
+
+    def prepare(self, text: BlockText) -> PreparedBlock:
+        """Keys and cached values of a block. Nothing here waits for a model, or makes one wait."""
+        self._check(text.table)
+        tokens, part = unique_tokens(text.table), None
+        if isinstance(self._task, PolicyTask):
+            part = self._reference_part(text.block)
+            text = scored_rows(text, part)
+        lookup = None if self._logprobs is None else self._logprobs.look_up(sequences(text.table))
+        return PreparedBlock(text, lookup, part, tokens)
+
+    def compute(self, block: PreparedBlock) -> Computed | None:
+        """The values that the cache lacks; the noise floor is measured on the first block."""
+        if self._logprobs is None or block.lookup is None:
+            return None
+        sample = 2 * noise.sample_size(block.text.table) if block.text.block == 0 else 0
+        return self._logprobs.compute(block.lookup, sample)
+
+    def result(self, block: PreparedBlock, computed: Computed | None) -> BlockResult:
+        """New values into the cache, and the tables of the block."""
+        role = "ref" if isinstance(self._task, ReferenceTask) else "policy"
+        values = None
+        if self._logprobs is not None and computed is not None:
+            self._logprobs.keep(role, computed)
+            values = computed.values
+        if isinstance(self._task, ReferenceTask):
+            return reference_block(self._plan, self._task, block.text, values)
+        assert block.reference_part is not None
+        return policy_block(self._plan, self._task, block.text, block.reference_part, values)
+
+
+def block_steps(context: RunContext, plan: RunPlan, task: Task) -> BlockSteps:
+    """The steps of a task whose blocks are committed to the folder."""
     logprobs = None
     if task.source is not None and task.numerics is not None and not _taken_over(task):
         source, stats = task.source, [STATS[name] for name in plan.stats]
@@ -232,14 +305,12 @@ def block_function(context: RunContext, plan: RunPlan, task: Task) -> Compute:
         logprobs = CachedLogprobs(context, source, task.numerics, stats, snapshot, upcoming, noise_then)
     guard = TokenGuard(plan.tokenizer, task.source, plan.config.text.max_length)
 
-    def compute(text: BlockText) -> BlockResult:
-        guard.check(text.table)
-        if isinstance(task, ReferenceTask):
-            return reference_block(plan, task, text, logprobs)
-        stored = context.store.read_table(task.reference.stage.part(text.block, plan.rows.blocks))
-        return policy_block(plan, task, text, stored.replace_schema_metadata(None), logprobs)
+    def stored(block: int) -> pa.Table:
+        assert isinstance(task, PolicyTask)
+        part = context.store.read_table(task.reference.stage.part(block, plan.rows.blocks))
+        return part.replace_schema_metadata(None)
 
-    return compute
+    return BlockSteps(plan, task, logprobs, stored, guard.check)
 
 
 def _taken_over(task: Task) -> bool:
@@ -250,23 +321,33 @@ def compute_blocks(
     context: RunContext,
     plan: RunPlan,
     task: Task,
-    compute: Compute,
+    steps: BlockSteps,
     blocks: Sequence[int],
     committed: Callable[[CommitRecord], None] = lambda record: None,
 ) -> None:
-    """Compute and commit `blocks` in order: the next is read while one is computed and the last is written.
+    """Compute and commit `blocks` in order: the next is read and looked up while one is computed, and the last is
+    derived and written. This thread does nothing but ask the model.
 
     `committed` is called with the record of each block, in the thread that writes.
     """
     context.reopen_manifest()
-    texts = BlockTexts(context, plan, plan.references[0].identity)
+    texts = BlockTexts(context, plan, plan.references[0].identity, keep=plan.reads_texts_after(task))
     done = plan.rows.mine - plan.rows.count(blocks)
-    with context.progress.stage(task.label, plan.rows.mine, done), background_writer() as submit:
-        for text in prefetch(texts.each(blocks)):
+    device = task.numerics.device_kind if task.numerics is not None else "cpu"
+    count = process_count(context.compute.text_processes, plan.rows.count(blocks), device)
+    with (
+        context.progress.stage(task.label, plan.rows.mine, done),
+        encoded_apart(TextPlan.of(plan), texts.missing(blocks) if count else (), count, context.progress) as made,
+        background_writer() as submit,
+        closing(prefetch(map(steps.prepare, texts.each(blocks, made)))) as prepared,
+    ):
+        for block in prepared:
             context.stop.check()
-            context.progress.block(text.stop - text.start, unique_tokens(text.table))
-            submit(partial(_commit, context, plan, task, text, compute(text), committed))
-            context.progress.rows(text.stop - text.start)
+            rows = block.text.stop - block.text.start
+            context.progress.block(rows, block.tokens)
+            computed = steps.compute(block)
+            submit(partial(_commit, context, plan, task, block.text, partial(steps.result, block, computed), committed))
+            context.progress.rows(rows)
 
 
 def unique_tokens(text: pa.Table) -> int:
@@ -279,9 +360,10 @@ def _commit(
     plan: RunPlan,
     task: Task,
     text: BlockText,
-    result: BlockResult,
+    derive: Callable[[], BlockResult],
     committed: Callable[[CommitRecord], None],
 ) -> None:
+    result = derive()
     refuse_changed_input(context, plan, text.start, text.stop)
     record = CommitRecord(
         stage=task.stage.name,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,12 @@ import pyarrow.compute as pc
 
 from dpo_score.engine.block_inputs import BlockText
 from dpo_score.engine.context import RunContext
-from dpo_score.engine.model_logprobs import BlockLogprobs, LogprobSource
+from dpo_score.engine.model_logprobs import BlockLogprobs
 from dpo_score.engine.plan import SCHEMA_VERSION, PolicyTask, ReferenceTask, RunPlan, Task
 from dpo_score.errors import DataError
 from dpo_score.escape import seen
 from dpo_score.logprobs.types import Unscored
 from dpo_score.losses.columns import derive_table
-from dpo_score.results import noise
 from dpo_score.results import schemas as tables
 from dpo_score.storage.cache.cache import CacheEntry
 from dpo_score.storage.stage import REJECTED_ROWS, part_file
@@ -44,13 +43,13 @@ class BlockResult:
 
 
 def reference_block(
-    plan: RunPlan, reference: ReferenceTask, text: BlockText, logprobs: LogprobSource | None
+    plan: RunPlan, reference: ReferenceTask, text: BlockText, values: BlockLogprobs | None
 ) -> BlockResult:
-    """Stage one for one block. `logprobs` is None where there is no model: no reference, or columns of the data."""
+    """Stage one for one block. `values` is None where there is no model: no reference, or columns of the data."""
     bare = text.table.drop_columns(list(tables.ID_NAMES))
     notes = _NOTHING
-    if logprobs is not None:
-        table, reasons, notes = _with_model(plan, "ref", bare, text.table, logprobs, text.block == 0)
+    if values is not None:
+        (table, reasons), notes = _with_values(plan, "ref", bare, values), values.notes
     else:
         table, reasons = _from_columns(bare, reference)
     stage, place = reference.stage, (text.block, plan.rows.blocks)
@@ -70,13 +69,14 @@ def reference_block(
 
 
 def policy_block(
-    plan: RunPlan, policy: PolicyTask, text: BlockText, reference_part: pa.Table, logprobs: LogprobSource | None
+    plan: RunPlan, policy: PolicyTask, text: BlockText, reference_part: pa.Table, values: BlockLogprobs | None
 ) -> BlockResult:
-    """Stage two for one block. `logprobs` is None for a policy that equals its reference: its values are taken over."""
-    ids = _rows_of(text.table, reference_part)
+    """Stage two for one block, whose `text` holds the rows of `reference_part`. `values` is None for a policy that
+    equals its reference: its values are taken over."""
+    ids = text.table
     table, reasons, notes = _taken_over(reference_part), Reasons(), _NOTHING
-    if logprobs is not None:
-        table, reasons, notes = _with_model(plan, "policy", reference_part, ids, logprobs, text.block == 0)
+    if values is not None:
+        (table, reasons), notes = _with_values(plan, "policy", reference_part, values), values.notes
     scored = derive_table(_keep_rows(table, reasons), policy.loss, has_reference=policy.reference.exists)
     stage, place = policy.stage, (text.block, plan.rows.blocks)
     found = {
@@ -96,20 +96,14 @@ def part_metadata(task: Task) -> dict[str, str]:
     return found
 
 
-def _with_model(
-    plan: RunPlan, role: str, table: pa.Table, ids: pa.Table, logprobs: LogprobSource, first: bool
-) -> tuple[pa.Table, Reasons, Mapping[str, Any]]:
-    sample = 2 * noise.sample_size(ids) if first else 0
-    sequences = tables.sequences(ids)
-    found = logprobs.block(role, sequences, sample)
+def _with_values(plan: RunPlan, role: str, table: pa.Table, found: BlockLogprobs) -> tuple[pa.Table, Reasons]:
     reasons = _unscored(found)
     empty = _blank(plan.stats)
     entries = [empty if isinstance(entry, Unscored) else entry for entry in found.entries]
     columns = tables.value_columns(role, entries, plan.stats, plan.config.compute.per_token)
     if plan.config.text.score == "all-assistant":
-        columns |= tables.turn_columns(role, entries, sequences)
-    table = tables.with_columns(table, columns)
-    return _with_dtype(table, found), reasons, found.notes
+        columns |= tables.turn_columns(role, entries, found.sequences)
+    return _with_dtype(tables.with_columns(table, columns), found), reasons
 
 
 def _blank(stats: Sequence[str]) -> Any:
@@ -186,10 +180,10 @@ def _taken_over(reference_part: pa.Table) -> pa.Table:
     return reference_part
 
 
-def _rows_of(text: pa.Table, reference_part: pa.Table) -> pa.Table:
+def scored_rows(text: BlockText, reference_part: pa.Table) -> BlockText:
     """The rows of `text` that stage one scored, in its order."""
-    kept = pc.is_in(text["row_id"], value_set=reference_part["row_id"].combine_chunks())
-    return text.filter(kept)
+    kept = pc.is_in(text.table["row_id"], value_set=reference_part["row_id"].combine_chunks())
+    return replace(text, table=text.table.filter(kept))
 
 
 def _keep_rows(table: pa.Table, reasons: Reasons) -> pa.Table:

@@ -19,7 +19,7 @@ R = TypeVar("R")
 _END = object()
 
 
-def prefetch(items: Iterable[T], depth: int = 1) -> Iterator[T]:
+def prefetch(items: Iterable[T], depth: int = 1) -> Generator[T, None, None]:
     """Yield `items`, produced in a thread up to `depth` ahead of the consumer."""
     waiting: queue.Queue[object] = queue.Queue(maxsize=depth)
     abandoned = threading.Event()

@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def precompute(
             plan, _ = prepare(config, working)
             _refuse_own_input(context.store, plan)
             export = export_of(plan, to, rename)
-            plan = run_references(working, plan)
+            plan = run_references(working, replace(plan, keeps_texts=export.emit_ids))
         return _write(context, plan, export)
 
 

@@ -58,6 +58,7 @@ REJECT_SCHEMA = pa.schema(
         ("reason", pa.string()),
     ]
 )
+_sorted_json = json.JSONEncoder(sort_keys=True, default=str).encode
 ID_NAMES = tuple(field.name for field in ID_FIELDS)
 
 
@@ -68,11 +69,38 @@ def text_schema(extra: Sequence[pa.Field]) -> pa.Schema:
 
 def text_table(encoded: Sequence[EncodedPair], extra: Sequence[pa.Field]) -> pa.Table:
     """One row a pair, in order; ids and masks included."""
-    columns: dict[str, list[Any]] = {name: [] for name in text_schema(extra).names}
-    for pair in encoded:
-        for name, value in _text_row(pair, extra).items():
-            columns[name].append(value)
+    pairs, tokens = [item.pair for item in encoded], [item.tokens for item in encoded]
+    sources = [pair.source for pair in pairs]
+    columns: dict[str, Any] = {
+        "row_id": [source.row_id for source in sources],
+        "dataset": [source.dataset for source in sources],
+        "source_file": [source.file for source in sources],
+        "source_row": [source.row for source in sources],
+        "pair_id": [pair.pair_id for pair in pairs],
+        "pair_digest": [item.pair_digest for item in encoded],
+        "prompt_digest": [prompt_digest(item) for item in encoded],
+        **{field.name: [_carried(pair, field) for pair in pairs] for field in extra},
+        "status": ["scored"] * len(encoded),
+        "prompt_tokens": [len(ids.prompt) for ids in tokens],
+        **{f"{side}_tokens": [item.sequence(side).scored_count for item in encoded] for side in SIDES},
+        **{f"{side}_truncated": [getattr(ids, f"{side}_truncated") for ids in tokens] for side in SIDES},
+        "marks": [item.marks for item in encoded],
+    }
+    for part in ("prompt", *SIDES):
+        columns[f"{part}_ids"] = _list_column([getattr(ids, part) for ids in tokens], np.int32)
+        columns[f"{part}_mask"] = _list_column([getattr(ids, f"{part}_mask") for ids in tokens], np.bool_)
     return pa.table(columns, schema=text_schema(extra))
+
+
+def _list_column(rows: Sequence[np.ndarray[Any, Any] | None], dtype: type[np.generic]) -> pa.Array:
+    """A list column from one array a row, null where there is none."""
+    absent = [row is None for row in rows]
+    if all(absent):
+        return pa.nulls(len(rows), pa.list_(pa.from_numpy_dtype(dtype)))
+    arrays = [np.zeros(0, dtype) if row is None else row for row in rows]
+    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    values = pa.array(np.concatenate(arrays).astype(dtype, copy=False))
+    return pa.ListArray.from_arrays(pa.array(offsets), values, mask=pa.array(absent) if any(absent) else None)
 
 
 def prompt_digest(encoded: EncodedPair) -> str:
@@ -83,7 +111,7 @@ def prompt_digest(encoded: EncodedPair) -> str:
     pair = encoded.pair
     if not pair.prompt or pair.tokens is not None:
         return TokenSequence(encoded.tokens.prompt, encoded.tokens.prompt[:0]).key.hex()
-    content = json.dumps(_folded([pair.prompt, pair.tools]), sort_keys=True, default=str)
+    content = _sorted_json(_folded([pair.prompt, pair.tools]))
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
@@ -94,29 +122,6 @@ def _folded(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _folded(item) for key, item in value.items()}
     return [_folded(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _text_row(encoded: EncodedPair, extra: Sequence[pa.Field]) -> dict[str, Any]:
-    source, pair = encoded.pair.source, encoded.pair
-    return {
-        "row_id": source.row_id,
-        "dataset": source.dataset,
-        "source_file": source.file,
-        "source_row": source.row,
-        "pair_id": pair.pair_id,
-        "pair_digest": encoded.pair_digest,
-        "prompt_digest": prompt_digest(encoded),
-        **{field.name: _carried(pair, field) for field in extra},
-        "status": "scored",
-        "prompt_tokens": len(encoded.tokens.prompt),
-        "chosen_tokens": len(encoded.sequence("chosen").scored_positions),
-        "rejected_tokens": len(encoded.sequence("rejected").scored_positions),
-        "chosen_truncated": encoded.tokens.chosen_truncated,
-        "rejected_truncated": encoded.tokens.rejected_truncated,
-        "marks": list(encoded.marks),
-        **{f"{part}_ids": getattr(encoded.tokens, part) for part in ("prompt", *SIDES)},
-        **{f"{part}_mask": getattr(encoded.tokens, f"{part}_mask") for part in ("prompt", *SIDES)},
-    }
 
 
 def _carried(pair: Any, field: pa.Field) -> Any:

@@ -23,6 +23,7 @@ EXAMPLE = 80
 LEAD, LONG = 32, 16
 """Characters of a speaker's name before a repeated question, and of a question that is not repeated by chance."""
 ASKING = (*SYSTEM_ROLES, "user")
+_USUAL_KEYS = {"role", "content"}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -67,7 +68,11 @@ def texts_of(side: Text) -> Iterator[str]:
         yield side
         return
     for message in side:
-        yield from _message_texts(message)
+        if message.keys() == _USUAL_KEYS:
+            if isinstance(message["content"], str):
+                yield message["content"]
+        else:
+            yield from _message_texts(message)
 
 
 def _message_texts(message: Message) -> Iterator[str]:

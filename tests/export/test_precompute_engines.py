@@ -37,7 +37,7 @@ class FakePool:
     def work(self, job: Any, task: Any, todo: Sequence[int]) -> None:
         assert (Path(job.config.out) / "manifest.json").is_file()
         self.worked.append((job.config.out, list(todo)))
-        local.compute_blocks(self.context, job, task, local.block_function(self.context, job, task), todo)
+        local.compute_blocks(self.context, job, task, local.block_steps(self.context, job, task), todo)
 
 
 def test_the_workers_of_the_engine_fill_the_cache(

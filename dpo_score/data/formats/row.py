@@ -19,6 +19,8 @@ from dpo_score.data.formats.transcripts import hh_messages
 from dpo_score.data.types import SYSTEM_ROLES, Message, Pair, Problem, Rejected, Source, Text, TokenIds, Unusable
 from dpo_score.escape import seen
 
+_canonical_json = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str).encode
+
 
 @dataclass(frozen=True, slots=True)
 class RowReader:
@@ -172,9 +174,7 @@ def pair_id(found: Pair, tools: Any) -> str:
         return _ids_digest(found.tokens)
     sides = {"chosen": found.chosen, "rejected": found.rejected}
     content = {side: _whole(found.prompt, answer) for side, answer in sides.items()}
-    text = json.dumps(
-        {**content, "tools": tools}, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str
-    )
+    text = _canonical_json({**content, "tools": tools})
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 

@@ -21,7 +21,7 @@ from dpo_score.engine.context import RunContext, open_context
 from dpo_score.engine.plan import PolicyTask, RunPlan, Task
 from dpo_score.engine.prepare import checked_environment, prepare, resolve_plan
 from dpo_score.engine.progress import Progress
-from dpo_score.engine.run import Compute, block_function, compute_blocks
+from dpo_score.engine.run import BlockSteps, block_steps, compute_blocks
 from dpo_score.errors import IdentityError, ModelError
 from dpo_score.models.numerics import Numerics
 from dpo_score.storage.commits import CommitRecord
@@ -119,7 +119,7 @@ class Worker:
         if os.path.isdir(folder):  # noqa: PTH112 - the folder of another machine may be no path here
             os.chdir(folder)
         self._config, self._progress = config, RelayedProgress()
-        self._current: tuple[Task, Compute] | None = None
+        self._current: tuple[Task, BlockSteps] | None = None
 
     def ready(self) -> WorkerReady:
         """Answers when the worker can be given work."""
@@ -138,8 +138,8 @@ class Worker:
             reports.put(self._progress.report(record))
 
         def compute() -> None:
-            task, function = self._task_of(assignment)
-            compute_blocks(self._context, self._plan, task, function, assignment.blocks, committed)
+            task, steps = self._task_of(assignment)
+            compute_blocks(self._context, self._plan, task, steps, assignment.blocks, committed)
 
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="blocks") as pool:
             done = pool.submit(compute)
@@ -149,7 +149,7 @@ class Worker:
             yield self._progress.report()
             done.result()
 
-    def _task_of(self, assignment: Assignment) -> tuple[Task, Compute]:
+    def _task_of(self, assignment: Assignment) -> tuple[Task, BlockSteps]:
         if self._current is None or self._current[0].identity != assignment.identity:
             self._current = None
             task = self._found(assignment)
@@ -161,7 +161,7 @@ class Worker:
                     f"{platform.node()} finds other data, models or settings for {assignment.stage} than the process "
                     "that sends it work: all machines must see the same files under the same paths"
                 )
-            self._current = task, block_function(self._context, self._plan, task)
+            self._current = task, block_steps(self._context, self._plan, task)
         return self._current
 
     def _found(self, assignment: Assignment) -> Task:
@@ -183,4 +183,4 @@ class Worker:
         plan, manifest = resolve_plan(self._config, self._context), read_manifest(self._context.store)
         assert manifest is not None
         checked_environment(self._context, plan)
-        return replace(plan, cache_snapshots=manifest.cache_snapshots)
+        return replace(plan, cache_snapshots=manifest.cache_snapshots, keeps_texts=True)
