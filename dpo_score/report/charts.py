@@ -15,19 +15,25 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 330, 200
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 34
 COLOURS = 6
+ALL, CHOSEN, REJECTED = "all", "chosen", "rejected"
+PARTS = 5
+"""Shades of the parts of a bar. Colours with their shapes are policies and nothing else on the page."""
 Number = float | None
 Format = Callable[[float], str]
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line: a point per x, None where there is none; `low` and `high` bound its interval. `colour` < COLOURS."""
+    """One line: a point per x, None where there is none; `low` and `high` bound its interval.
+
+    `colour`: a policy's (< COLOURS); or ALL, a line through all policies; or a side, CHOSEN solid, REJECTED dashed.
+    """
 
     label: str
     y: Sequence[Number]
     low: Sequence[Number] = ()
     high: Sequence[Number] = ()
-    colour: int = 0
+    colour: int | str = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +107,10 @@ def marker(x: float, y: float, colour: int, size: float = 4.0) -> str:
     return f'<polygon class="{kind}" points="{points}"/>'
 
 
+def _dot(x: float, y: float, kind: str, radius: float) -> str:
+    return f'<circle class="mark {kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>'
+
+
 def _cos(degrees: float) -> float:
     return math.cos(math.radians(degrees))
 
@@ -109,8 +119,16 @@ def _sin(degrees: float) -> float:
     return math.sin(math.radians(degrees))
 
 
-def swatch(colour: int) -> Markup:
-    """A marker on its own, for tables and legends."""
+def _look(colour: int | str) -> str:
+    """The style class of a policy's colour or of a side."""
+    return colour if isinstance(colour, str) else f"c{colour % COLOURS}"
+
+
+def swatch(colour: int | str) -> Markup:
+    """A policy's marker, or the line of a side, on its own: for tables and legends."""
+    if isinstance(colour, str):
+        line = _line(0, 7, 26, 7, f"line {colour}")
+        return Markup(f'<svg class="swatch long" viewBox="0 0 26 14" aria-hidden="true">{line}</svg>')  # noqa: S704
     return Markup(f'<svg class="swatch" viewBox="0 0 14 14" aria-hidden="true">{marker(7, 7, colour, 4.5)}</svg>')  # noqa: S704
 
 
@@ -176,7 +194,7 @@ def _points(frame: Frame, x: Sequence[float], y: Sequence[Number]) -> list[tuple
 
 def _path(frame: Frame, x: Sequence[float], one: Series) -> str:
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in _points(frame, x, one.y))
-    return f'<polyline class="line c{one.colour % COLOURS}" points="{points}"/>'
+    return f'<polyline class="line {_look(one.colour)}" points="{points}"/>'
 
 
 def _band(frame: Frame, x: Sequence[float], one: Series) -> str:
@@ -185,13 +203,17 @@ def _band(frame: Frame, x: Sequence[float], one: Series) -> str:
     upper, lower = _points(frame, x, one.high), _points(frame, x, one.low)
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in [*upper, *reversed(lower)])
     if len(upper) == 1 and len(lower) == 1:
-        return _line(upper[0][0], upper[0][1], lower[0][0], lower[0][1], f"whisker c{one.colour % COLOURS}")
-    return f'<polygon class="band c{one.colour % COLOURS}" points="{points}"/>'
+        return _line(upper[0][0], upper[0][1], lower[0][0], lower[0][1], f"whisker {_look(one.colour)}")
+    return f'<polygon class="band {_look(one.colour)}" points="{points}"/>'
 
 
 def _marks(frame: Frame, x: Sequence[float], one: Series) -> list[str]:
     points = _points(frame, x, one.y)
-    return [marker(a, b, one.colour, 3.6) for a, b in points] if len(points) <= 40 else []
+    if len(points) > 40:
+        return []
+    if isinstance(one.colour, str):
+        return [_dot(a, b, one.colour, 2.2) for a, b in points]
+    return [marker(a, b, one.colour, 3.6) for a, b in points]
 
 
 # --- distributions ---------------------------------------------------------------------------------------------------
@@ -303,15 +325,15 @@ def heat_map(values: Sequence[Sequence[Number]], names: Sequence[str], title: st
         for column, value in enumerate(cells):
             x, share = left + size * column, value or 0.0
             corner = f'x="{x + 1}" y="{y + 1}" width="{size - 2}" height="{size - 2}"'
-            body.append(f'<rect class="bar c0" {corner} fill-opacity="{0.75 * share:.2f}"/>')
+            body.append(f'<rect class="bar all" {corner} fill-opacity="{0.6 * share:.2f}"/>')
             body.append(_text(x + size / 2, y + size / 2 + 4, "–" if value is None else f"{100 * share:.0f}"))
     return _svg(body, title, width, height)
 
 
 def scatter(
-    groups: Sequence[tuple[int, Sequence[tuple[float, float]]]], title: str, bounds: tuple[float, float, float, float]
+    groups: Sequence[tuple[str, Sequence[tuple[float, float]]]], title: str, bounds: tuple[float, float, float, float]
 ) -> Markup:
-    """Points of several groups, later ones on top. groups: (colour, [(x, y)]); bounds: x from, x to, y from, y to."""
+    """Points of several groups, later ones on top. groups: (style class, [(x, y)]); bounds: x from, to, y from, to."""
     frame = Frame(*bounds)
     body = [*_y_axis(frame, short)]
     body += [_text(frame.x(tick), HEIGHT - BOTTOM + 18, short(tick)) for tick in nice_ticks(bounds[0], bounds[1])]
@@ -319,17 +341,23 @@ def scatter(
         body.append(_line(frame.x(0), TOP, frame.x(0), HEIGHT - BOTTOM, "across"))
     if bounds[2] <= 0.0 <= bounds[3]:
         body.append(_line(LEFT, frame.y(0), WIDTH - RIGHT, frame.y(0), "across"))
-    for colour, points in groups:
-        body += [marker(frame.x(x), frame.y(y), colour, 1.6) for x, y in points]
+    for kind, points in groups:
+        body += [_dot(frame.x(x), frame.y(y), kind, 1.6) for x, y in points]
     return _svg(body, title)
 
 
 def stacked_bar(shares: Sequence[float], title: str) -> Markup:
-    """Parts of a whole side by side, in order; beyond COLOURS parts the rest is left unfilled."""
+    """Parts of a whole side by side, in order, each in its shade; beyond PARTS parts the rest is left unfilled."""
     width, height, at = 300, 18, 0.0
     body = []
-    for index, share in enumerate(shares[:COLOURS]):
+    for index, share in enumerate(shares[:PARTS]):
         corner = f'x="{width * at:.1f}" y="2" width="{max(width * share - 1, 0.5):.1f}" height="{height - 4}"'
-        body.append(f'<rect class="bar c{index}" {corner}/>')
+        body.append(f'<rect class="bar part{index}" {corner}/>')
         at += share
     return _svg(body, title, width, height, "dots")
+
+
+def part_swatch(index: int) -> Markup:
+    """The shade of a part of `stacked_bar`, for its legend."""
+    inside = f'<rect class="bar part{index}" x="1" y="2" width="24" height="10"/>'
+    return Markup(f'<svg class="swatch long" viewBox="0 0 26 14" aria-hidden="true">{inside}</svg>')  # noqa: S704

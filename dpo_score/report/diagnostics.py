@@ -67,11 +67,12 @@ def _plain(value: float | None) -> str:
 
 def length(facts: Facts, colours: Palette) -> dict[str, Any]:
     """What length alone explains, for the key policies, and accuracy by how much longer chosen is."""
-    rows = []
+    rows, reasons = [], []
     for name in colours.key:
         policy = facts.aligned[name]
         alone, cell = ranking(policy.rows), diagnose(policy.rows)["length"]
         right = share(per_pair(policy.rows, "accuracy"), policy.rows.repeated)
+        reasons.append(cell["length_controlled_accuracy"].get("reason"))
         rows.append(
             {
                 "name": name,
@@ -86,7 +87,8 @@ def length(facts: Facts, colours: Palette) -> dict[str, Any]:
                 "flips": f"{_count(alone.get('flipped_right'))} / {_count(alone.get('flipped_wrong'))}",
             }
         )
-    return {"rows": rows, "plot": dot_plot(_by_length(facts.aligned), colours, ranked=False)}
+    missing = [reason for reason in dict.fromkeys(reasons) if reason]
+    return {"rows": rows, "missing": missing, "plot": dot_plot(_by_length(facts.aligned), colours, ranked=False)}
 
 
 def _both(alone: Cell, model: str) -> str:
@@ -96,7 +98,7 @@ def _both(alone: Cell, model: str) -> str:
 
 def _shared(cell: Cell) -> str:
     if cell["value"] is None:
-        return str(cell.get("reason", "–"))
+        return "–"
     interval = f" ({bounds(cell['ci95'], 100, 0)})".replace(" ", NARROW) if cell["ci95"] else ""
     return f"{percent(cell['value'])}{interval}"
 
@@ -131,7 +133,7 @@ def health(facts: Facts) -> dict[str, Any]:
             "–" if found[name]["value"] is None else form(found[name]["value"]) for name, (_, form) in HEALTH.items()
         ]
         rows.append({"name": policy.name, "values": values})
-    return {"columns": [(label, DEFINITIONS.get(name, "")) for name, (label, _) in HEALTH.items()], "rows": rows}
+    return {"senses": {label: DEFINITIONS.get(name, "") for name, (label, _) in HEALTH.items()}, "rows": rows}
 
 
 def noise(facts: Facts) -> list[dict[str, Any]]:

@@ -22,16 +22,16 @@ HEADINGS = {"accuracy": "Accuracy", "margins": "Margin", "margins_nats": "Margin
 def tiles(facts: Facts) -> list[tuple[str, str, str]]:
     """(label, value, note) of the numbers that decide."""
     best = next((policy for policy in facts.found["policies"] if policy["name"] == facts.found["best"]), None)
-    listed = [("pairs compared", f"{facts.found['pairs']:,}", _groups_note(facts.found))]
+    listed = [("compared", f"{facts.found['pairs']:,} pairs", _groups_note(facts.found))]
     if best is not None:
         accuracy, margin = best["accuracy"], best["margins"]
         listed = [
-            (f"accuracy of {best['name']}", percent(accuracy["value"]), f"95 %: {bounds(accuracy['ci95'], 100, 1)}"),
-            ("its mean margin", signed(margin["mean"]), f"95 %: {bounds(margin['ci95'])}"),
+            (f"accuracy of {best['name']}", percent(accuracy["value"]), f"95 %: {bounds(accuracy['ci95'], 100, 1)} %"),
+            ("its mean margin", f"{signed(margin['mean'])} β·nats", f"95 %: {bounds(margin['ci95'])}"),
             *listed,
         ]
     doubted = f"of {facts.audit.pairs:,}: every policy ranks them against the label"
-    return [*listed, ("labels in doubt", f"{facts.audit.against:,}", doubted)]
+    return [*listed, ("labels in doubt", f"{facts.audit.against:,} pairs", doubted)]
 
 
 def _groups_note(found: Cell) -> str:
@@ -265,23 +265,26 @@ def curves(facts: Facts) -> dict[str, Any]:
 
 
 def _charts(policies: Sequence[ScoredPolicy], x: Sequence[float], names: Sequence[str]) -> list[dict[str, Any]]:
-    def measured(metric: str, label: str, colour: int = 0) -> Series:
+    def measured(metric: str, label: str, colour: str = charts.ALL) -> Series:
         cells = [measure(per_pair(policy.rows, metric), policy.rows.repeated) for policy in policies]
         return _series(label, [cell["mean"] for cell in cells], cells, colour)
 
     right = [share(per_pair(policy.rows, "accuracy"), policy.rows.repeated) for policy in policies]
-    accuracy = _series("accuracy", [cell["value"] for cell in right], right, 0)
+    accuracy = _series("accuracy", [cell["value"] for cell in right], right, charts.ALL)
     health = [diagnose(policy.rows)["health"] for policy in policies]
 
-    def healthy(name: str, label: str, colour: int = 0) -> Series:
+    def healthy(name: str, label: str, colour: str = charts.ALL) -> Series:
         return _series(label, [cell[name]["value"] for cell in health], [cell[name] for cell in health], colour)
 
-    rewards = [measured("chosen_rewards", "chosen"), measured("rejected_rewards", "rejected", 1)]
-    drift = [healthy("drift_chosen", "chosen"), healthy("drift_rejected", "rejected", 1)]
+    rewards = [
+        measured("chosen_rewards", "chosen", charts.CHOSEN),
+        measured("rejected_rewards", "rejected", charts.REJECTED),
+    ]
+    drift = [healthy("drift_chosen", "chosen", charts.CHOSEN), healthy("drift_rejected", "rejected", charts.REJECTED)]
     drawn = [
         ("Accuracy", "share of pairs ranked as labelled", [accuracy], charts.percent, 0.5),
-        ("Margin", "chosen reward minus rejected reward", [measured("margins", "margin")], charts.short, 0.0),
-        ("Rewards", "which side the margin comes from", rewards, charts.short, 0.0),
+        ("Margin", "chosen reward minus rejected reward, β·nats", [measured("margins", "margin")], charts.short, 0.0),
+        ("Rewards", "which side the margin comes from, β·nats", rewards, charts.short, 0.0),
         ("Loss", "mean loss", [measured("loss", "loss")], charts.short, None),
         ("Drift", "nats per token against the reference", drift, charts.short, 0.0),
         (
@@ -295,7 +298,7 @@ def _charts(policies: Sequence[ScoredPolicy], x: Sequence[float], names: Sequenc
     return [_chart(x, names, *one) for one in drawn if any(value is not None for s in one[2] for value in s.y)]
 
 
-def _series(label: str, values: Sequence[float | None], cells: Sequence[Cell], colour: int) -> Series:
+def _series(label: str, values: Sequence[float | None], cells: Sequence[Cell], colour: str) -> Series:
     pairs = [cell["ci95"] or (None, None) for cell in cells]
     return Series(label, values, [low for low, _ in pairs], [high for _, high in pairs], colour)
 

@@ -21,7 +21,7 @@ KEPT = 0.25
 LEAST, MOST = 40, 50_000
 """Pairs: with fewer a quarter says little; with more the page would wait, and `dpo-score select` says the same."""
 DRAWN = 400
-SUBSETS = charts.COLOURS - 1
+SUBSETS = charts.PARTS
 SHOWN = ("margin:high", "difficulty", "on-policy", "random")
 """Rules whose pairs are drawn as points."""
 
@@ -46,7 +46,7 @@ def training_set(aligned: AlignedPolicies) -> dict[str, Any] | None:
         ),
         "scatters": _scatters(candidates, settings, [rule for rule in rules if rule.name in SHOWN]),
         **_mix(applied, found["all"]),
-        "near": _near(diagnose_on_policy(candidates)),
+        **_near(diagnose_on_policy(candidates)),
     }
 
 
@@ -114,7 +114,7 @@ def _scatters(candidates: Candidates, settings: Settings, rules: Sequence[Any]) 
         kept: Selection = select_pairs(candidates, rule, settings)
         own = there[kept.kept[there]]
         title = f"kept by {rule.name}: margin in nats (up) by tokens of chosen minus rejected (across)"
-        drawn = charts.scatter([(5, points(there)), (0, points(own))], title, bounds)
+        drawn = charts.scatter([("rest", points(there)), ("all", points(own))], title, bounds)
         found.append({"rule": rule.name, "keeps": rule.keeps, "svg": drawn})
     return found
 
@@ -135,14 +135,17 @@ def _mix(applied: Sequence[Cell], whole: Cell) -> dict[str, Any]:
         }
         for rule in rows
     ]
-    return {"mix": drawn, "mix_legend": [(name, charts.swatch(index)) for index, name in enumerate(names)]}
+    return {"mix": drawn, "mix_legend": [(name, charts.part_swatch(index)) for index, name in enumerate(names)]}
 
 
-def _near(found: Mapping[str, Cell]) -> list[dict[str, Any]]:
+def _near(found: Mapping[str, Cell]) -> dict[str, Any]:
     """Distance from the policy, displacement and saturation: a row a policy, and a row a subset of the last one."""
-    rows = [_near_row(name, cell) for name, cell in found.items()]
     last = list(found)[-1]
-    return rows + [_near_row(f"{last}: {name}", cell) for name, cell in list(found[last]["subsets"].items())[:12]]
+    return {
+        "near": [_near_row(name, cell) for name, cell in found.items()],
+        "near_last": last,
+        "near_subsets": [_near_row(name, cell) for name, cell in list(found[last]["subsets"].items())[:12]],
+    }
 
 
 def _near_row(name: str, cell: Cell) -> dict[str, str]:

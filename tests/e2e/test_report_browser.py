@@ -197,3 +197,33 @@ def test_ten_thousand_pairs_load_from_disk(browser: Browser, folder: Path) -> No
     timing = "performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd"
     print(f"DOMContentLoaded after {browser.ask(timing):.0f} ms, {path.stat().st_size:,} bytes")
     assert browser.ask(f"{VISIBLE}.length") > 10
+
+
+def test_on_a_phone_no_number_is_hidden_sideways_and_each_has_its_heading(browser: Browser, plain: Path) -> None:
+    browser.appear(390)
+    browser.goto(plain)
+    wider = "[...document.querySelectorAll('.wide')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+    assert browser.ask(wider) == 0
+    values = "[...document.querySelectorAll('table.stack td:not([colspan])')]"
+    assert browser.ask(f"{values}.length") > 20
+    assert browser.ask(f"{values}.every(td => td.hasAttribute('data-label'))")
+    heading = "getComputedStyle(document.querySelector('#policies td'), '::before').content"
+    assert browser.ask(heading) == '"accuracy"'
+    browser.appear(1280)
+    assert browser.ask(wider) == 0
+    assert browser.ask(heading) == "none"
+
+
+def test_what_a_number_means_is_one_click_away(browser: Browser, plain: Path) -> None:
+    browser.goto(plain)
+    first = "document.querySelector('#policies .meaning')"
+    assert not browser.ask(f"{first}.open")
+    browser.ask(f"{first}.querySelector('summary').click()")
+    assert "share of pairs with a positive margin" in browser.ask(f"{first}.innerText")
+    assert browser.ask("[...document.querySelectorAll('section .meaning')].length") >= 5
+
+
+def test_only_policies_have_the_looks_of_policies(browser: Browser, plain: Path) -> None:
+    browser.goto(plain)
+    assert browser.ask('document.querySelectorAll(\'#curves [class*=" c0"], #curves [class*=" c1"]\').length') == 0
+    assert browser.ask("document.querySelectorAll('#curves .line.rejected').length") >= 1
