@@ -158,7 +158,8 @@ def test_pairs_that_were_left_out_are_called_what_they_are() -> None:
 
 def test_the_page_names_the_test_behind_each_p() -> None:
     made = policies(3, 60, {"a": 0.1, "b": 0.4})
-    assert "either way: of accuracy by the pairs that flipped (McNemar), of means by a paired t test" in render(facts(made, baseline="a"))
+    page = render(facts(made, baseline="a"))
+    assert "either way: of accuracy by the pairs that flipped (McNemar), of means by a paired t test" in page
 
 
 def test_many_policies_and_subsets_make_a_page() -> None:
