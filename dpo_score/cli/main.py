@@ -163,8 +163,10 @@ def _parse_error(error: Exception) -> str:
     """One paragraph for a command line that cannot be parsed, with what was probably meant and where help is."""
     context = getattr(error, "ctx", None)
     said = getattr(error, "format_message", lambda: str(error))()
-    if context is None or not said:
-        return str(said)
+    if not said:
+        return ""
+    if context is None:
+        return f"error: {safe(said)}"
     name = getattr(error, "option_name", None)
     command = re.fullmatch(r"No such command ['\"]([^'\"]*)['\"].*", said, re.DOTALL)
     if isinstance(name, str):

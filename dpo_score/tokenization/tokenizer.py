@@ -35,14 +35,18 @@ def load_tokenizer(name_or_folder: str, revision: str | None = None, trust_remot
 
     if not trust_remote_code:
         _refuse_remote_code(name_or_folder)
+    load = partial(AutoTokenizer.from_pretrained, revision=revision, trust_remote_code=trust_remote_code, use_fast=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_folder, revision=revision, trust_remote_code=trust_remote_code, use_fast=True
-        )
+        tokenizer = _guarded(partial(load, name_or_folder))
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).split("\n", 1)[0][:300]
         raise ModelError(
             f"no tokenizer can be loaded from {name_or_folder}: {reason} Name another with --tokenizer."
+        ) from None
+    except RecursionError:
+        raise ModelError(
+            f"{name_or_folder}: its tokenizer.json is nested too deep to be read, as no tokenizer's is. "
+            "Name another with --tokenizer."
         ) from None
     except (
         TypeError,
@@ -50,6 +54,7 @@ def load_tokenizer(name_or_folder: str, revision: str | None = None, trust_remot
         LookupError,
         AttributeError,
         errors.StrictDataclassError,
+        TokenizerFailedError,
     ) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{name_or_folder}: its config.json or tokenizer holds a wrong value: {reason}") from None
@@ -217,6 +222,9 @@ class BatchEncoder:
         return ids
 
     def _agrees(self, add_special_tokens: bool) -> bool:
-        slow = [self._called([text], add_special_tokens)[0] for text in _PROBES]
-        fast = self._backend_ids(_PROBES, add_special_tokens)
+        try:
+            slow = [self._called([text], add_special_tokens)[0] for text in _PROBES]
+            fast = self._backend_ids(_PROBES, add_special_tokens)
+        except TokenizerFailedError:  # some word of the probes is not in its vocabulary
+            return False
         return all(list(a) == list(b) for a, b in zip(fast, slow, strict=True))

@@ -10,6 +10,7 @@ too), the head process (GCS). Kills that come after a run's last block are not c
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,8 +91,8 @@ class KilledRuns:
     def finished(self) -> None:
         """The rest of it in this process, and the same run undisturbed in a folder of its own: equal bytes."""
         for out in (self.out, self.folder / "whole"):
-            with pytest.raises(SystemExit) as ended:
-                dpo_score(self.command(out, "--quiet", "--json"))
+            with pytest.raises(SystemExit) as ended, redirect_stdout(io.StringIO()):
+                dpo_score(self.command(out, "--quiet"))
             assert not ended.value.code
         assert results(self.out) == results(self.folder / "whole")
 

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from dpo_score.errors import ModelError
 from dpo_score.tokenization.tokenizer import (
     BatchEncoder,
+    TokenizerFailedError,
     checked,
     load_tokenizer,
     same_ids,
@@ -131,3 +134,37 @@ def test_code_that_comes_along_is_not_run_unasked(tmp_path: Path) -> None:
 def test_a_slow_tokenizer_is_refused() -> None:
     with pytest.raises(ModelError, match="not a fast one"):
         checked(object(), "folder")
+
+
+WRONG = {
+    "a wrong type": lambda fields: json.dumps({**fields, "padding": "x"}),
+    "a pattern that is none": lambda fields: json.dumps(
+        {
+            **fields,
+            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
+        }
+    ),
+    "too deep": lambda fields: '{"model": ' + "[" * 20_000 + "]" * 20_000 + "}",
+    "no vocabulary": lambda fields: json.dumps({**fields, "model": {"type": "BPE"}}),
+    "not an object": lambda fields: "[1]",
+    "cut off": lambda fields: json.dumps(fields)[:-9],
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_file_that_holds_something_else_is_one_sentence(what: str, tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(WRONG[what](json.loads(path.read_text())))
+    with pytest.raises(ModelError, match=str(tmp_path)) as refused:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_tokenizer_that_knows_only_some_words_encodes_those() -> None:
+    core = Tokenizer(models.WordLevel(vocab={"yes": 0, "no": 1}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    encoder = BatchEncoder(PreTrainedTokenizerFast(tokenizer_object=core))
+    assert [ids.tolist() for ids in encoder.ids(["yes no", "no"], False)] == [[0, 1], [1]]
+    with pytest.raises(TokenizerFailedError):
+        encoder.ids(["perhaps"], False)
