@@ -130,6 +130,7 @@ class DataSpec(Spec):
         Literal["better", "safer"] | None, Setting(DATA, "which label to use where the data carries both")
     ] = None
     keep_ties: Annotated[bool, Setting(DATA, "score pairs labelled as ties instead of rejecting them")] = False
+    media_root: Annotated[str | None, Setting(DATA, "folder that the data's paths of pictures are relative to")] = None
 
 
 class ModelSpec(Spec):

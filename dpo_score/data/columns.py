@@ -47,6 +47,7 @@ _MAGIC = (
     b"%PDF",
 )
 """How files of pictures, sounds and films begin; MP4 and its like have "ftyp" at byte 4."""
+_PLACE_WORDS = frozenset(("path", "paths", "file", "files", "filename", "filenames"))
 _SHORT = 3
 """Texts of so few characters are part of anything: they are no evidence."""
 
@@ -88,12 +89,13 @@ def account(
     beside: Collection[str] = (),
     replaced: Collection[str] = (),
     complete: bool = False,
+    pictures: bool = False,
 ) -> ColumnAccount:
     """What becomes of each column of `shapes`. Raises DataError for an unread one that looks like context or media.
 
     read: columns that the format reads, that are carried along or kept. beside: unread columns that public sets of
     this format are known to have. replaced: columns that --map names another column for. complete: the columns read
-    need no context: they are token ids.
+    need no context: they are token ids. pictures: a column of pictures is read.
     """
     ignored = [name for name in shapes if name not in read and (name in spec.ignore_columns or name in replaced)]
     unread, repeated = [], []
@@ -101,7 +103,11 @@ def account(
         if name in read or name in ignored:
             continue
         media = _holds_media(name, shape, [row.get(name) for row in sample])
-        if complete or shape.kind == "null" or not (media or _looks_like_context(name, shape)):
+        if pictures and shape.kind == "text" and _words(name) & _PLACE_WORDS:  # where the pictures came from
+            unread.append(name)
+            continue
+        context = media or (_looks_like_context(name, shape) and not complete)
+        if shape.kind == "null" or not context:
             unread.append(name)
             continue
         filled = [row for row in sample if not _is_empty(row.get(name))]
@@ -130,7 +136,13 @@ def unread_context(row: Mapping[str, Any], accounted: ColumnAccount) -> Problem 
 def _refusal(spec: DataSpec, name: str, shape: Shape, example: Any, media: bool) -> str:
     head = f"data set {spec.name!r} ({spec.path}): column {name!r} ({str(shape)[:120]}) "
     if media:
-        return f"{head}holds media: pictures, sound and film are not scored. Leave it out with --ignore-columns {name}"
+        words = _words(name)
+        if words & {"video", "videos", "audio", "audios", "speech"}:
+            return f"{head}holds sound or film, which is not scored. Leave it out with --ignore-columns {name}"
+        return (
+            f"{head}holds media that is not read. Pictures are read from one column, images (--map images={name}, for "
+            f"conversations and texts); sound and film are not scored. Leave it out with --ignore-columns {name}"
+        )
     return (
         f"{head}looks like a part of the question (for example {seen(example, 80)!r}), but it is not read. Say what it "
         f"is with --map NAME={name} (--map help lists the names), or leave it out with --ignore-columns {name}"

@@ -7,11 +7,13 @@ or `Rejected`, in order; memory does not grow with files, row groups or ranges (
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from dpo_score.data.files import content_sha256, select
 from dpo_score.data.formats.base import Format, ReadOptions
 from dpo_score.data.formats.detect import SAMPLE_ROWS, carried_columns, detect, replaced_names
 from dpo_score.data.formats.row import RowReader, rejected
+from dpo_score.data.pictures import PictureColumn, holds_paths, located, paths_of, pillow
 from dpo_score.data.row_reader import RawRow, RowFile, first_rows, open_rows
 from dpo_score.data.types import Pair, Problem, Rejected, Source
 from dpo_score.errors import DataError, nearest
@@ -79,6 +82,8 @@ class Dataset:
     reader: RowReader
     columns: ColumnAccount
     skipped: Mapping[str, str] = field(default_factory=dict)
+    pictures: str | None = None
+    """Digest of the pictures that the data name by path."""
 
     @property
     def rows(self) -> int:
@@ -107,7 +112,10 @@ class Dataset:
 
     def reader_of(self, file: DataFile) -> RowReader:
         """The set's reader, made for one of its files."""
-        return replace(self.reader, unpacked=_unpacked(file.content, self.schema))
+        media = None
+        if self.reader.media is not None:
+            media = PictureColumn(self.reader.media.column, self.spec.media_root, file.path)
+        return replace(self.reader, unpacked=_unpacked(file.content, self.schema), media=media)
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for two runs to read the same pairs: JSON values only."""
@@ -124,6 +132,7 @@ class Dataset:
                 "columns": dict(self.reader.columns),
             },
             "map": dict(spec.map),
+            **({"pictures": self.pictures} if self.pictures else {}),
             **({"ignore_columns": sorted(self.columns.ignored)} if self.columns.ignored else {}),
             "pairing": options.pairing,
             "preference": options.preference,
@@ -158,6 +167,11 @@ class Dataset:
         if kinds == {"int", "float"}:
             kinds = {"float"}
         return "other" if mixed or len(kinds) > 1 else next(iter(kinds), "null")
+
+
+def has_pictures(datasets: Sequence[Dataset]) -> bool:
+    """Whether the pairs of a set may be about pictures."""
+    return any(dataset.reader.media is not None for dataset in datasets)
 
 
 def only_ids(datasets: Sequence[Dataset]) -> bool:
@@ -207,7 +221,8 @@ def open_datasets(
         first_index += len(files)
         pinned = spec.model_copy(update={"revision": files[0].commit or spec.revision})
         decided = _decided(pinned, files, seed, tuple(keep_columns), keep_nulls)
-        datasets.append(replace(decided, skipped=skipped))
+        pictures = _pictures_digest(decided, sha256 or content_sha256)
+        datasets.append(replace(decided, skipped=skipped, pictures=pictures))
     _refuse_unknown(datasets, keep_columns, "to keep")
     _refuse_unknown(datasets, list(dict.fromkeys(chain.from_iterable(s.ignore_columns for s in specs))), "to ignore")
     return tuple(datasets)
@@ -234,11 +249,52 @@ def _decided(spec: DataSpec, files: list[DataFile], seed: int, kept: tuple[str, 
     _refuse_drift(filled, schema, format_, columns)
     if format_.grouped_by:
         files = [_in_groups(file, columns[format_.grouped_by]) for file in files]
-    reader = RowReader(format_, options, columns, carried, here, {}, keep_nulls)
+    media = columns.get("images")
+    if media is not None:
+        _refuse_unreachable(spec, media, schema[media], [row.get(media) for row in sample])
+    column = None if media is None else PictureColumn(media, spec.media_root)
+    reader = RowReader(format_, options, columns, carried, here, {}, keep_nulls, column)
     replaced = [name for name in schema if name.replace("-", "_") in replaced_names(spec)]
     how: dict[str, Any] = {"beside": format_.beside, "replaced": replaced, "complete": format_.holds_ids}
+    how["pictures"] = media is not None
     accounted = account(spec, schema, reader.needed, sample, **how)
     return Dataset(spec, tuple(files), schema, format_, reader, accounted)
+
+
+def _refuse_unreachable(spec: DataSpec, column: str, shape: Shape, cells: Sequence[Any]) -> None:
+    """DataError where a column names pictures that cannot be found: URLs, or paths without a folder they begin in."""
+    pillow()
+    if spec.media_root is not None and not Path(spec.media_root).is_dir():
+        raise DataError(f"data set {spec.name!r}: --media-root {spec.media_root} is no folder")
+    if not holds_paths(shape):
+        return
+    name = next(paths_of(cells), "")
+    head = f"data set {spec.name!r} ({spec.path}): column {column!r} names pictures "
+    way_out = f"or leave the column out with --ignore-columns {column}"
+    if "://" in name[:32] or name.startswith("data:"):
+        raise DataError(
+            f"{head}by URL ({seen(name, 80)!r}), which is not fetched: save them and give their paths, {way_out}"
+        )
+    if spec.media_root is None:
+        raise DataError(
+            f"{head}by path ({seen(name, 80)!r}): say --media-root FOLDER that the paths are relative to, {way_out}"
+        )
+
+
+def _pictures_digest(dataset: Dataset, sha256: Callable[[str], str]) -> str | None:
+    """Of every picture that the set names by path: its name and its bytes. None where it names none."""
+    media, root = dataset.reader.media, dataset.spec.media_root
+    if media is None or root is None:
+        return None
+    names: set[str] = set()
+    for file in dataset.files:
+        rows = (row for row in file.content.stream(0, [media.column]) if not isinstance(row, Problem))
+        names.update(paths_of(row.get(media.column) for row in rows))
+    found = hashlib.sha256()
+    for name in sorted(names):
+        path = located(root, name)
+        found.update(f"{name}\0{sha256(str(path)) if path else ''}\n".encode("utf-8", "surrogatepass"))
+    return found.hexdigest() if names else None
 
 
 def _in_groups(file: DataFile, column: str) -> DataFile:
@@ -276,7 +332,7 @@ def _refuse_unknown(datasets: Sequence[Dataset], names: Sequence[str], purpose: 
 
 def _refuse_drift(files: Sequence[DataFile], schema: Shapes, format_: Format, columns: Mapping[str, str]) -> None:
     """Every file must have the columns that the format needs, of the same kinds; optional ones may be absent."""
-    optional = {column.name for column in format_.needs if column.optional} | {"system"}
+    optional = {column.name for column in format_.needs if column.optional} | {"system", "images"}
     for name, column in columns.items():
         expected = next(file for file in files if column in file.content.shapes)
         for file in files:
@@ -378,7 +434,8 @@ def mean_text_bytes(dataset: Dataset) -> float:
     files = [file for file in dataset.files if file.rows][:SIZED_FILES]
     needed = dataset.reader.needed
     rows = [row for file in files for row in first_rows(file.content.stream(0, needed), SIZED_ROWS)]
-    cells = (value for row in rows for name, value in row.items() if name in needed)
+    media = None if dataset.reader.media is None else dataset.reader.media.column
+    cells = (value for row in rows for name, value in row.items() if name in needed and name != media)
     size = sum(len(value if isinstance(value, str) else repr(value)) for value in cells)
     rows_per_unit = sum(file.content.rows for file in files) / max(sum(file.rows for file in files), 1)
     return size / max(len(rows), 1) * rows_per_unit

@@ -25,6 +25,14 @@ SYSTEM_ROLES = ("system", "developer")
 """Roles whose messages instruct the assistant and are no turn of the conversation."""
 Side: TypeAlias = Literal["chosen", "rejected"]
 
+
+def text_of(content: Any) -> str:
+    """What a message says: its content, or the texts of its parts."""
+    if isinstance(content, tuple):
+        return "".join(part["text"] for part in content if part["type"] == "text")
+    return str(content or "")
+
+
 REJECT_CODES = frozenset(
     {
         "null_field",
@@ -50,6 +58,13 @@ REJECT_CODES = frozenset(
         "not_hh_transcript",
         "encoded_text",
         "unread_context",
+        "image_missing",
+        "image_broken",
+        "image_too_large",
+        "image_animated",
+        "image_mode",
+        "image_count",
+        "image_cut",
     }
 )
 MARKS: Mapping[str, str] = {
@@ -125,6 +140,36 @@ class Unusable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Picture:
+    """Where the bytes of a picture are, and what they are; never the pixels.
+
+    width, height: in pixels, as it is shown (turned as its EXIF data say). path: the picture's own file; with a `row`,
+    the data file that holds it in this row of `column`, at `index` of a list.
+    """
+
+    sha256: str
+    width: int
+    height: int
+    path: str
+    row: int | None = None
+    column: str = ""
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """The pictures of a prompt in their order. `preparation`: digest of what turns them into a model's inputs."""
+
+    pictures: tuple[Picture, ...]
+    preparation: str
+
+    @property
+    def content(self) -> bytes:
+        """What two prompts must share, beside their ids, to be the same: the preparation and every picture's bytes."""
+        return "\n".join((self.preparation, *(picture.sha256 for picture in self.pictures))).encode()
+
+
+@dataclass(frozen=True, slots=True)
 class TokenIds:
     """Prompt, chosen and rejected answer as token ids ([n] int32 each), as a row holds them or after truncation.
 
@@ -165,6 +210,8 @@ class Pair:
     """Columns carried to the output: id, subset, group_id, and those of --keep-columns."""
     pair_id: str = ""
     """blake2b-128 of the source messages, hexadecimal: stable across re-export, order and renaming of files."""
+    pictures: tuple[Picture, ...] | None = None
+    """Those that the image parts of the messages stand for, in order; None where the set has no column of pictures."""
 
     @property
     def is_conversation(self) -> bool:
@@ -192,14 +239,24 @@ class TokenSequence:
     prompt: Ids
     response: Ids
     scored: Mask | None = None
+    media: Media | None = None
 
     @property
     def key(self) -> bytes:
-        """Content address: blake2b-128 of both id lists (length-prefixed, little-endian int32) and the mask."""
+        """Content address: blake2b-128 of both id lists (length-prefixed, little-endian int32), the mask, and the
+        content of the prompt's pictures."""
         digest = _ids_digest(self.prompt, self.response)
         if self.scored is not None:
             digest.update(np.packbits(self.scored).tobytes())
+        if self.media is not None:
+            digest.update(b"pictures" + self.media.content)
         return digest.digest()
+
+    @property
+    def prompt_key(self) -> bytes:
+        """Equal for sequences that can share a prompt: its ids, and the content of its pictures."""
+        ids = self.prompt.astype(np.int32, copy=False).tobytes()
+        return ids if self.media is None else ids + b"pictures" + self.media.content
 
     @property
     def scored_positions(self) -> NDArray[np.int64]:
@@ -225,6 +282,7 @@ class EncodedPair:
     pair: Pair
     tokens: TokenIds
     marks: tuple[str, ...] = ()
+    media: Media | None = None
 
     @property
     def pair_digest(self) -> str:
@@ -237,7 +295,7 @@ class EncodedPair:
         response = tokens.chosen if side == "chosen" else tokens.rejected
         mask = tokens.chosen_mask if side == "chosen" else tokens.rejected_mask
         if mask is None and tokens.prompt_mask is None:
-            return TokenSequence(tokens.prompt, response)
+            return TokenSequence(tokens.prompt, response, media=self.media)
         prompt_mask = np.zeros(len(tokens.prompt), bool) if tokens.prompt_mask is None else tokens.prompt_mask
         response_mask = np.ones(len(response), bool) if mask is None else mask
-        return TokenSequence(tokens.prompt, response, np.concatenate([prompt_mask, response_mask]))
+        return TokenSequence(tokens.prompt, response, np.concatenate([prompt_mask, response_mask]), self.media)

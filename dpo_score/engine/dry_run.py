@@ -247,7 +247,9 @@ def _scorer(context: RunContext, plan: RunPlan, item: Due) -> PairScorer:
         context.progress,
         item.label,
         item.numerics,
-        lambda numerics: CachedLogprobs(context, item.source, numerics, stats, snapshot=()).scorer(),
+        lambda numerics: CachedLogprobs(
+            context, item.source, numerics, stats, snapshot=(), pictures=plan.pictures
+        ).scorer(),
     )
 
 

@@ -34,6 +34,7 @@ from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
 from dpo_score.results.schemas import STATS
 from dpo_score.storage.parquet import fitted
+from dpo_score.tokenization.pictures import PictureInputs
 
 T = TypeVar("T")
 
@@ -130,9 +131,12 @@ def _scored(
         return scored(None)
     stats = [STATS[name] for name in plan.stats]
     if loaded is not None:
-        return scored(InMemoryLogprobs(loaded, numerics, stats))
+        return scored(InMemoryLogprobs(loaded, numerics, stats, plan.pictures))
     return with_slower_way(
-        context.progress, source.name, numerics, lambda path: scored(CachedLogprobs(context, source, path, stats))
+        context.progress,
+        source.name,
+        numerics,
+        lambda path: scored(CachedLogprobs(context, source, path, stats, pictures=plan.pictures)),
     )
 
 
@@ -164,7 +168,7 @@ class InMemoryModel:
         name = type(self.model).__name__
         return ModelSource(name, Path(), None, None, self.model.config.to_dict(), (), digest, digest, False)
 
-    def numerics(self, compute: ComputeSpec) -> Numerics:
+    def numerics(self, compute: ComputeSpec, pictures: PictureInputs | None = None) -> Numerics:
         """The model's own dtype and device, and the path that proves right on it."""
         from dpo_score.logprobs.self_check import check_model
 
@@ -172,7 +176,7 @@ class InMemoryModel:
         size = sum(parameter.numel() for parameter in self.model.parameters())
         asked = resolve_numerics(compute.model_copy(update=own), self.model.config.to_dict(), size)
         with self.as_found():
-            return check_model(self.model, replace(asked, compile=False)).numerics
+            return check_model(self.model, replace(asked, compile=False), pictures).numerics
 
     @property
     def tokenizer_home(self) -> str:
@@ -200,8 +204,14 @@ class InMemoryModel:
 class InMemoryLogprobs:
     """Log-probs of one loaded model."""
 
-    def __init__(self, loaded: InMemoryModel, numerics: Numerics, stats: Sequence[str] = ()) -> None:
-        self._loaded, self._numerics, self._stats = loaded, numerics, tuple(stats)
+    def __init__(
+        self,
+        loaded: InMemoryModel,
+        numerics: Numerics,
+        stats: Sequence[str] = (),
+        pictures: PictureInputs | None = None,
+    ) -> None:
+        self._loaded, self._numerics, self._stats, self._pictures = loaded, numerics, tuple(stats), pictures
 
     def look_up(self, sequences: Sequence[TokenSequence]) -> Lookup:
         """Nothing is known."""
@@ -212,7 +222,9 @@ class InMemoryLogprobs:
         from dpo_score.logprobs.scorer import PairScorer
 
         with self._loaded.as_found():
-            results = PairScorer(self._loaded.model, self._numerics, self._stats).score(lookup.sequences)
+            results = PairScorer(
+                self._loaded.model, self._numerics, self._stats, pictures=self._pictures
+            ).score(lookup.sequences)
         return Computed(lookup, dict(zip(lookup.keys, results, strict=True)))
 
     def keep(self, name: str, computed: Computed) -> None:

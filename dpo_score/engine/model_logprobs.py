@@ -29,6 +29,7 @@ from dpo_score.results import noise
 from dpo_score.storage.cache.cache import CacheEntry, CacheSpace, CacheView
 from dpo_score.storage.fingerprint import digest
 from dpo_score.storage.open import open_store
+from dpo_score.tokenization.pictures import PictureInputs
 
 if TYPE_CHECKING:
     from dpo_score.logprobs.scorer import PairScorer
@@ -170,6 +171,7 @@ class CachedLogprobs:
         snapshot: Sequence[str] | None = None,
         upcoming: ModelSource | None = None,
         noise_then: Sequence[str] = (),
+        pictures: PictureInputs | None = None,
     ) -> None:
         """`snapshot`, `noise_then`: value files and measured noise that the cache held when the run began (noise.py);
         those of now where they are not given."""
@@ -178,7 +180,7 @@ class CachedLogprobs:
         self.snapshot = tuple(self._space.snapshot() if snapshot is None else snapshot)
         self._view = self._space.view(self.snapshot)
         self._noise_then = tuple(noise_then)
-        self._upcoming = upcoming
+        self._upcoming, self._pictures = upcoming, pictures
         self._scorer: PairScorer | None = None
         self._model: Any = None
         self._packs_split = 0
@@ -230,7 +232,7 @@ class CachedLogprobs:
         store = self._context.cache.store
         if self._scorer is None:
             return noise.from_snapshot(self._noise_then, store, _namespace(self._space))
-        found = noise.measure(self._model, self._numerics, sequences, entries)
+        found = noise.measure(self._model, self._numerics, sequences, entries, self._pictures)
         noise.remember(store, _namespace(self._own_space), found)
         return found
 
@@ -283,12 +285,13 @@ class CachedLogprobs:
             self._stats,
             on_progress=context.progress.tokens,
             should_stop=context.stop.check,
+            pictures=self._pictures,
         )
 
     def _verify(self, model: Any) -> None:
         from dpo_score.logprobs.self_check import check_model
 
-        check = check_model(model, self._numerics)
+        check = check_model(model, self._numerics, self._pictures)
         if check.numerics != self._numerics:
             raise FastPathRefusedError(check.reason, another_way(self._begun, check.numerics))
 
@@ -318,15 +321,21 @@ def _was_redone(result: SequenceLogps | Unscored) -> bool:
 # --- the check of a model ---
 
 
-def checked_numerics(context: RunContext, source: ModelSource, numerics: Numerics, any_dtype: bool = False) -> Numerics:
+def checked_numerics(
+    context: RunContext,
+    source: ModelSource,
+    numerics: Numerics,
+    any_dtype: bool = False,
+    pictures: PictureInputs | None = None,
+) -> Numerics:
     """`numerics` as they are where they give right values on the model, else slower ones that do, with a warning.
 
     `any_dtype`: nobody asked for this dtype. Then float16 is kept only for a model whose weights and probe stay finite
     in it; others are computed in bfloat16.
     """
     may_widen = any_dtype and numerics.dtype == "float16"
-    remembered = _remembered(context, source, numerics, may_widen)
-    way, reason = remembered or _find_out(context, source, numerics, may_widen)
+    asked = (context, source, numerics, may_widen, pictures)
+    way, reason = _remembered(*asked) or _find_out(*asked)
     if way.dtype != numerics.dtype:
         context.progress.warn(f"{source.name}: computed in {way.dtype}: {reason}")
     elif way != numerics:
@@ -356,13 +365,14 @@ def way_in_words(numerics: Numerics) -> str:
     return f"scored with the kernel {numerics.kernel}" + ("" if numerics.compile else ", not compiled")
 
 
-def _name(source: ModelSource, numerics: Numerics, may_widen: bool) -> str:
+def _name(source: ModelSource, numerics: Numerics, may_widen: bool, pictures: PictureInputs | None) -> str:
     asked = {
         "may_widen": may_widen,
         "weights": source.base_digest,
         "numerics": numerics.to_json(),
         "versions": versions(numerics),
         "checked": CHECKED,
+        **({"pictures": pictures.processor.preparation} if pictures is not None else {}),
     }
     return f"verdicts/{digest(asked)}.json"
 
@@ -372,9 +382,9 @@ CHECKED = "causal, alone and beside others"
 
 
 def _remembered(
-    context: RunContext, source: ModelSource, numerics: Numerics, may_widen: bool
+    context: RunContext, source: ModelSource, numerics: Numerics, may_widen: bool, pictures: PictureInputs | None
 ) -> tuple[Numerics, str] | None:
-    store, name = open_store(context.cache_dir), _name(source, numerics, may_widen)
+    store, name = open_store(context.cache_dir), _name(source, numerics, may_widen, pictures)
     if not store.exists(name):
         return None
     try:
@@ -384,13 +394,15 @@ def _remembered(
         return None
 
 
-def _find_out(context: RunContext, source: ModelSource, numerics: Numerics, may_widen: bool) -> tuple[Numerics, str]:
+def _find_out(
+    context: RunContext, source: ModelSource, numerics: Numerics, may_widen: bool, pictures: PictureInputs | None
+) -> tuple[Numerics, str]:
     from dpo_score.logprobs.self_check import WeightsOverflowError, check_model
 
     def checked(numerics: Numerics) -> SelfCheck:
         where = f"{numerics.dtype} on {numerics.device}"
         context.progress.say(f"loading {source.name} ({where}) to check how it may be scored")
-        return check_model(context.loader.load(source, numerics).model, numerics)
+        return check_model(context.loader.load(source, numerics).model, numerics, pictures)
 
     overflow = ""
     try:
@@ -408,5 +420,5 @@ def _find_out(context: RunContext, source: ModelSource, numerics: Numerics, may_
         reason = "" if check.numerics == numerics else check.reason
     delta = check.max_delta if check.max_delta is not None and math.isfinite(check.max_delta) else None
     found = {"numerics": check.numerics.to_json(), "refused": reason, "delta": delta}
-    open_store(context.cache_dir).write_json(_name(source, numerics, may_widen), found)
+    open_store(context.cache_dir).write_json(_name(source, numerics, may_widen, pictures), found)
     return check.numerics, reason

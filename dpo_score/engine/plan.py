@@ -25,6 +25,7 @@ from dpo_score.models.resolve import ModelSource
 from dpo_score.storage.fingerprint import Identities, has_reference
 from dpo_score.storage.resume import BlockRange, block_count
 from dpo_score.storage.stage import Stage
+from dpo_score.tokenization.pictures import PictureInputs
 from dpo_score.tokenization.render import Renderer
 
 SCHEMA_VERSION = 1
@@ -183,6 +184,8 @@ class RunPlan:
     stats: tuple[str, ...] = ()
     cache_snapshots: Mapping[str, Sequence[str]] = field(default_factory=dict)
     keeps_texts: bool = False
+    pictures: PictureInputs | None = None
+    """What makes inputs of pictures; None where the data have none."""
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -272,6 +275,8 @@ def sampled(total: int, count: int | None, seed: int) -> tuple[int, ...] | None:
 BYTES_PER_TOKEN = 4.0
 MOST_ROWS = {"cpu": 512, "mps": 2048, "cuda": 32_768}
 """Rows of a block at most: a block is held in memory whole, and several are under way at once."""
+PICTURE_ROWS = 64
+"""Rows of a block at most where the data have pictures: the files of a block's pictures are held in memory."""
 
 
 def block_rows(total: int, mean_text_bytes: float, parameters: int, device_kind: str) -> int:
@@ -299,7 +304,9 @@ def _kinds(name: str, datasets: Sequence[Dataset]) -> set[str]:
             found.add(dataset.value_kind(column))
         elif name == "group_id" and dataset.format.answers is not Answers.PAIR:
             found.add("text")
-        elif name == "num_correct" and dataset.format.answers is Answers.RIGHT_AND_WRONG:
+        if name == "subset" and dataset.format.categories:
+            found.add("text")
+        if name == "num_correct" and column is None and dataset.format.answers is Answers.RIGHT_AND_WRONG:
             found.add("int")
     return found
 

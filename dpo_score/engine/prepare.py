@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from dpo_score.config.schema import ComputeSpec, ModelSpec, PolicySpec, RunConfig, TextSpec
-from dpo_score.data.dataset import Dataset, mean_text_bytes, only_ids, open_data
+from dpo_score.data.dataset import Dataset, has_pictures, mean_text_bytes, only_ids, open_data
 from dpo_score.engine.context import ManifestLock, RunContext
 from dpo_score.engine.environment import (
     commit_lines,
@@ -30,6 +30,7 @@ from dpo_score.engine.environment import (
 from dpo_score.engine.limits import warn_of_lengths
 from dpo_score.engine.model_logprobs import cache_state, checked_numerics, continued_numerics, on_device
 from dpo_score.engine.plan import (
+    PICTURE_ROWS,
     PolicyFailure,
     PolicyTask,
     ReferenceTask,
@@ -53,7 +54,8 @@ from dpo_score.results.groups import check_slices
 from dpo_score.results.rewardbench import check_pairing
 from dpo_score.storage.fingerprint import Identities
 from dpo_score.storage.manifest import Manifest, ManifestRequest, open_manifest, read_manifest
-from dpo_score.tokenization.choose import REFERENCE, choose_tokenizer, renderer_of
+from dpo_score.tokenization.choose import REFERENCE, Home, choose_processor, choose_tokenizer, renderer_of
+from dpo_score.tokenization.pictures import PictureInputs
 from dpo_score.tokenization.rewardbench import text_of
 
 if TYPE_CHECKING:
@@ -135,13 +137,19 @@ def resolve_plan(
     config = _settled(config, datasets, models)
 
     text = _with_stored_date(config.text, found)
-    if tokenizer is None:
+    homes = [home for _, home in _homes(models)]
+    processor = choose_processor(config, text, datasets, homes, tokenizer)
+    if processor is not None:
+        tokenizer = processor.tokenizer
+        _refuse_divided(config.compute)
+    elif tokenizer is None:
         tokenizer = _tokenizer(config, text, datasets, models, context)
     warn_of_lengths([source for _, source in models.sources], text.max_length, context.progress.warn)
     limits = text_limits(models.first.config, text.max_length) if models.first else None
-    renderer = renderer_of(config, tokenizer, text, limits)
+    renderer = renderer_of(config, tokenizer, text, limits, processor)
+    pictures = None if processor is None else PictureInputs(processor)
 
-    numerics = _decide_numerics(config, context, found, models, datasets)
+    numerics = _decide_numerics(config, context, found, models, datasets, pictures)
     rows = _decide_blocks(config, found, models, datasets, numerics)
     needed = ["wpo"] if any(loss.modifiers.wpo for loss in losses.values()) else []
     stats = tuple(dict.fromkeys((*config.compute.stats, *needed)))
@@ -157,6 +165,7 @@ def resolve_plan(
         identities=Identities({}),
         numerics=numerics,
         stats=stats,
+        pictures=pictures,
     )
     return _with_tasks(plan, models, losses, found)
 
@@ -306,13 +315,27 @@ def _with_stored_date(text: TextSpec, found: Manifest | None) -> TextSpec:
     return text if text.date or found is None else text.model_copy(update={"date": found.notes.get("date")})
 
 
-def _tokenizer(
-    config: RunConfig, text: TextSpec, datasets: Sequence[Dataset], models: RunModels, context: RunContext
-) -> Any:
+def _homes(models: RunModels) -> list[Home]:
+    """Where each model keeps its tokenizer; "" for a loaded one that does not say."""
     homes = []
     for name, source in models.sources:
         loaded = models.in_memory.get(name)
         homes.append((name or REFERENCE, loaded.tokenizer_home if loaded else str(source.tokenizer_folder)))
+    return homes
+
+
+def _refuse_divided(compute: ComputeSpec) -> None:
+    """ConfigError for ways to hold a model that prompts with pictures are not scored in."""
+    if compute.tensor_parallel > 1:
+        raise ConfigError(
+            "the data have pictures, which --tensor-parallel does not take yet: leave it out, or say --device-map auto"
+        )
+
+
+def _tokenizer(
+    config: RunConfig, text: TextSpec, datasets: Sequence[Dataset], models: RunModels, context: RunContext
+) -> Any:
+    homes = _homes(models)
     if homes and not (homes[0][1] or text.tokenizer or only_ids(datasets)):
         raise ModelError("the loaded model does not say where its tokenizer is: give tokenizer=…")
     known = homes[:1] + [home for home in homes[1:] if home[1]]
@@ -320,7 +343,12 @@ def _tokenizer(
 
 
 def _decide_numerics(
-    config: RunConfig, context: RunContext, found: Manifest | None, models: RunModels, datasets: Sequence[Dataset]
+    config: RunConfig,
+    context: RunContext,
+    found: Manifest | None,
+    models: RunModels,
+    datasets: Sequence[Dataset],
+    pictures: PictureInputs | None,
 ) -> Numerics | None:
     """Once for the run: from the manifest, else resolved and, for the fast path, checked on the model.
 
@@ -335,7 +363,7 @@ def _decide_numerics(
     numerics = resolve_numerics(config.compute, model.config, parameters(model), rows_hint=rows)
     if config.rewardbench == "exact":
         numerics = with_own_softmax(numerics)
-    return checked_numerics(context, model, numerics, any_dtype=config.compute.dtype == "auto")
+    return checked_numerics(context, model, numerics, config.compute.dtype == "auto", pictures)
 
 
 def _decide_blocks(
@@ -355,6 +383,7 @@ def _decide_blocks(
         kind = numerics.device_kind if numerics else "cpu"
         count = parameters(models.first) if models.first else 1
         size = block_rows(len(sample) if sample else total, mean, count, kind)
+        size = min(size, PICTURE_ROWS) if has_pictures(datasets) else size
     return RowBlocks(total, size, config.limit if limited is None else None, sample, config.share)
 
 
@@ -440,7 +469,7 @@ def _reference_task(
     fields = _reference_fields(plan, source, columns)
     numerics = plan.numerics if source is not None else None
     if name in models.in_memory and source is not None:
-        numerics = models.in_memory[name].numerics(plan.config.compute)
+        numerics = models.in_memory[name].numerics(plan.config.compute, plan.pictures)
     task = ReferenceTask(name, source, columns, numerics, fields, replace(run, reference=fields).reference_digest)
     stored = found.numerics.get(task.stage.name) if found and name and source else None
     return task if stored is None else with_numerics(task, Numerics.from_json(stored), run)
@@ -449,7 +478,7 @@ def _reference_task(
 def _policy_numerics(plan: RunPlan, policy: PolicySpec, models: RunModels, found: Manifest | None) -> Numerics | None:
     """The run's, or the slower ones that the folder had to score a policy with."""
     if policy.name in models.in_memory:
-        return models.in_memory[policy.name].numerics(plan.config.compute)
+        return models.in_memory[policy.name].numerics(plan.config.compute, plan.pictures)
     stored = found.identities.policies.get(policy.name, {}).get("numerics") if found else None
     if plan.numerics is None or stored is None:
         return plan.numerics

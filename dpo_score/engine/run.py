@@ -302,7 +302,8 @@ def block_steps(context: RunContext, plan: RunPlan, task: Task) -> BlockSteps:
         source, stats = task.source, [STATS[name] for name in plan.stats]
         snapshot, noise_then = plan.cache_snapshots.get(source.key), plan.cache_snapshots.get(noise_name(source), ())
         upcoming = plan.model_after(source)
-        logprobs = CachedLogprobs(context, source, task.numerics, stats, snapshot, upcoming, noise_then)
+        then = (snapshot, upcoming, noise_then)
+        logprobs = CachedLogprobs(context, source, task.numerics, stats, *then, plan.pictures)
     guard = TokenGuard(plan.tokenizer, task.source, plan.config.text.max_length)
 
     def stored(block: int) -> pa.Table:

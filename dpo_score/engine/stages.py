@@ -46,7 +46,7 @@ def reference_block(
     plan: RunPlan, reference: ReferenceTask, text: BlockText, values: BlockLogprobs | None
 ) -> BlockResult:
     """Stage one for one block. `values` is None where there is no model: no reference, or columns of the data."""
-    bare = text.table.drop_columns(list(tables.ID_NAMES))
+    bare = tables.without_ids(text.table)
     notes = _NOTHING
     if values is not None:
         (table, reasons), notes = _with_values(plan, "ref", bare, values), values.notes

@@ -19,6 +19,7 @@ from dpo_score.logprobs.types import SequenceLogps, Unscored
 from dpo_score.logprobs.upcast import CannotWiden, widened
 from dpo_score.models import memory
 from dpo_score.models.numerics import Numerics
+from dpo_score.tokenization.pictures import PictureInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ def noise_floor(
     sequences: Sequence[TokenSequence],
     scored: Sequence[SequenceLogps | Unscored],
     couples: Sequence[tuple[int, int]] | None = None,
+    pictures: PictureInputs | None = None,
 ) -> NoiseFloor:
     """Score `sequences` again and compare with `scored`, what the run has for them.
 
@@ -52,7 +54,7 @@ def noise_floor(
     the second pass could not score is left out, and its couple with it.
     """
     try:
-        again = _plain_fp32(model, numerics, sequences)
+        again = _plain_fp32(model, numerics, sequences, pictures)
     except (CannotWiden, RuntimeError) as error:
         return NoiseFloor(len(sequences), reason=_why(error, numerics))
     deltas = {i: _sum(s) - total for i, (s, total) in enumerate(zip(scored, again, strict=True)) if _usable(s, total)}
@@ -82,12 +84,14 @@ def _why(error: Exception, numerics: Numerics) -> str:
     return f"{numerics.device} has no room for the plain path in float32"
 
 
-def _plain_fp32(model: Any, numerics: Numerics, sequences: Sequence[TokenSequence]) -> list[float]:
+def _plain_fp32(
+    model: Any, numerics: Numerics, sequences: Sequence[TokenSequence], pictures: PictureInputs | None
+) -> list[float]:
     """float64 sums of the plain path in fp32, one per sequence."""
     totals = [0.0] * len(sequences)
     asked = [i for i, s in enumerate(sequences) if len(s.scored_positions)]
     with running(numerics), widened(model):
-        path = make_path(model, numerics, plain=True)
+        path = make_path(model, numerics, plain=True, pictures=pictures)
         for batch in path.plan([sequences[i] for i in asked]):
             members = [asked[i] for i in batch]
             for i, values in zip(members, path.compute([sequences[i] for i in members]), strict=True):

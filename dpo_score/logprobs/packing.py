@@ -67,10 +67,10 @@ def plan(sequences: Sequence[TokenSequence], budget: int) -> list[tuple[int, ...
 
 
 def prompt_groups(sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
-    """Indices by equal prompt, in order of first appearance; an empty prompt makes a group of its own."""
+    """Indices by equal prompt (ids and pictures), in order of first appearance; an empty prompt makes its own group."""
     groups: dict[Any, list[int]] = {}
     for index, sequence in enumerate(sequences):
-        key = _bytes(sequence.prompt) or index
+        key = sequence.prompt_key or index
         groups.setdefault(key, []).append(index)
     return [tuple(group) for group in groups.values()]
 

@@ -21,6 +21,7 @@ from dpo_score.logprobs.encoder_decoder import EncoderDecoderPath
 from dpo_score.logprobs.forked import ForkedPath
 from dpo_score.logprobs.packed import PackedPath
 from dpo_score.logprobs.padded import PaddedPath
+from dpo_score.logprobs.pictures import PicturePath
 from dpo_score.logprobs.torch_settings import running
 from dpo_score.logprobs.types import STATS, SequenceLogps, Unscored, Values
 from dpo_score.logprobs.upcast import CannotWiden, is_wide, widened
@@ -29,6 +30,7 @@ from dpo_score.models.numerics import Numerics
 from dpo_score.models.parallel.process_group import group_of
 from dpo_score.models.parallel.rank_zero import RankZero
 from dpo_score.models.parts import ModelParts, model_parts
+from dpo_score.tokenization.pictures import PictureInputs
 
 Result = SequenceLogps | Unscored
 
@@ -65,6 +67,7 @@ class PairScorer:
         stats: Sequence[str] = (),
         on_progress: Callable[[int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
+        pictures: PictureInputs | None = None,
     ) -> None:
         for name in stats:
             if name not in STATS:
@@ -73,7 +76,7 @@ class PairScorer:
         self.notes: list[str] = []
         self.packs_split = 0
         with memory.room_for(type(model).__name__, numerics.device, numerics.dtype):
-            self._path = make_path(model, numerics, stats)
+            self._path = make_path(model, numerics, stats, pictures=pictures)
         if isinstance(self._path, PackedPath):
             self.notes += self._path.notes
         self._on_progress = on_progress or (lambda _: None)
@@ -150,15 +153,23 @@ class PairScorer:
         return [v if is_finite(v) else self._path.compute([m])[0] for m, v in zip(members, values, strict=True)]
 
 
-def make_path(model: Any, numerics: Numerics, stats: Sequence[str] = (), plain: bool = False) -> Path:
-    """The way to compute that `numerics` names for this model; `plain`: the plain path whatever they name.
+def make_path(
+    model: Any,
+    numerics: Numerics,
+    stats: Sequence[str] = (),
+    plain: bool = False,
+    pictures: PictureInputs | None = None,
+) -> Path:
+    """The way to compute that `numerics` names for this model; `plain`: the plain path whatever they name. With
+    `pictures`, one that also takes prompts with pictures.
 
     Of a model that this process leads a group in holding, all ranks compute together.
     """
     group = group_of(model)
     if isinstance(group, RankZero):
         return LedPath(group, model, numerics, stats, plain)
-    return _own_path(model, numerics, stats, plain)
+    text = _own_path(model, numerics, stats, plain)
+    return text if pictures is None else PicturePath(text, pictures, stats)
 
 
 class LedPath:
@@ -213,7 +224,7 @@ def token_costs(sequences: Sequence[TokenSequence]) -> list[int]:
     responses: set[tuple[bytes, bytes]] = set()
     costs = []
     for s in sequences:
-        prompt, response = s.prompt.tobytes(), s.response.tobytes()
+        prompt, response = s.prompt_key, s.response.tobytes()
         new = (prompt, response) not in responses
         costs.append((0 if prompt in prompts else len(s.prompt)) + (len(s.response) if new else 0))
         prompts.add(prompt)

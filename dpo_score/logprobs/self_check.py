@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpo_score.data.types import Ids, TokenSequence
+from dpo_score.data.types import Ids, Problem, TokenSequence
 from dpo_score.errors import ModelError
 from dpo_score.logprobs.attention.interface import Unshareable
 from dpo_score.logprobs.encoder_decoder import EncoderDecoderPath, start_token
@@ -40,6 +40,7 @@ from dpo_score.logprobs.lengths import (
 from dpo_score.logprobs.numerics import ways
 from dpo_score.logprobs.packed import PackedPath, uncompile_layers
 from dpo_score.logprobs.padded import PaddedPath
+from dpo_score.logprobs.pictures import PicturePath, WrapperPath
 from dpo_score.logprobs.softmax import log_softmax
 from dpo_score.logprobs.torch_settings import running
 from dpo_score.logprobs.types import Values
@@ -48,9 +49,11 @@ from dpo_score.models.memory import is_out_of_memory, room_for
 from dpo_score.models.numerics import Kernel, Numerics
 from dpo_score.models.parallel.rank_zero import group_step
 from dpo_score.models.parts import ModelParts, model_parts
+from dpo_score.tokenization.pictures import PictureInputs
 
 Logps = NDArray[np.float32]
-Path = PackedPath | ForkedPath | PaddedPath | EncoderDecoderPath
+TextPath = PackedPath | ForkedPath | PaddedPath | EncoderDecoderPath
+Path = TextPath | PicturePath
 FP32_BOUND = 1e-4
 NARROW_RATIO = 1.5
 CAUSAL_BOUND = 1e-3
@@ -85,17 +88,17 @@ class WeightsOverflowError(ModelError):
     """Weights that float16 cannot hold: they were infinite before anything was computed."""
 
 
-def check_model(model: Any, numerics: Numerics) -> SelfCheck:
-    """Run the probe. Raises ModelError for a model that is not causal or that no way computes right, and where the
-    device has no room for the probe (which says nothing about the model)."""
+def check_model(model: Any, numerics: Numerics, pictures: PictureInputs | None = None) -> SelfCheck:
+    """Run the probe; with `pictures` it also has prompts with some. Raises ModelError for a model that is not causal or
+    that no way computes right, and where the device has no room for the probe (which says nothing about the model)."""
     room = room_for(f"the check of {type(model).__name__}", numerics.device, numerics.dtype)
     with group_step(model, "verify", numerics), room, torch.inference_mode(), running(numerics):
-        return _checked(model, numerics)
+        return _checked(model, numerics, pictures)
 
 
-def _checked(model: Any, numerics: Numerics) -> SelfCheck:
+def _checked(model: Any, numerics: Numerics, pictures: PictureInputs | None) -> SelfCheck:
     _refuse_infinite_weights(model, numerics.dtype)
-    probe = Probe.of(model, numerics)
+    probe = Probe.of(model, numerics, pictures)
     probe.refuse_if_not_causal()
     refused: list[Outcome] = []
     for candidate in ways(numerics):
@@ -148,13 +151,17 @@ class Probe:
     exact: Logps | None = None
     why_not_exact: str = ""
     packs_refused: str = ""
+    pictures: PictureInputs | None = None
 
     @classmethod
-    def of(cls, model: Any, numerics: Numerics) -> Probe:
+    def of(cls, model: Any, numerics: Numerics, pictures: PictureInputs | None = None) -> Probe:
         bare = model.get_base_model() if hasattr(model, "get_base_model") else model
         config = bare.config.to_dict()
         parts = EncoderDecoderPath(model, numerics).parts if bare.config.is_encoder_decoder else model_parts(model)
-        probe = cls(bare, parts, numerics, length_rules(config), probe_rows(bare.config), np.zeros(0, np.float32))
+        rows = probe_rows(bare.config)
+        if pictures is not None:
+            rows[3:3] = picture_rows(pictures, bare.config)
+        probe = cls(bare, parts, numerics, length_rules(config), rows, np.zeros(0, np.float32), pictures=pictures)
         probe.ordinary = probe.ordinary_values()
         try:
             refuse_quantized(bare)
@@ -176,6 +183,8 @@ class Probe:
 
     def alone(self, sequence: TokenSequence) -> Logps:
         """Scored log-probabilities of one row from the model's own logits (only the last ones where it can)."""
+        if sequence.media is not None and self.pictures is not None:
+            return WrapperPath(self.parts, self.pictures).values(sequence)["logp"]
         if self.rules:
             fresh_rope(self.model)
         device = self.parts.device
@@ -251,6 +260,11 @@ class Probe:
             return Outcome(False, None, sentence)
 
     def _path(self, numerics: Numerics) -> Path:
+        """What scoring would use; prompts with pictures have a path of their own beside it."""
+        text = self._text_path(numerics)
+        return text if self.pictures is None else PicturePath(text, self.pictures)
+
+    def _text_path(self, numerics: Numerics) -> TextPath:
         if self.model.config.is_encoder_decoder:
             return EncoderDecoderPath(self.model, numerics)
         if numerics.path == "plain":
@@ -262,9 +276,9 @@ class Probe:
         return PackedPath(self.parts, numerics)
 
     def _judged(self, path: Path) -> Outcome:
-        what = "fast" if isinstance(path, PackedPath | ForkedPath) else "a padded batch"
+        packed = isinstance(path.text if isinstance(path, PicturePath) else path, PackedPath | ForkedPath)
+        what = "fast" if packed else "a padded batch"
         found = self._through(path)
-        packed = isinstance(path, PackedPath | ForkedPath)
         if self.why_not_exact and not (packed and self.numerics.dtype == "float32"):
             return self._without_exact(found, packed)
         if self.numerics.dtype == "float32":
@@ -336,6 +350,23 @@ def probe_rows(config: Any) -> list[TokenSequence]:
         ]
     if config.is_encoder_decoder:  # an encoder cannot read an empty prompt
         return [row for row in rows if len(row.prompt)]
+    return rows
+
+
+def picture_rows(pictures: PictureInputs, config: Any) -> list[TokenSequence]:
+    """Rows about pictures of noise: one picture with three answers, two pictures of other sizes with text between."""
+    from dpo_score.data.pictures import pillow
+
+    ids, random, place = _Ids(config), np.random.default_rng(1), pictures.processor.place
+    rows = []
+    for text, sizes in ((f"{place}What is this?", [(60, 40)]), (f"{place} or {place}?", [(40, 48), (64, 36)])):
+        noise = [random.integers(0, 256, (height, width, 3), np.uint8) for width, height in sizes]
+        media = pictures.made([pillow().fromarray(pixels) for pixels in noise])
+        expanded = pictures.processor.expanded(text, sizes)
+        if isinstance(expanded, Problem):
+            raise ModelError(f"the processor cannot place a picture: {expanded.reason}")
+        prompt = pictures.processor.ids(expanded)
+        rows += [TokenSequence(prompt, ids.draw(n), media=media) for n in (9, 4, 14)]
     return rows
 
 

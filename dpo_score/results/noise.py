@@ -24,6 +24,7 @@ from dpo_score.models.numerics import Numerics
 from dpo_score.storage.base import Store
 from dpo_score.storage.cache.cache import CacheEntry
 from dpo_score.storage.fingerprint import digest
+from dpo_score.tokenization.pictures import PictureInputs
 
 PAIRS, TOKENS = 8, 2048
 NO_PAIR = "no pair of the sample could be scored on both sides"
@@ -42,7 +43,13 @@ def sample_size(text: pa.Table) -> int:
     return max(int(np.count_nonzero(np.cumsum(lengths) <= TOKENS)), min(int(text.num_rows), 1))
 
 
-def measure(model: Any, numerics: Numerics, sequences: Sequence[TokenSequence], entries: Sequence[Any]) -> Noise:
+def measure(
+    model: Any,
+    numerics: Numerics,
+    sequences: Sequence[TokenSequence],
+    entries: Sequence[Any],
+    pictures: PictureInputs | None = None,
+) -> Noise:
     """JSON values of a `NoiseFloor` over chosen, rejected, chosen, rejected …
 
     `deltas` and `keys` are those of the pairs that were measured on both sides, in that order.
@@ -50,7 +57,7 @@ def measure(model: Any, numerics: Numerics, sequences: Sequence[TokenSequence], 
     from dpo_score.logprobs.noise_floor import noise_floor
 
     scored = [SequenceLogps(e.token_logps) if isinstance(e, CacheEntry) else e for e in entries]
-    found = asdict(noise_floor(model, numerics, sequences, scored))
+    found = asdict(noise_floor(model, numerics, sequences, scored, pictures=pictures))
     deltas = dict(zip(found.pop("measured"), found["deltas"], strict=True))
     whole = [i for i in deltas if i ^ 1 in deltas]
     return {**found, "deltas": [deltas[i] for i in whole], "keys": [sequences[i].key.hex() for i in whole]}

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from dpo_score.data.types import EncodedPair, Ids, Rejected, Side, TokenSequence
+from dpo_score.data.types import EncodedPair, Ids, Media, Picture, Rejected, Side, TokenSequence
 from dpo_score.escape import safe
 from dpo_score.storage.cache.cache import CacheEntry
 
@@ -67,6 +68,31 @@ def text_schema(extra: Sequence[pa.Field]) -> pa.Schema:
     return pa.schema([*TEXT_FIELDS, *extra, *COUNT_FIELDS, *ID_FIELDS])
 
 
+MEDIA = "media"
+"""Beside the ids of a block whose prompts have pictures: what `Media` holds, null where a prompt has none."""
+MEDIA_TYPE = pa.struct(
+    [
+        ("preparation", pa.string()),
+        (
+            "pictures",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("sha256", pa.string()),
+                        ("width", pa.int32()),
+                        ("height", pa.int32()),
+                        ("path", pa.string()),
+                        ("row", pa.int64()),
+                        ("column", pa.string()),
+                        ("index", pa.int32()),
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+
+
 def text_table(encoded: Sequence[EncodedPair], extra: Sequence[pa.Field]) -> pa.Table:
     """One row a pair, in order; ids and masks included."""
     pairs, tokens = [item.pair for item in encoded], [item.tokens for item in encoded]
@@ -89,7 +115,14 @@ def text_table(encoded: Sequence[EncodedPair], extra: Sequence[pa.Field]) -> pa.
     for part in ("prompt", *SIDES):
         columns[f"{part}_ids"] = _list_column([getattr(ids, part) for ids in tokens], np.int32)
         columns[f"{part}_mask"] = _list_column([getattr(ids, f"{part}_mask") for ids in tokens], np.bool_)
-    return pa.table(columns, schema=text_schema(extra))
+    table = pa.table(columns, schema=text_schema(extra))
+    media = [None if item.media is None else asdict(item.media) for item in encoded]
+    return table.append_column(MEDIA, pa.array(media, MEDIA_TYPE)) if any(media) else table
+
+
+def without_ids(text: pa.Table) -> pa.Table:
+    """A text table as it goes into outputs: without ids, masks, and the places of pictures."""
+    return text.drop_columns([name for name in (*ID_NAMES, MEDIA) if name in text.column_names])
 
 
 def _list_column(rows: Sequence[np.ndarray[Any, Any] | None], dtype: type[np.generic]) -> pa.Array:
@@ -134,18 +167,24 @@ def _carried(pair: Any, field: pa.Field) -> Any:
 
 def sequences(text: pa.Table) -> list[TokenSequence]:
     """chosen, rejected, chosen, rejected … of a text table: 2 × rows."""
-    parts = {name: _arrays(text[name]) for name in ID_NAMES}
+    parts: dict[str, list[Any]] = {name: list(_arrays(text[name])) for name in ID_NAMES}
+    media = text[MEDIA].to_pylist() if MEDIA in text.column_names else [None] * text.num_rows
+    parts[MEDIA] = [None if one is None else _media(one) for one in media]
     return [_sequence(parts, row, side) for row in range(text.num_rows) for side in SIDES]
+
+
+def _media(cell: Mapping[str, Any]) -> Media:
+    return Media(tuple(Picture(**picture) for picture in cell["pictures"]), cell["preparation"])
 
 
 def _sequence(parts: Mapping[str, list[Any]], row: int, side: Side) -> TokenSequence:
     prompt, response = parts["prompt_ids"][row], parts[f"{side}_ids"][row]
     prompt_mask, mask = parts["prompt_mask"][row], parts[f"{side}_mask"][row]
     if prompt_mask is None and mask is None:
-        return TokenSequence(prompt, response)
+        return TokenSequence(prompt, response, media=parts[MEDIA][row])
     prompt_mask = np.zeros(len(prompt), bool) if prompt_mask is None else prompt_mask.astype(bool)
     mask = np.ones(len(response), bool) if mask is None else mask.astype(bool)
-    return TokenSequence(prompt, response, np.concatenate([prompt_mask, mask]))
+    return TokenSequence(prompt, response, np.concatenate([prompt_mask, mask]), parts[MEDIA][row])
 
 
 def _arrays(column: pa.ChunkedArray) -> list[Ids | None]:

@@ -26,7 +26,7 @@ from dpo_score.storage.base import Store
 from dpo_score.storage.cache.location import cache_folder
 from dpo_score.storage.file_hashes import FileDigests
 from dpo_score.storage.manifest import Manifest
-from dpo_score.tokenization.choose import REFERENCE, Home, choose_tokenizer, renderer_of
+from dpo_score.tokenization.choose import REFERENCE, Home, choose_processor, choose_tokenizer, renderer_of
 from dpo_score.tokenization.render import Renderer
 from dpo_score.tokenization.rewardbench import text_of
 from dpo_score.tokenization.tokenizer import TOKENIZER_FILES
@@ -121,9 +121,10 @@ def make_reader(
     text = text if date is None else text.model_copy(update={"date": date})
     first = _lender(config)
     homes = () if first is None else chain([first.home], _homes(config))
-    tokenizer = choose_tokenizer(config, text, datasets, homes, say)
     limits = None if first is None else text_limits(first.config, text.max_length)
-    return Reader(tokenizer, renderer_of(config, tokenizer, text, limits))
+    processor = choose_processor(config, text, datasets, (folder for _, folder in homes))
+    tokenizer = processor.tokenizer if processor else choose_tokenizer(config, text, datasets, homes, say)
+    return Reader(tokenizer, renderer_of(config, tokenizer, text, limits, processor))
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,13 +210,21 @@ def plain_text(text: Text) -> str:
     """A side as one string: an answer as it is, several messages with their roles."""
     if isinstance(text, str):
         return text
-    if len(text) == 1 and text[0].get("role") == "assistant" and isinstance(text[0].get("content"), str):
-        return str(text[0]["content"])
+    if len(text) == 1 and text[0].get("role") == "assistant" and isinstance(text[0].get("content"), str | tuple):
+        return shown_content(text[0]["content"])
     return "\n\n".join(f"{message.get('role', '?')}: {_content(message)}" for message in text)
+
+
+def shown_content(content: str | tuple[Mapping[str, Any], ...]) -> str:
+    """A text, or the texts of parts with [picture] where a picture stands."""
+    if isinstance(content, str):
+        return content
+    return "".join("[picture] " if part["type"] == "image" else part["text"] for part in content)
 
 
 def _content(message: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in message.items() if key not in ("role", "content") and value}
     content = message.get("content")
-    shown = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
+    text = shown_content(content) if isinstance(content, str | tuple) else None
+    shown = text if text is not None else json.dumps(content, ensure_ascii=False, default=str)
     return f"{shown} {json.dumps(rest, ensure_ascii=False, default=str)}" if rest else shown

@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from dpo_score.config.schema import RunConfig, TextSpec
-from dpo_score.data.dataset import Dataset, only_ids
+from dpo_score.data.dataset import Dataset, has_pictures, only_ids
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.tokenization.encoder_decoder import EncoderDecoderRenderer
+from dpo_score.tokenization.pictures import (
+    PROCESSOR_FILES,
+    PictureProcessor,
+    load_processor,
+    processor_in,
+    refuse_without_processor,
+)
 from dpo_score.tokenization.render import Renderer
 from dpo_score.tokenization.rewardbench import make_renderer
 from dpo_score.tokenization.tokenizer import TOKENIZER_FILES, load_tokenizer
@@ -69,13 +76,39 @@ def _may_have_one(name: str) -> bool:
     return not folder.is_dir() or any((folder / file).is_file() for file in (*TOKENIZER_FILES, "tokenizer_config.json"))
 
 
-def renderer_of(config: RunConfig, tokenizer: Any, text: TextSpec, limits: int | SideLimits | None) -> Renderer:
+def choose_processor(
+    config: RunConfig, text: TextSpec, datasets: Sequence[Dataset], homes: Iterable[str], given: Any = None
+) -> PictureProcessor | None:
+    """The processor for data with pictures: `given` in Python, that of --tokenizer, else of the first of `homes` that
+    has one; None where no set has pictures. Raises ModelError where there is none."""
+    if not has_pictures(datasets):
+        return None
+    if given is not None:
+        return processor_in(given) or refuse_without_processor(given)
+    places = [text.tokenizer] if text.tokenizer else list(dict.fromkeys(home for home in homes if home))
+    if not places:
+        raise ModelError("the data have pictures, and no model is named whose processor could be used")
+    folders = [Path(place) for place in places]
+    has_one = (any((folder / name).is_file() for name in PROCESSOR_FILES) for folder in folders)
+    chosen = next((place for place, found in zip(places, has_one, strict=True) if found), places[0])
+    return load_processor(chosen, config.trust_remote_code)
+
+
+def renderer_of(
+    config: RunConfig,
+    tokenizer: Any,
+    text: TextSpec,
+    limits: int | SideLimits | None,
+    processor: PictureProcessor | None = None,
+) -> Renderer:
     """What makes token ids for a model within its limits (`models.limits.text_limits`).
 
     limits: tokens of prompt and answer together; `SideLimits` for an encoder-decoder; None: no limit, or no model.
     """
     if not isinstance(limits, SideLimits):
-        return make_renderer(config.rewardbench, tokenizer, text, limits)
+        return make_renderer(config.rewardbench, tokenizer, text, limits, processor)
+    if processor is not None:
+        raise ConfigError("the data have pictures, and the model is an encoder-decoder, which is given none here")
     if config.rewardbench == "exact":
         raise ConfigError("--rewardbench exact scores causal models, and this one is an encoder-decoder: say corrected")
     return EncoderDecoderRenderer(tokenizer, text, limits)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_score.data.types import SYSTEM_ROLES, EncodedPair, Ids, Message, Pair, Text
+from dpo_score.data.types import SYSTEM_ROLES, EncodedPair, Ids, Message, Pair, Text, text_of
 from dpo_score.escape import seen
 from dpo_score.tokenization.prompt import shared_length
 from dpo_score.tokenization.tokenizer import special_ids
@@ -42,7 +42,7 @@ def _shortened(value: str | list[int]) -> str:
 def last_words(side: Text) -> str:
     if isinstance(side, str):
         return side
-    return str(side[-1].get("content") or "") if side else ""
+    return text_of(side[-1].get("content")) if side else ""
 
 
 def special_pattern(texts: Collection[str]) -> re.Pattern[str] | None:
@@ -77,7 +77,9 @@ def texts_of(side: Text) -> Iterator[str]:
 
 def _message_texts(message: Message) -> Iterator[str]:
     reasoning = next((message[key] for key in _REASONING if message.get(key)), None)
-    for text in (message.get("content"), reasoning):
+    content = message.get("content")
+    parts = [part.get("text") for part in content] if isinstance(content, tuple) else [content]
+    for text in (*parts, reasoning):
         if isinstance(text, str):
             yield text
     if isinstance(message.get("function_calls"), str):
@@ -140,7 +142,7 @@ def repeats_prompt(pair: Pair) -> bool:
 
 
 def _begins_with(side: Text, question: str) -> bool:
-    first = side if isinstance(side, str) else str(side[0].get("content") or "") if side else ""
+    first = side if isinstance(side, str) else text_of(side[0].get("content")) if side else ""
     begun = " ".join(first[: 2 * (len(question) + LEAD)].split())[: len(question) + LEAD]
     at = begun.find(question)
     return at == 0 or (at > 0 and not begun[:at].rstrip()[-1].isalnum())
@@ -151,7 +153,7 @@ def has_empty_turn(prompt: Text) -> bool:
     if isinstance(prompt, str):
         return not prompt.strip()
     turns = (turn for turn in prompt if turn.get("role") not in SYSTEM_ROLES)
-    return not all(str(turn.get("content") or "").strip() or turn.get("tool_calls") for turn in turns)
+    return not all(text_of(turn.get("content")).strip() or turn.get("tool_calls") for turn in turns)
 
 
 class TurnEnds:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from dpo_score.config.schema import TextSpec
 from dpo_score.data.formats.base import assistant_answer, same_context, user_prompt
 from dpo_score.data.formats.transcripts import ASSISTANT, hh_messages
-from dpo_score.data.types import SYSTEM_ROLES, Message, Pair, Problem, Text, Unusable
+from dpo_score.data.types import SYSTEM_ROLES, Message, Pair, Problem, Text, Unusable, text_of
 from dpo_score.errors import ConfigError
 
 
@@ -76,10 +76,13 @@ def with_system(pair: Pair, text: TextSpec) -> Pair:
     assert not isinstance(pair.prompt, str)
     turns = tuple(turn for turn in pair.prompt if turn["role"] not in SYSTEM_ROLES)
     own = next((turn for turn in pair.prompt if turn["role"] in SYSTEM_ROLES), None)
-    given: Message | None = {"role": "system", "content": text.system} if text.system else None
+    given: Message | None = None
+    if text.system:
+        said = text.system if pair.pictures is None else ({"type": "text", "text": text.system},)
+        given = {"role": "system", "content": said}
     if text.system_mode == "merge-user":
         merged = own or given
-        return replace(pair, prompt=_merged(turns, str(merged.get("content", "")))) if merged else pair
+        return replace(pair, prompt=_merged(turns, text_of(merged.get("content")))) if merged else pair
     if text.system_mode == "drop":
         return replace(pair, prompt=turns) if own else pair
     if given is None or (own is not None and text.system_mode == "fill"):
@@ -91,7 +94,10 @@ def _merged(turns: tuple[Message, ...], system: str) -> tuple[Message, ...]:
     at = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
     if at is None or not system:
         return turns
-    user = {**turns[at], "content": f"{system}\n\n{turns[at].get('content', '')}"}
+    content = turns[at].get("content", "")
+    said = f"{system}\n\n{content}"
+    parts = ({"type": "text", "text": f"{system}\n\n"}, *content) if isinstance(content, tuple) else None
+    user = {**turns[at], "content": said if parts is None else parts}
     return (*turns[:at], user, *turns[at + 1 :])
 
 

@@ -12,17 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias
+
+import numpy as np
 
 from dpo_score.config.schema import TextSpec
 from dpo_score.data.formats.row import rejected
 from dpo_score.data.types import EncodedPair, Ids, Mask, Message, Pair, Problem, Rejected, Text, TokenIds
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.tokenization import flags as marks
-from dpo_score.tokenization.chat_template import chat_template, refuses_system, system_refusal
+from dpo_score.tokenization.chat_template import ChatTemplate, chat_template, refuses_system, system_refusal
 from dpo_score.tokenization.loss_mask import response_masks
-from dpo_score.tokenization.prompt import arranged
+from dpo_score.tokenization.pictures import PictureProcessor, PictureTemplate
+from dpo_score.tokenization.prompt import arranged, shared_length
 from dpo_score.tokenization.tokenizer import BatchEncoder, TokenizerFailedError, special_texts, tokenizer_digest
 from dpo_score.tokenization.truncation import boundary, cut, scored_count
 
@@ -53,6 +56,15 @@ class Rendered:
         return tuple(("chat" if chat else "text", text) for text in self.texts)
 
 
+class AnswersApart(Rendered):
+    """A pair whose prompt and answers become ids apart, as TRL's vision collator makes them."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        k = min(shared_length(self.prompt, whole) for whole in (self.with_chosen, self.with_rejected))
+        return ("chat", self.prompt[:k]), ("chat", self.with_chosen[k:]), ("chat", self.with_rejected[k:])
+
+
 class Renderer:
     """Turns pairs into ids under one tokenizer and one `TextSpec`.
 
@@ -60,16 +72,34 @@ class Renderer:
     Raises ConfigError and ModelError for what no row could mend; row problems are `Rejected` values.
     """
 
-    def __init__(self, tokenizer: Any, text: TextSpec, context_limit: int | None = None) -> None:
-        self.text = text
+    def __init__(
+        self,
+        tokenizer: Any,
+        text: TextSpec,
+        context_limit: int | None = None,
+        processor: PictureProcessor | None = None,
+    ) -> None:
+        self.text, self.processor = text, processor
         self.limit = _limit(text, context_limit)
         self._tokenizer = tokenizer
         self._encoder = BatchEncoder(tokenizer) if tokenizer is not None else None
-        self._template = chat_template(tokenizer, text) if tokenizer is not None else None
+        self._template = self._chosen_template(tokenizer, text) if tokenizer is not None else None
         self._eos: str | None = getattr(tokenizer, "eos_token", None)
         self._bos_id: int | None = getattr(tokenizer, "bos_token_id", None)
         self._special = marks.special_pattern(special_texts(tokenizer)) if tokenizer is not None else None
         self._ends = marks.TurnEnds(tokenizer) if tokenizer is not None else None
+
+    def _chosen_template(self, tokenizer: Any, text: TextSpec) -> ChatTemplate | None:
+        """The template of a conversation; with a processor, one that makes room for pictures."""
+        if self.processor is None:
+            return chat_template(tokenizer, text)
+        own = self.processor.processor.chat_template
+        if text.chat_template is None and isinstance(own, str):  # some keep it with the processor alone
+            text = text.model_copy(update={"chat_template": own})
+        found = chat_template(tokenizer, text)
+        if found is None:
+            return None
+        return PictureTemplate(**{f.name: getattr(found, f.name) for f in fields(found)}, processor=self.processor)
 
     @property
     def bounds(self) -> Mapping[str, int | None]:
@@ -90,6 +120,7 @@ class Renderer:
             "template_sha256": self._template.sha256 if self._template else None,
             "tokenizer_sha256": tokenizer_digest(self._tokenizer) if self._tokenizer is not None else None,
             "version": VERSION,
+            **({"processor_sha256": self.processor.digest} if self.processor else {}),
         }
 
     def encode(self, pairs: Sequence[Pair]) -> list[EncodedPair | Rejected]:
@@ -136,7 +167,13 @@ class Renderer:
             if isinstance(text, Problem):
                 return text
             texts.append(text)
-        return Rendered(pair, *texts)
+        apart = pair.pictures is not None and self.text.prompt_split == "trl"
+        if apart and self.text.score != "completion":
+            raise ConfigError(
+                f"--prompt-split trl makes ids of answers about pictures apart from their prompts, which --score "
+                f"{self.text.score} cannot follow: leave one of them out"
+            )
+        return AnswersApart(pair, *texts) if apart else Rendered(pair, *texts)
 
     def _applied(self, pair: Pair, messages: tuple[Message, ...], to_answer: bool) -> str | Problem:
         if self._template is None:
@@ -176,6 +213,9 @@ class Renderer:
         if isinstance(item, TokenIds):
             return self._cut(pair, item, [])
         prompt, with_chosen, with_rejected = (ids[part] for part in item.parts)
+        if isinstance(item, AnswersApart):
+            tokens = TokenIds(prompt, with_chosen, with_rejected)
+            return self._cut(item.pair, tokens, self._marks(item, False, *(tokens.chosen, tokens.rejected)))
         k = boundary(prompt, with_chosen, with_rejected)
         masks = self._masks(item, k)
         tokens = TokenIds(with_chosen[:k], with_chosen[k:], with_rejected[k:], *masks)
@@ -216,10 +256,30 @@ class Renderer:
 
     def _cut(self, pair: Pair, tokens: TokenIds, found: list[str]) -> EncodedPair | Problem:
         """Nothing to score is said of the whole answer first, then of what the cut left of it."""
-        kept = unscorable(tokens) or self._within(tokens)
+        problem = unscorable(tokens) or self._misplaced(pair, tokens)
+        kept = problem or self._within(tokens)
         if isinstance(kept, Problem):
             return kept
-        return unscorable(kept) or encoded_pair(pair, kept, found)
+        if pair.pictures and not np.array_equal(kept.prompt, tokens.prompt):
+            reason = f"cut to {self.limit} tokens at its beginning, the prompt would lose what stands before a picture"
+            return Problem("image_cut", reason, "prompt", len(tokens.prompt))
+        return unscorable(kept) or self._with_media(encoded_pair(pair, kept, found))
+
+    def _misplaced(self, pair: Pair, tokens: TokenIds) -> Problem | None:
+        """Tokens that stand for pictures belong into the prompt, where the pictures are."""
+        if self.processor is None or pair.pictures is None:
+            return None
+        count = self.processor.count
+        if count(tokens.chosen) or count(tokens.rejected) or (count(tokens.prompt) and not pair.pictures):
+            reason = f"the text spells the token that stands for a picture ({self.processor.place})"
+            return Problem("image_count", reason, "prompt")
+        return None
+
+    def _with_media(self, encoded: EncodedPair) -> EncodedPair:
+        pictures = encoded.pair.pictures
+        if not pictures or self.processor is None:
+            return encoded
+        return replace(encoded, media=self.processor.media(pictures))
 
     def _within(self, tokens: TokenIds) -> TokenIds | Problem:
         """The tokens within the limit, or why they are not to be cut."""

@@ -22,6 +22,7 @@ from dpo_score.config.schema import TextSpec
 from dpo_score.data.formats.base import assistant_answer, user_prompt
 from dpo_score.data.types import EncodedPair, Ids, Mask, Message, Pair, Problem, Text, TokenIds
 from dpo_score.errors import ConfigError, ModelError
+from dpo_score.tokenization.pictures import PictureProcessor
 from dpo_score.tokenization.prompt import divided
 from dpo_score.tokenization.render import PartIds, Rendered, Renderer, encoded_pair, unscorable
 from dpo_score.tokenization.truncation import shared_ids
@@ -142,10 +143,19 @@ def joined(before: Sides, sides: Sides) -> TokenIds:
     return TokenIds(chosen.prompt[:k], answers[0], answers[1], None, masks[0], masks[1], shorter[0], shorter[1])
 
 
-def make_renderer(mode: Mode | None, tokenizer: Any, text: TextSpec, context_limit: int | None) -> Renderer:
+def make_renderer(
+    mode: Mode | None,
+    tokenizer: Any,
+    text: TextSpec,
+    context_limit: int | None,
+    processor: PictureProcessor | None = None,
+) -> Renderer:
     """The renderer of a run: RewardBench's own for exact, else ours."""
-    kind = RewardBenchRenderer if mode == "exact" else Renderer
-    return kind(tokenizer, text, context_limit)
+    if mode == "exact" and processor is not None:
+        raise ConfigError("--rewardbench exact is of texts, and the data have pictures: say corrected")
+    if mode == "exact":
+        return RewardBenchRenderer(tokenizer, text, context_limit)
+    return Renderer(tokenizer, text, context_limit, processor)
 
 
 # --- rows → turns -------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_a_column_that_comes_after_a_thousand_rows_is_read(tmp_path: Path) -> No
         ("prior_turns", "We spoke of the sea."),
         ("anything", [user("earlier"), bot("before")]),
         ("page_screenshot", "file.png"),
-        ("picture", {"bytes": b"\x89PNG", "path": None}),
+        ("audio", {"bytes": b"\x89PNG", "path": None}),
     ],
 )
 def test_what_looks_like_context_is_refused_and_can_be_left_out(name: str, value: Any, tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ class Format:
     fit one schema, those whose rows fit win over those that do not look.
     beside: columns that public sets have next to these and that are no part of the question; a set is not refused
     for leaving them unread.
+    categories: the reader itself gives each pair a subset.
     grouped_by: where consecutive rows are the answers to one prompt: the name of the column that they share. The
     reader then gets them together, as `row["rows"]`.
     """
@@ -128,6 +129,7 @@ class Format:
     unless: Callable[[Shapes], bool] | None = None
     sample_fits: Callable[[Sequence[Row]], bool] | None = None
     beside: tuple[str, ...] = ()
+    categories: bool = False
     grouped_by: str | None = None
     version: int = 1
 
@@ -147,7 +149,7 @@ class Format:
     def is_conversational(self, columns: ColumnMap) -> bool:
         """Whether rows are conversations, which a chat template renders: so are texts with a system text or history."""
         turns = any(column.earlier_turns and column.name in columns for column in self.needs)
-        return self.content is Content.CONVERSATION or "system" in columns or turns
+        return self.content is Content.CONVERSATION or "system" in columns or "images" in columns or turns
 
     def match(self, shapes: Shapes, fixed: Collection[str] = ()) -> dict[str, str] | None:
         """The columns of a set that this format reads, or None if the set is no such format.

@@ -184,10 +184,13 @@ def _is_simple(role: Any, content: Any) -> bool:
     return role in _PLAIN_ROLES and type(content) is str and content.isascii() and len(content) <= MAX_CHARACTERS
 
 
-def _content(value: Any, column: str) -> str:
-    """Text, or typed parts that are all text (joined: nothing stands between them)."""
+def _content(value: Any, column: str) -> str | tuple[Mapping[str, Any], ...]:
+    """Text, or typed parts that are all text (joined: nothing stands between them); the parts where some are places
+    of pictures."""
     if not isinstance(value, list | tuple):
         return checked_text(value, f"the content of a message of {column}")
+    if any(isinstance(part, Mapping) and part.get("type") == "image" for part in value):
+        return tuple(_part(part, column) for part in value)
     texts = []
     for part in value:
         if isinstance(part, str):
@@ -198,6 +201,16 @@ def _content(value: Any, column: str) -> str:
             raise Unusable("non_text_content", f"a message of {column} holds {seen(kind, 40)}, not text", column, kind)
         texts.append(checked_text(part.get("text"), f"a text part of {column}"))
     return "".join(texts)
+
+
+def _part(part: Any, column: str) -> Mapping[str, Any]:
+    """A text, or the place of a picture that a column of its own holds."""
+    if isinstance(part, Mapping) and part.get("type") == "image":
+        if any(part.get(key) is not None for key in ("image", "url", "path", "base64", "bytes")):
+            reason = f"a message of {column} holds a picture itself: put it into a column images"
+            raise Unusable("non_text_content", reason, column, "image")
+        return {"type": "image"}
+    return {"type": "text", "text": _content([part], column)}
 
 
 def _tool_calls(value: Any, column: str) -> Any:

@@ -8,6 +8,7 @@ one, is a `DataError` that shows the schema, the candidates, and the option that
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from dpo_score.config.schema import DataSpec
@@ -23,6 +24,7 @@ from dpo_score.data.formats.chosen_rejected import (
     text_prompts,
 )
 from dpo_score.data.formats.registry import FORMATS, named
+from dpo_score.data.pictures import NAMES, PATH_NAMES, holds_pictures
 from dpo_score.data.types import Unusable
 from dpo_score.errors import DataError, nearest
 from dpo_score.escape import seen
@@ -32,10 +34,14 @@ SAMPLE_ROWS = 1000
 
 SYSTEM = Column("system", either(is_text, is_messages, is_message), also=("system_prompt", "system_message"))
 """Read with every format but token ids, and put before the conversation in one place: row.py."""
+PICTURES = Column("images", holds_pictures, also=(*NAMES[1:], *PATH_NAMES))
+"""Read with every format but token ids; where its pictures stand in the conversation is settled in data/pictures.py."""
 CARRIED = ("id", "subset", "group_id", "tools", "chat_template_kwargs")
 _CARRIED_ALSO: Mapping[str, tuple[str, ...]] = {"id": ("id", "prompt_id")}
 
-KEYS = frozenset((SYSTEM.name, *CARRIED, *(column.name for format_ in FORMATS for column in format_.needs)))
+KEYS = frozenset(
+    (SYSTEM.name, PICTURES.name, *CARRIED, *(column.name for format_ in FORMATS for column in format_.needs))
+)
 """What --map can name a column as; a column that it names so has no other name."""
 
 Sample = Callable[[Sequence[str]], Sequence[Mapping[str, Any]]]
@@ -55,6 +61,9 @@ def detect(shapes: Shapes, spec: DataSpec, sample: Sample) -> tuple[Format, dict
     system = SYSTEM.find(view, spec.map)
     if system is not None and not format_.holds_ids:
         found[SYSTEM.name] = system
+    pictures = PICTURES.find(view, spec.map)
+    if pictures is not None and not format_.holds_ids and pictures not in found.values():
+        found[PICTURES.name] = pictures
     columns = {name: names[column] for name, column in found.items()}
     _refuse_unread_keys(format_, columns, spec)
     _refuse_undecided_preference(spec, columns)
@@ -70,7 +79,8 @@ def carried_columns(shapes: Shapes, spec: DataSpec) -> dict[str, str]:
 
 def replaced_names(spec: DataSpec) -> set[str]:
     """Names of columns that a key of --map puts another column (or none) in the place of."""
-    return {*spec.map, *(SYSTEM.also if "system" in spec.map else ())}
+    also = {column.name: column.also for column in (SYSTEM, PICTURES)}
+    return {*spec.map, *chain.from_iterable(names for key, names in also.items() if key in spec.map)}
 
 
 def reader_names(shapes: Shapes, spec: DataSpec) -> dict[str, str]:
@@ -88,7 +98,8 @@ def reader_names(shapes: Shapes, spec: DataSpec) -> dict[str, str]:
                 f"data set {spec.name!r}: --map {key}={column} names a column that is not there; "
                 f"{nearest(column, shapes)}"
             )
-        hidden = {"prompt": PROMPT_NAMES, "system": (SYSTEM.name, *SYSTEM.also), **_CARRIED_ALSO}.get(key, (key,))
+        others = {column.name: (column.name, *column.also) for column in (SYSTEM, PICTURES)}
+        hidden = {"prompt": PROMPT_NAMES, **others, **_CARRIED_ALSO}.get(key, (key,))
         for name in hidden:
             names.pop(name, None)
     given = {key: column for key, column in spec.map.items() if column}
@@ -252,7 +263,7 @@ def _refuse_unread_keys(format_: Format, columns: ColumnMap, spec: DataSpec) -> 
     unread = next((key for key in spec.map if spec.map[key] and key not in columns and key not in CARRIED), None)
     if unread is None:
         return
-    common = () if format_.holds_ids else (SYSTEM.name,)
+    common = () if format_.holds_ids else (SYSTEM.name, PICTURES.name)
     keys = dict.fromkeys([*(column.name for column in format_.needs), *common, *CARRIED])
     close = nearest(unread, keys) if unread not in keys else f"it reads {', '.join(keys)}"
     wrong = f"; its column {spec.map[unread]!r} is of another type" if unread in keys else ""

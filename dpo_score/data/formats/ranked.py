@@ -123,7 +123,7 @@ COMPLETION_SCORES = ("fine-grained_score", "overall_score", "score", "rating")
 """UltraFeedback's fine-grained_score comes first: its overall_score is 10 in some rows whose critique says 1."""
 
 
-def _has_scores(shapes: Shapes) -> bool:
+def has_scores(shapes: Shapes) -> bool:
     return not item_fields(shapes.get("completions")).keys().isdisjoint(COMPLETION_SCORES)
 
 
@@ -132,7 +132,7 @@ def _has_scores(shapes: Shapes) -> bool:
     variant="completions",
     code="F8",
     needs=(PROMPT, Column("completions", items_with(response=is_text))),
-    unless=lambda shapes: names_its_sides(shapes) or not _has_scores(shapes),
+    unless=lambda shapes: names_its_sides(shapes) or not has_scores(shapes),
     columns="instruction or prompt: string; completions: list of structs with response and fine-grained_score or "
     "overall_score",
     polarity="the completion with the higher fine-grained_score (else overall_score, score, rating) is better",

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_score.data.formats import chosen_rejected, labelled, ranked, token_ids
+from dpo_score.data.formats import chosen_rejected, labelled, pictured, ranked, token_ids
 from dpo_score.data.formats.base import Format
 
-FAMILIES = (token_ids, chosen_rejected, labelled, ranked)
+FAMILIES = (token_ids, chosen_rejected, labelled, ranked, pictured)
 FORMATS: tuple[Format, ...] = tuple(
     value for family in FAMILIES for value in vars(family).values() if isinstance(value, Format)
 )
@@ -37,5 +37,7 @@ def map_keys() -> str:
         optional = ", ".join(column.name for column in format_.needs if column.optional)
         lines.append(f"{format_.full_name:{width}}  {needed}" + (f"; optional: {optional}" if optional else ""))
     lines.append("")
-    lines.append("every format: system, tools, chat_template_kwargs, id, subset, group_id (KEY= leaves a column out)")
+    lines.append(
+        "every format: system, images, tools, chat_template_kwargs, id, subset, group_id (KEY= leaves a column out)"
+    )
     return "\n".join(lines)

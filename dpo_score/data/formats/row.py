@@ -16,7 +16,19 @@ from dpo_score.data.column_types import Shapes
 from dpo_score.data.formats.base import ColumnMap, Format, ReadOptions, assistant_answer, user_prompt
 from dpo_score.data.formats.cells import Row, checked_text, conversation, decoded_json, plain
 from dpo_score.data.formats.transcripts import hh_messages
-from dpo_score.data.types import SYSTEM_ROLES, Message, Pair, Problem, Rejected, Source, Text, TokenIds, Unusable
+from dpo_score.data.pictures import PictureColumn, refuse_image_parts, with_pictures
+from dpo_score.data.types import (
+    SYSTEM_ROLES,
+    Message,
+    Pair,
+    Picture,
+    Problem,
+    Rejected,
+    Source,
+    Text,
+    TokenIds,
+    Unusable,
+)
 from dpo_score.escape import seen
 
 _canonical_json = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str).encode
@@ -37,6 +49,7 @@ class RowReader:
     kept: tuple[str, ...]
     unpacked: Shapes
     keep_nulls: bool = False
+    media: PictureColumn | None = None
 
     @property
     def needed(self) -> list[str]:
@@ -53,27 +66,45 @@ class RowReader:
             if any(system != systems[0] for system in systems):
                 raise Unusable("context_mismatch", "the rows of one prompt have different system texts", "system")
             system = systems[0]
+            pictures = self._pictures(raw, source(None).row)
         except Unusable as unusable:
             return [rejected(source(None), unusable.problem)]
         parts: list[int | None] = [None] if len(found) == 1 else list(range(len(found)))
-        return [self._finished(item, system, raw[0], source(part)) for item, part in zip(found, parts, strict=True)]
+        settled = (system, pictures, raw[0])
+        return [self._finished(item, *settled, source(part)) for item, part in zip(found, parts, strict=True)]
+
+    def _pictures(self, raw: Sequence[Mapping[str, Any]], row: int) -> tuple[Picture, ...] | None:
+        """The pictures of a unit; None where the set has no column of pictures."""
+        if self.media is None:
+            return None
+        cells = [row.get(self.media.column) for row in raw]
+        if any(cell != cells[0] for cell in cells):
+            raise Unusable("context_mismatch", "the rows of one prompt have different pictures", self.media.column)
+        return self.media.pictures(cells[0], row)
 
     def _cells(self, raw: Mapping[str, Any], names: ColumnMap) -> dict[str, Any]:
         """A row by the names of the reader, each cell as plain Python."""
-        return {name: self._plain(raw.get(column), column) for name, column in names.items()}
+        media = None if self.media is None else self.media.column
+        return {name: self._plain(raw.get(column), column) for name, column in names.items() if column != media}
 
     def _plain(self, value: Any, column: str) -> Any:
         shape = self.unpacked.get(column)
         return value if shape is None else plain(value, shape, column, self.keep_nulls)
 
     def _finished(
-        self, found: Pair | Problem, system: str | None, raw: Mapping[str, Any], source: Source
+        self,
+        found: Pair | Problem,
+        system: str | None,
+        pictures: tuple[Picture, ...] | None,
+        raw: Mapping[str, Any],
+        source: Source,
     ) -> Pair | Rejected:
         """The pair that the format read, with all that does not depend on the format."""
         if isinstance(found, Problem):
             return rejected(source, found)
         try:
             whole = found if system is None else with_system(found, system)
+            whole = _without_places(whole) if pictures is None else _with_pictures(whole, pictures)
             carried = self._cells(raw, self.carried)
             tools = _tools(carried.get("tools") if whole.tools is None else whole.tools)
             kept = {name: raw.get(name) for name in self.kept}
@@ -144,6 +175,26 @@ def _as_conversation(found: Pair) -> Pair:
         reason = "a system text needs a conversation, and the two texts show no turns; --map system= leaves it out"
         raise Unusable("wrong_type", reason, "system")
     return replace(found, prompt=(), chosen=sides[0], rejected=sides[1])
+
+
+def _with_pictures(found: Pair, pictures: tuple[Picture, ...]) -> Pair:
+    """The pair as a conversation whose image parts stand for the row's pictures: so is every row of such a set."""
+    whole = _as_conversation(found)
+    sides, placed = with_pictures(whole, pictures)
+    extra = dict(whole.extra)
+    if "group_id" in extra:  # the same question about another picture is another one
+        seen_with = "\n".join((extra["group_id"], *(picture.sha256 for picture in placed)))
+        extra["group_id"] = hashlib.blake2b(seen_with.encode(), digest_size=8).hexdigest()
+    return replace(whole, **sides, pictures=placed, extra=extra)
+
+
+def _without_places(found: Pair) -> Pair:
+    """The pair of a set without pictures, whose messages must have no place for one."""
+    for name in ("prompt", "chosen", "rejected"):
+        side = getattr(found, name)
+        if not isinstance(side, str):
+            refuse_image_parts(side, name)
+    return found
 
 
 def _tools(value: Any) -> tuple[Mapping[str, Any], ...] | None:

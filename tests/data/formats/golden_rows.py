@@ -372,3 +372,38 @@ def columnar(turns: list[dict[str, str]]) -> dict[str, list[str]]:
 
 COLUMNAR = [{side: columnar(row[side]) for side in ("chosen", "rejected")} for row in full()]
 """Whole conversations, each a struct of lists."""
+
+
+def _aspects(helpful: object, faithful: object) -> dict[str, Any]:
+    given = {"Helpfulness": helpful, "Visual Faithfulness": faithful}
+    return {name: {"Rating": value, "Rationale": "why"} for name, value in given.items()}
+
+
+def vl_feedback(*rated: tuple[str, object, object]) -> list[dict[str, Any]]:
+    return [{"response": text, "model": "m", "annotations": _aspects(a, b)} for text, a, b in rated]
+
+
+VL_FEEDBACK = [
+    {"prompt": QUESTIONS[0], "completions": vl_feedback((BAD, "5", "1"), (GOOD, "3", "4"))},
+    {"prompt": QUESTIONS[1], "completions": vl_feedback(("4", "5", "4"), ("5", "1", "2"))},
+    {"prompt": QUESTIONS[2], "completions": vl_feedback(("Red.", "4", "2"), ("Blue.", "2", "4"))},
+]
+VL_FEEDBACK_TURNED = [
+    {"prompt": QUESTIONS[0], "completions": vl_feedback((BAD, "3", "4"), (GOOD, "5", "1"))},
+    {"prompt": QUESTIONS[1], "completions": vl_feedback(("4", "1", "2"), ("5", "5", "4"))},
+    {"prompt": QUESTIONS[2], "completions": vl_feedback(("Red.", "4", "2"), ("Blue.", "2", "4"))},
+]
+VL_REWARD_BENCH = [
+    {"id": "RLAIF-V-1", "query": QUESTIONS[0], "response": [BAD, GOOD], "human_ranking": [1, 0], "rationale": "r"},
+    {"id": "mathverse_2", "query": QUESTIONS[1], "response": ["4", "5"], "human_ranking": [0, 1], "rationale": "r"},
+    {"id": "x", "query": QUESTIONS[2], "response": ["Red.", "Blue."], "human_ranking": [1, 1], "rationale": "r"},
+]
+MULTIMODAL = [
+    {"ID": "a", "Text": q, "Output1": one, "Output2": two, "Better": better, "Category": "vqa"}
+    for q, one, two, better in (
+        (QUESTIONS[0], BAD, GOOD, "Output2"),
+        (QUESTIONS[1], "4", "5", "Output1"),
+        (QUESTIONS[2], "Green.", "Blue.", "Output2"),
+    )
+]
+OUTPUTS_NAMED = {"Output1": "Output2", "Output2": "Output1"}

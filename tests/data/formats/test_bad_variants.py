@@ -18,7 +18,7 @@ from dpo_score.data.formats.registry import FORMATS
 from dpo_score.data.types import EncodedPair, Pair, Rejected
 from dpo_score.tokenization.render import Renderer
 from tests.data.formats import golden_rows as rows
-from tests.data.formats.golden_rows import bot, chat, completions, nectar, user
+from tests.data.formats.golden_rows import bot, chat, completions, nectar, user, vl_feedback
 from tests.tiny import byte_tokenizer
 
 Row = dict[str, Any]
@@ -39,6 +39,8 @@ GOOD: Mapping[str, Row] = {
     rows.OUTPUTS[0], "pair-text/steps": rows.STEPS[0], "messages-explicit/other-name": rows.TRAJECTORY[0],
     "messages-explicit/answer-structs": rows.RMB[0], "ms-swift/rejected-response": rows.SWIFT[0],
     "ms-swift/rejected-messages": rows.SWIFT_LISTS[0], "ab-label/chosen-model": rows.COMPARIA[0],
+    "ranked/aspects": rows.VL_FEEDBACK[0], "ranked/human-ranking": rows.VL_REWARD_BENCH[0],
+    "ab-label/multimodal-rewardbench": rows.MULTIMODAL[0],
     "ranked/ranked-completions": rows.NEMO[0], "best-of-n/losers": rows.RMB_LOSERS[0],
     "messages-full/objects": rows.OBJECTS[0],
     "ab-label/alpaca-farm": rows.ALPACA_FARM[0],
@@ -95,6 +97,14 @@ BAD: Mapping[str, list[Change]] = {
                            ({"completions": [{"response": "a"}, {"response": "b"}]}, "null_field"),
                            ({"completions": completions(("a", 2), ("b", 2))}, "tie"),
                            ({"completions": completions((5, 2), ("b", 1))}, "wrong_type")],  # type: ignore[arg-type]
+    "ranked/aspects": [({"completions": []}, "null_field"), ({"completions": "text"}, "wrong_type"),
+                       ({"completions": vl_feedback(("a", 1, 2), ("b", None, 3))}, "null_field"),
+                       ({"completions": vl_feedback(("a", 1, 2), ("b", "N/A", 3))}, "invalid_label"),
+                       ({"completions": vl_feedback(("a", 1, 2), ("b", 2, 1))}, "tie")],
+    "ranked/human-ranking": [({"human_ranking": [1]}, "invalid_label"), ({"human_ranking": None}, "null_field"),
+                             ({"human_ranking": [1, 1]}, "tie"), ({"response": ["a", 2]}, "wrong_type")],
+    "ab-label/multimodal-rewardbench": [({"Better": None}, "null_field"), ({"Better": "both"}, "invalid_label"),
+                                        ({"Output1": 5}, "wrong_type")],
     "ranked/lists": [({"scores": [1.0]}, "invalid_label"), ({"scores": None}, "null_field"),
                      ({"scores": [1.0, None, 2.0]}, "null_field"), ({"scores": [1.0, "x", 2.0]}, "invalid_label"),
                      ({"scores": [1.0, 1.0, 1.0]}, "tie"), ({"responses": ["a", 2, "c"]}, "wrong_type")],
