@@ -222,9 +222,9 @@ class InMemoryLogprobs:
         from dpo_score.logprobs.scorer import PairScorer
 
         with self._loaded.as_found():
-            results = PairScorer(
-                self._loaded.model, self._numerics, self._stats, pictures=self._pictures
-            ).score(lookup.sequences)
+            results = PairScorer(self._loaded.model, self._numerics, self._stats, pictures=self._pictures).score(
+                lookup.sequences
+            )
         return Computed(lookup, dict(zip(lookup.keys, results, strict=True)))
 
     def keep(self, name: str, computed: Computed) -> None:

@@ -39,7 +39,9 @@ class PictureProcessor:
     leaves that out, so that a folder is resumed with another one.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, home: tuple[str, bool] | None = None) -> None:
+        """`home`: what `load_processor` made it of, so that another process can."""
+        self._home = home
         for name in ("image_processor", "tokenizer", "image_token"):
             if getattr(processor, name, None) is None:
                 raise ModelError(f"{type(processor).__name__} has no {name}: it cannot place pictures in a text")
@@ -51,6 +53,10 @@ class PictureProcessor:
         self.preparation = hashlib.sha256(f"{self.digest} pillow {pillow().__version__}".encode()).hexdigest()
         self._converts = bool(getattr(processor.image_processor, "do_convert_rgb", False))
         self.replacement: Callable[[int, int], str] = lru_cache(4096)(self._replacement)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Loaded again where it can be: the class of a processor without videos has no name elsewhere."""
+        return (PictureProcessor, (self.processor,)) if self._home is None else (load_processor, self._home)
 
     def media(self, pictures: Sequence[Picture]) -> Media | None:
         """The pictures of a prompt under this processor."""
@@ -173,7 +179,7 @@ def load_processor(folder: str, trust_remote_code: bool = False) -> PictureProce
                 raise ModelError(_no_processor(folder, str(error))) from None
     if getattr(found, "image_processor", None) is None:
         raise ModelError(_no_processor(folder, f"{type(found).__name__} takes no pictures"))
-    return PictureProcessor(found)
+    return PictureProcessor(found, (folder, trust_remote_code))
 
 
 def _no_processor(folder: str, why: str) -> str:

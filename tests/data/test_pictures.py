@@ -257,7 +257,7 @@ def test_films_and_sounds_are_refused_by_name_and_a_second_column_of_pictures(tm
         with pytest.raises(DataError, match=f"column '{name}' .*sound or film, which is not scored"):
             read(parquet(tmp_path / "set.parquet", **texts, **{name: film}))
     two = {"image": pa.array([cell(RED)], CELL), "image_2": pa.array([cell(BLUE)], CELL)}
-    with pytest.raises(DataError, match="column 'image_2' .*Pictures are read from one column"):
+    with pytest.raises(DataError, match=r"column 'image_2' .*Pictures are read from one column"):
         read(parquet(tmp_path / "set.parquet", **texts, **two))
 
 

@@ -383,6 +383,9 @@ def vl_feedback(*rated: tuple[str, object, object]) -> list[dict[str, Any]]:
     return [{"response": text, "model": "m", "annotations": _aspects(a, b)} for text, a, b in rated]
 
 
+ASPECTS = pa.struct(
+    [(name, pa.struct([("Rating", S), ("Rationale", S)])) for name in ("Helpfulness", "Visual Faithfulness")]
+)
 VL_FEEDBACK = [
     {"prompt": QUESTIONS[0], "completions": vl_feedback((BAD, "5", "1"), (GOOD, "3", "4"))},
     {"prompt": QUESTIONS[1], "completions": vl_feedback(("4", "5", "4"), ("5", "1", "2"))},
