@@ -21,7 +21,9 @@ from dpo_score.data.types import TokenSequence
 from dpo_score.logprobs.attention.interface import Unshareable
 from dpo_score.logprobs.lengths import length_rules
 from dpo_score.logprobs.lm_head import token_values
+from dpo_score.logprobs.numerics import one_by_one
 from dpo_score.logprobs.packing import prompt_groups, response_inputs
+from dpo_score.logprobs.padded import PaddedPath
 from dpo_score.logprobs.transfer import split, to_device
 from dpo_score.logprobs.types import Values
 from dpo_score.models.numerics import Numerics
@@ -37,20 +39,25 @@ class ForkedPath:
     def __init__(self, parts: ModelParts, numerics: Numerics, stats: Sequence[str] = ()) -> None:
         if parts.head is None:
             raise Unshareable("its logits are not those of a linear head on its hidden states")
-        if length_rules(parts.model.config.to_dict()):
+        self.rules = length_rules(parts.model.config.to_dict())
+        if self.rules:
             raise Unshareable("its positions depend on the length of the whole row, which a prompt alone does not have")
         self.parts = parts
         self.head = parts.head
         self.numerics = numerics
         self.stats = tuple(stats)
         self.forwards = 0
+        self._model_itself = PaddedPath(parts, one_by_one(numerics), stats)
         accepted = inspect.signature(parts.body.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._cache = "cache_params" if "cache_params" in accepted else "past_key_values"
 
     def plan(self, sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
         """Indices by batch: longest prompts first, all answers of a prompt together, padded size within the budget."""
-        groups = sorted(prompt_groups(sequences), key=lambda g: (-len(sequences[g[0]].prompt), g))
+        alone = [i for i, sequence in enumerate(sequences) if self.rules.is_alone(sequence)]
+        shared = [i for i in range(len(sequences)) if not self.rules.is_alone(sequences[i])]
+        groups = [tuple(shared[i] for i in group) for group in prompt_groups([sequences[i] for i in shared])]
+        groups.sort(key=lambda g: (-len(sequences[g[0]].prompt), g))
         batches: list[list[int]] = []
         prompts, answers, longest, answer = 0, 0, 0, 0
         for group in groups:
@@ -64,7 +71,7 @@ class ForkedPath:
             else:
                 batches.append(list(group))
                 prompts, answers, longest, answer = 1, len(group), prompt, own
-        return [tuple(batch) for batch in batches]
+        return [*map(tuple, batches), *((i,) for i in alone)]
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -73,6 +80,9 @@ class ForkedPath:
 
     def compute(self, sequences: Sequence[TokenSequence]) -> list[Values]:
         """One batch: the values of every sequence, in order."""
+        if any(map(self.rules.is_alone, sequences)):
+            self.forwards += 1
+            return self._model_itself.compute(sequences)
         groups = prompt_groups(sequences)
         of = np.empty(len(sequences), np.int64)
         for number, group in enumerate(groups):

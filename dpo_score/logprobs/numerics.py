@@ -198,7 +198,7 @@ def ways(numerics: Numerics) -> Iterator[Numerics]:
         if plain.kernel.onednn:  # what earlier versions went on with
             yield replace(plain, kernel=Kernel.MODEL)
     if not plain.one_row:
-        yield replace(plain, one_row=True)
+        yield one_by_one(plain)
 
 
 def another_way(numerics: Numerics, way: Numerics) -> Numerics:
@@ -209,6 +209,11 @@ def another_way(numerics: Numerics, way: Numerics) -> Numerics:
 def on_plain_path(numerics: Numerics) -> Numerics:
     """The same numerics in padded batches through the model's own attention, without generated code."""
     return replace(numerics, path="plain", kernel=numerics.kernel.of_padded_batches, compile=False)
+
+
+def one_by_one(numerics: Numerics) -> Numerics:
+    """The same numerics with a forward for every row."""
+    return replace(on_plain_path(numerics), one_row=True)
 
 
 def _compile(asked: str, path: str, kind: str, parameters: int | None, rows: int | None) -> bool:

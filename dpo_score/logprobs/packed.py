@@ -20,7 +20,9 @@ from dpo_score.logprobs.attention.flash_flex import CudaPack
 from dpo_score.logprobs.attention.sdpa import CpuPack
 from dpo_score.logprobs.lengths import fresh_rope, length_rules, row_length
 from dpo_score.logprobs.lm_head import compiled_fold_is_right, token_values
+from dpo_score.logprobs.numerics import one_by_one
 from dpo_score.logprobs.packing import Pack, bucket, lay_out, pack_size, plan
+from dpo_score.logprobs.padded import PaddedPath
 from dpo_score.logprobs.transfer import split, to_device
 from dpo_score.logprobs.types import Values
 from dpo_score.models.numerics import Kernel, Numerics
@@ -43,7 +45,8 @@ class PackedPath:
         self.rules = length_rules(parts.model.config.to_dict())
         self.forwards = 0
         self.notes: list[str] = []
-        self._installed = False
+        self._model_itself = PaddedPath(parts, one_by_one(numerics), stats)
+        self._own_attention: dict[str, str] | None = None
         self._compiled_head = numerics.compile and self._check_compiled_head()
         if numerics.compile:
             compile_layers(parts.body)
@@ -72,23 +75,32 @@ class PackedPath:
     @contextmanager
     def session(self) -> Iterator[None]:
         """The model's attention is taken over once for all packs inside the block."""
-        if self._installed:
+        if self._own_attention is not None:
             yield
             return
-        with attention.installed(self.parts.model):
-            self._installed = True
+        with attention.installed(self.parts.model) as self._own_attention:
             try:
                 yield
             finally:
-                self._installed = False
+                self._own_attention = None
 
     def compute(self, sequences: Sequence[TokenSequence]) -> list[Values]:
-        """One pack: the values of every sequence, in order."""
+        """One pack: the values of every sequence, in order. Rows of a length that was not tried have packs of their
+        own, which the model computes as it was loaded."""
+        if any(map(self.rules.is_alone, sequences)):
+            return self._by_model_itself(sequences)
         pack = lay_out(sequences, self._padded_size(sequences), self._longest_row(sequences))
         self.forwards += 1
         with torch.inference_mode(), self.session():
             values = self.device_values(pack)
         return split(values, pack.counts)
+
+    def _by_model_itself(self, sequences: Sequence[TokenSequence]) -> list[Values]:
+        self.forwards += 1
+        if self._own_attention is None:
+            return self._model_itself.compute(sequences)
+        with attention.as_loaded(self.parts.model, self._own_attention):
+            return self._model_itself.compute(sequences)
 
     def device_values(self, pack: Pack) -> dict[str, Tensor]:
         """The values of a pack on the device, without waiting for it."""

@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from dpo_score.data.types import TokenSequence
 from dpo_score.errors import ModelError
+from dpo_score.logprobs import lengths
 from dpo_score.logprobs import packed as fast
 from dpo_score.logprobs import self_check as verify
 from dpo_score.logprobs.attention import interface as attention
@@ -21,6 +23,7 @@ from dpo_score.models.parts import ModelParts, model_parts
 from tests.families import family
 from tests.logprobs.engine import numerics_for
 from tests.logprobs.sequences import ids
+from tests.tiny import tiny_config
 
 
 def check_of(name, dtype=torch.float32, **changes):
@@ -217,6 +220,47 @@ def test_a_length_that_no_rule_knows_of_is_seen_and_rows_are_computed_one_at_a_t
     rows = rows_around(64)
     for result, row in zip(PairScorer(model, numerics).score(rows), rows, strict=True):
         np.testing.assert_allclose(result.token_logps, alone(model, row), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["phimoe", "mistral", "lfm2"])
+def test_rows_above_a_length_that_was_not_tried_are_computed_by_the_model_itself(name, monkeypatch):
+    """PhiMoE's attention does not say how wide its window is: the shared packs of rows above it would be wrong."""
+    monkeypatch.setattr(lengths, "LONGEST_PROBE", 64)
+    settings = {"phimoe": {"num_local_experts": 4}, "lfm2": {"layer_types": ["conv", "full_attention"]}}.get(name, {})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(name, sliding_window=100, **settings)).eval()
+    numerics = check_model(model, numerics_for(model, "fast", batch_tokens=4096)).numerics
+    assert numerics.path == "fast"
+    rows = rows_around(100)
+    scorer = PairScorer(model, numerics)
+    for result, row in zip(scorer.score(rows), rows, strict=True):
+        np.testing.assert_allclose(result.token_logps, alone(model, row), atol=1e-4, rtol=0)
+    assert scorer.forwards > sum(lengths.row_length(row) > 100 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tried", "alone"),
+    [
+        ({"sliding_window": 4096}, (), None),
+        ({"sliding_window": 32_768}, (), 32_768),
+        ({"sliding_window": 32_768, "use_sliding_window": False}, (), None),
+        ({"index_topk": 2048}, (2048,), None),
+        ({"attention_chunk_size": 8192, "floor_scale": 8192}, (8192,), None),
+        ({"sparse_config": {"block_size": 64, "topk": 16, "dense_len": 16_384}}, (16, 64), 16_384),
+        ({"rope_parameters": {"rope_type": "llama3", "original_max_position_embeddings": 8192}}, (), None),
+        ({"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 16_384}}, (), None),
+        ({"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 16_384,
+                              "llama_4_scaling_beta": 0.1}}, (), 16_384),
+        ({"rope_parameters": {"rope_type": "new", "original_max_position_embeddings": 4096}}, (4096,), None),
+        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 32_768}}, (), 32_768),
+        ({"vision_config": {"window_size": 112}, "quantization_config": {"weight_block_size": [128, 128]}}, (), None),
+        ({"id2label": {0: "a"}, "moe_topk": True}, (), None),
+    ],
+)  # fmt: skip
+def test_lengths_that_a_configuration_names(settings, tried, alone):
+    config = {"max_position_embeddings": 131_072, **settings}
+    assert lengths.changing_lengths(config) == tried
+    assert lengths.length_rules(config).alone_above == alone
 
 
 def bidirectional(name):

@@ -37,7 +37,7 @@ from transformers.utils import logging as notices
 from dpo_score.config.schema import ComputeSpec
 from dpo_score.data.types import TokenSequence
 from dpo_score.errors import ModelError
-from dpo_score.logprobs.lengths import changing_lengths, fresh_rope, smallest_window
+from dpo_score.logprobs.lengths import changing_lengths, fresh_rope, length_rules, smallest_window
 from dpo_score.logprobs.numerics import resolve_numerics
 from dpo_score.logprobs.scorer import PairScorer
 from dpo_score.logprobs.self_check import check_model
@@ -139,6 +139,8 @@ what is asked here (attention without a scale, experts chosen by it)."""
 LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
              "short_factor": [1.0] * 4, "long_factor": [2.0, 4.0, 8.0, 16.0]}  # fmt: skip
 ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 64, "factor": 4.0}
+LONG = {"num_hidden_layers": 1, "max_position_embeddings": 32_768}
+"""One layer, for lengths beyond those that the check at load tries."""
 YARN = {**ROPE, "rope_type": "yarn"}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -160,6 +162,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss+yarn": ("gpt_oss", {"rope_parameters": YARN}),
     "deepseek_v3+yarn": ("deepseek_v3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
     "ministral3+scaled": ("ministral3", {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.5}}),
+    "phimoe+long window": ("phimoe", {**LONG, "sliding_window": 9000}),
+    "llama+long longrope": ("llama", {**LONG, "rope_parameters": {**LONG_ROPE,
+                                      "original_max_position_embeddings": 12_288}}),
+    "llama+long dynamic": ("llama", {"num_hidden_layers": 1, "max_position_embeddings": 16_384,
+                                     "rope_parameters": DYNAMIC}),
+    "ministral3+long scaled": ("ministral3", {**LONG, "rope_parameters": {
+        **YARN, "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 10_000}}),
     "llama4_text+scaled": ("llama4_text", {"attn_temperature_tuning": True, "floor_scale": 48, "attn_scale": 0.5,
                                            "no_rope_layers": [1, 0]}),
     "llama+linear": ("llama", {"rope_parameters": {**ROPE, "rope_type": "linear"}}),
@@ -297,8 +306,8 @@ def rows(config: dict[str, Any], encoder_decoder: bool = False) -> list[TokenSeq
     found += [TokenSequence(ids(1), ids(8)), TokenSequence(ids(90), ids(30))]
     if not encoder_decoder:
         found += [TokenSequence(ids(0), ids(9)), TokenSequence(ids(0), ids(2))]
-    window = smallest_window(config)
-    for length in (*changing_lengths(config), *([window] if window else [])):
+    others = (smallest_window(config), length_rules(config).alone_above)
+    for length in sorted({*changing_lengths(config), *(length for length in others if length is not None)}):
         prompt = ids(max(length - 6, 0))
         found += [TokenSequence(prompt, ids(length - len(prompt) + more)) for more in (-1, 0, 1, 40)]
     return [row for row in found if len(row.response) and len(row.prompt) + len(row.response) > 1]

@@ -60,17 +60,28 @@ def sharing(pack: PreparedPack) -> Iterator[None]:
 
 
 @contextmanager
-def installed(model: Any) -> Iterator[None]:
-    """The model's attention goes through this module inside the block; what it had before comes back after."""
+def installed(model: Any) -> Iterator[dict[str, str]]:
+    """The model's attention goes through this module inside the block; what it had before, which is given to the
+    block, comes back after."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, forward)
     before = _implementations(model.config)
     model.set_attn_implementation(NAME)
     try:
-        yield
+        yield before
     finally:
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def as_loaded(model: Any, before: dict[str, str]) -> Iterator[None]:
+    """Inside the block, which may be one of `installed`, the model has the attention that it had `before`."""
+    model.set_attn_implementation(before)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(NAME)
 
 
 def _implementations(config: Any) -> dict[str, str]:
