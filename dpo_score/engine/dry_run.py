@@ -48,6 +48,8 @@ def dry_run(config: RunConfig, progress: Progress) -> dict[str, Any]:
         found: dict[str, Any] = {"data": [dataset.summary() for dataset in plan.datasets]}
         found["rows"] = f"{plan.rows.wanted:,} in {len(list(plan.rows))} blocks of {plan.rows.block_rows:,}"
         found["sampled"] = f"{rows:,} rows; {_rejects(sample)}"
+        if plan.unloadable:
+            found["not scored"] = [f"{name}: {failure.reason}" for name, failure in plan.unloadable.items()]
         found |= _lengths(encoded, plan.rows.wanted / max(rows, 1))
         found |= _cost(plan, due, encoded, rows)
         found["cache"] = [item.line for item in due]

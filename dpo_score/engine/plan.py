@@ -205,6 +205,11 @@ class RunPlan:
         named = [(task.label, task.source, task.numerics) for task in self.tasks]
         return tuple((label, s, n) for label, s, n in named if s is not None and n is not None)
 
+    @property
+    def unloadable(self) -> dict[str, PolicyFailure]:
+        """Policies whose files cannot be loaded as they are: no adapter base, a missing shard, a wrong path."""
+        return {p.name: p.failure for p in self.policies if p.failure is not None and not p.failure.waits}
+
     def model_after(self, source: ModelSource) -> ModelSource | None:
         """The model that is loaded after `source`: its weights are read while `source` computes."""
         sources = [found for _, found, _ in self.models]

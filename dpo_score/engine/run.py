@@ -110,6 +110,8 @@ def discard_results(store: Store) -> None:
 def run_stages(context: RunContext, plan: RunPlan) -> dict[str, PolicyFailure]:
     """Every block of both stages that is missing; returns the policies that are not scored, with the reason."""
     scored = [policy for policy in plan.policies if policy.failure is None]
+    for name, failure in plan.unloadable.items():  # before hours of stage one, while it can still be mended
+        context.progress.say(f"{name}: cannot be loaded, so this run will not score it: {failure.reason}")
     with context.progress.run(len(plan.references) + len(scored)):
         plan = run_references(context, plan)
         found = {policy.name: score_policy(context, plan, policy) for policy in plan.policies}

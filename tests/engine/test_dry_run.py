@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from dpo_score.engine import dry_run as preview
 from dpo_score.engine.progress import Progress
+from dpo_score.engine.run import run
 from dpo_score.errors import DataError
 from dpo_score.models.loader import ModelLoader
 from tests.engine.whole_runs.test_policies import save_adapter
@@ -60,6 +62,16 @@ def still_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 def gib(found: dict[str, Any]) -> float:
     return float(found["memory"].split()[2])
+
+
+def test_a_policy_that_cannot_be_loaded_is_said_before_any_work(runner: Runner, data: Path, tmp_path: Path) -> None:
+    better = runner.models["better"]
+    config = runner.config(data, tmp_path / "out", policy=[f"better={better}", "gone=/no/such/folder"])
+    (line,) = preview.dry_run(config, Progress(quiet=True))["not scored"]
+    assert line.startswith("gone: ")
+    shown = io.StringIO()
+    run(config, Progress(stream=shown))
+    assert shown.getvalue().index("gone: cannot be loaded, so this run") < shown.getvalue().index("reference: 40")
 
 
 # --- the probe ------------------------------------------------------------------------------------------------------
