@@ -26,7 +26,7 @@ from dpo_score.logprobs.types import SequenceLogps, Unscored
 from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
 from dpo_score.results import noise
-from dpo_score.storage.cache.cache import CacheEntry, CacheSpace, CacheView
+from dpo_score.storage.cache.cache import CacheSpace, CacheView
 from dpo_score.storage.fingerprint import digest
 from dpo_score.storage.open import open_store
 from dpo_score.tokenization.pictures import PictureInputs
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dpo_score.logprobs.scorer import PairScorer
     from dpo_score.logprobs.self_check import SelfCheck
 
-Entry = CacheEntry | Unscored
+Entry = SequenceLogps | Unscored
 T = TypeVar("T")
 
 
@@ -73,7 +73,7 @@ class Computed:
     def values(self) -> BlockLogprobs:
         """The values of all sequences, in order."""
         keys = self.lookup.keys
-        entries = {**self.lookup.known, **{key: _entry(result) for key, result in self.fresh.items()}}
+        entries = {**self.lookup.known, **self.fresh}
         again = {*self.lookup.redone, *(key for key, result in self.fresh.items() if _was_redone(result))}
         redone = frozenset(i for i, key in enumerate(keys) if key in again)
         return BlockLogprobs(self.lookup.sequences, [entries[key] for key in keys], redone, self.notes)
@@ -114,7 +114,7 @@ def cache_state(context: RunContext, source: ModelSource, numerics: Numerics) ->
     space = context.cache.namespace(cache_fields(source, numerics))
     return {
         source.key: list(space.snapshot()),
-        noise_name(source): noise.as_snapshot(context.cache.store, _namespace(space)),
+        noise_name(source): noise.as_snapshot(context.cache.store, space.name),
     }
 
 
@@ -210,7 +210,7 @@ class CachedLogprobs:
         """New values into the cache, each under what computed it."""
         for redone in (False, True):
             entries = {
-                key: CacheEntry(result.token_logps, dict(result.stats))
+                key: result
                 for key, result in computed.fresh.items()
                 if isinstance(result, SequenceLogps) and _was_redone(result) == redone
             }
@@ -231,9 +231,9 @@ class CachedLogprobs:
     def _noise(self, sequences: Sequence[TokenSequence], entries: Sequence[Entry]) -> noise.Noise:
         store = self._context.cache.store
         if self._scorer is None:
-            return noise.from_snapshot(self._noise_then, store, _namespace(self._space))
+            return noise.from_snapshot(self._noise_then, store, self._space.name)
         found = noise.measure(self._model, self._numerics, sequences, entries, self._pictures)
-        noise.remember(store, _namespace(self._own_space), found)
+        noise.remember(store, self._own_space.name, found)
         return found
 
     def _compute(self, sequences: Sequence[TokenSequence]) -> Sequence[SequenceLogps | Unscored]:
@@ -255,7 +255,7 @@ class CachedLogprobs:
     def _redone_view(self) -> CacheView:
         return self._redone_space.view(self._redone_space.snapshot())
 
-    def _known_redone(self, keys: Sequence[bytes]) -> dict[bytes, CacheEntry]:
+    def _known_redone(self, keys: Sequence[bytes]) -> dict[bytes, SequenceLogps]:
         if not keys or self._begun.dtype == "float32":
             return {}
         return self._redone_view.lookup(list(dict.fromkeys(keys)), wanted=self._stats)
@@ -304,14 +304,6 @@ def _refuse_absent(source: ModelSource, numerics: Numerics) -> None:
         f"{source.name} is to be computed on {numerics.device}, and torch sees no such device here. Go on where there "
         "is one (another GPU: --device cuda:0), or choose another --out, whose numbers will be of another kind"
     )
-
-
-def _namespace(space: CacheSpace) -> str:
-    return space.folder.rpartition("/")[2]
-
-
-def _entry(result: SequenceLogps | Unscored) -> Entry:
-    return CacheEntry(result.token_logps, dict(result.stats)) if isinstance(result, SequenceLogps) else result
 
 
 def _was_redone(result: SequenceLogps | Unscored) -> bool:

@@ -22,10 +22,9 @@ from dpo_score.engine.model_logprobs import BlockLogprobs
 from dpo_score.engine.plan import SCHEMA_VERSION, PolicyTask, ReferenceTask, RunPlan, Task
 from dpo_score.errors import DataError
 from dpo_score.escape import seen
-from dpo_score.logprobs.types import Unscored
+from dpo_score.logprobs.types import SequenceLogps, Unscored
 from dpo_score.losses.columns import derive_table
 from dpo_score.results import schemas as tables
-from dpo_score.storage.cache.cache import CacheEntry
 from dpo_score.storage.stage import REJECTED_ROWS, part_file
 
 Reasons = dict[int, tuple[str, str]]
@@ -109,7 +108,7 @@ def _with_values(plan: RunPlan, role: str, table: pa.Table, found: BlockLogprobs
 def _blank(stats: Sequence[str]) -> Any:
     """Stands in for a row that is about to be rejected, so that columns keep their length."""
     nothing = np.zeros(0, np.float32)
-    return CacheEntry(nothing, {tables.STATS[name]: nothing for name in stats})
+    return SequenceLogps(nothing, {tables.STATS[name]: nothing for name in stats})
 
 
 def _unscored(found: BlockLogprobs) -> Reasons:

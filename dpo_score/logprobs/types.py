@@ -6,12 +6,15 @@ Values stay per token and fp32 here; sums are made elsewhere, in float64 on the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_score.storage.cache.blocks import SequenceLogps
+
+__all__ = ["STATS", "Floats", "SequenceLogps", "Unscored", "Values"]
 Floats: TypeAlias = NDArray[np.float32]
 Values: TypeAlias = Mapping[str, Floats]
 """What a path computes of one sequence: 'logp' and the requested statistics, each fp32 [scored positions]."""
@@ -19,18 +22,6 @@ Values: TypeAlias = Mapping[str, Floats]
 STATS = ("log_sum_sq_probs", "entropy", "top1")
 """Per scored token, under the model's distribution p at that place: log Σ p² (the length normaliser of WPO,
 arXiv 2406.11827), −Σ p log p in nats, and 1.0 where no token is more likely than the sequence's own."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SequenceLogps:
-    """`token_logps` and each array of `stats`: fp32 [n], one per `TokenSequence.scored_positions`, nats.
-
-    `redone_dtype` names the dtype of a second pass when the first one overflowed, else None.
-    """
-
-    token_logps: Floats
-    stats: Mapping[str, Floats] = field(default_factory=dict)
-    redone_dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,8 @@ from numpy.typing import NDArray
 
 from dpo_score.data.types import TokenSequence
 from dpo_score.errors import DamageError
-from dpo_score.logprobs.types import SequenceLogps
 from dpo_score.models.numerics import Numerics
 from dpo_score.storage.base import Store
-from dpo_score.storage.cache.cache import CacheEntry
 from dpo_score.storage.fingerprint import digest
 from dpo_score.tokenization.pictures import PictureInputs
 
@@ -56,8 +54,7 @@ def measure(
     """
     from dpo_score.logprobs.noise_floor import noise_floor
 
-    scored = [SequenceLogps(e.token_logps) if isinstance(e, CacheEntry) else e for e in entries]
-    found = asdict(noise_floor(model, numerics, sequences, scored, pictures=pictures))
+    found = asdict(noise_floor(model, numerics, sequences, entries, pictures=pictures))
     deltas = dict(zip(found.pop("measured"), found["deltas"], strict=True))
     whole = [i for i in deltas if i ^ 1 in deltas]
     return {**found, "deltas": [deltas[i] for i in whole], "keys": [sequences[i].key.hex() for i in whole]}

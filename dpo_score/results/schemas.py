@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from dpo_score.data.types import EncodedPair, Ids, Media, Picture, Rejected, Side, TokenSequence
 from dpo_score.escape import safe
-from dpo_score.storage.cache.cache import CacheEntry
+from dpo_score.logprobs.types import SequenceLogps
 
 SIDES: tuple[Side, Side] = ("chosen", "rejected")
 IDS = pa.list_(pa.int32())
@@ -197,7 +197,7 @@ def _arrays(column: pa.ChunkedArray) -> list[Ids | None]:
     return [values[a:b] if ok else None for a, b, ok in zip(offsets[:-1], offsets[1:], valid, strict=True)]
 
 
-def value_columns(role: str, entries: Sequence[CacheEntry], stats: Sequence[str], per_token: bool) -> dict[str, Any]:
+def value_columns(role: str, entries: Sequence[SequenceLogps], stats: Sequence[str], per_token: bool) -> dict[str, Any]:
     """`{role}_{side}_logps`, `…_logps_shared`, statistics, and with per_token the lists, from 2 × rows entries.
 
     The shared sum runs over the first min(nc, nr) tokens of each side (LD-DPO).
@@ -220,16 +220,19 @@ def value_columns(role: str, entries: Sequence[CacheEntry], stats: Sequence[str]
     return columns
 
 
-def turn_columns(role: str, entries: Sequence[CacheEntry], sequences: Sequence[TokenSequence]) -> dict[str, pa.Array]:
+def turn_columns(
+    role: str, entries: Sequence[SequenceLogps], sequences: Sequence[TokenSequence]
+) -> dict[str, pa.Array]:
     """`{role}_{side}_turn_logps`: for each pair a list with the sum of every assistant turn, in order; with the same
-    tokens, they add up to the row's own sum. A turn is a run of scored tokens: between two stands what opens the next.
+    tokens, they add up to the row's own sum. A turn is a stretch of scored tokens; between two of them lie the tokens
+    that open the next turn.
     """
     sums = [_turn_sums(entry, sequence) for entry, sequence in zip(entries, sequences, strict=True)]
     type_ = pa.list_(pa.float64())
     return {f"{role}_{side}_turn_logps": pa.array(sums[index::2], type_) for index, side in enumerate(SIDES)}
 
 
-def _turn_sums(entry: CacheEntry, sequence: TokenSequence) -> list[float]:
+def _turn_sums(entry: SequenceLogps, sequence: TokenSequence) -> list[float]:
     ends = np.flatnonzero(np.diff(sequence.scored_positions) > 1) + 1
     return [_sum(turn) for turn in np.split(entry.token_logps, ends)]
 

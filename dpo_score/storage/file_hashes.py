@@ -42,80 +42,58 @@ class FileDigests:
     def sha256(self, path: str | Path) -> str:
         """The sha256 of a file or URL in hexadecimal. StorageError when it cannot be read or changes while it is."""
         real = str(path) if _is_url(path) else os.path.realpath(path)
+        name = f"{FOLDER}/{digest(real)[:32]}.json"
         for _ in range(ATTEMPTS):
             before = _state(real)
-            known = self._known(real, before)
+            known = self._known(name, before)
             if known is not None:
                 return known
             found = _hashed(real, self._check)
-            if _state(real) == before:
-                self._remember(real, before, found)
-                return found
+            if _state(real) != before:
+                continue
+            settled = time.time_ns() - max(before.get("mtime_ns", 0), before.get("ctime_ns", 0)) >= SETTLED_NS
+            if settled:
+                entry = {**before, "sha256": found}
+                self._store.write_json(name, {**entry, "checksum": digest(entry)})
+            return found
         raise StorageError(f"{real} keeps changing while it is read; wait until it is written, then run again")
 
-    def _known(self, path: str, state: dict[str, Any]) -> str | None:
-        name = _name(path)
-        if not self._store.exists(name):
-            return None
+    def _known(self, name: str, state: dict[str, Any]) -> str | None:
+        """The remembered digest of a file in this state, None where none holds."""
         try:
-            entry = self._store.read_json(name)
+            entry = self._store.read_json(name) if self._store.exists(name) else None
         except DamageError:
             return None  # hashed and written anew
-        known = isinstance(entry, dict) and {key: entry.get(key) for key in state} == state
-        return str(entry["sha256"]) if known and entry.get("checksum") == _checksum(entry) else None
-
-    def _remember(self, path: str, state: dict[str, Any], sha256: str) -> None:
-        if "mtime_ns" in state and time.time_ns() - max(state["mtime_ns"], state["ctime_ns"]) < SETTLED_NS:
-            return
-        entry = {**state, "sha256": sha256}
-        self._store.write_json(_name(path), {**entry, "checksum": _checksum(entry)})
+        if not isinstance(entry, dict) or {key: entry.get(key) for key in state} != state:
+            return None
+        sound = entry.get("checksum") == digest({key: value for key, value in entry.items() if key != "checksum"})
+        return str(entry["sha256"]) if sound else None
 
 
 def _is_url(path: str | Path) -> bool:
     return isinstance(path, str) and "://" in path
 
 
-def _name(path: str) -> str:
-    return f"{FOLDER}/{digest(path)[:32]}.json"
-
-
-def _checksum(entry: dict[str, Any]) -> str:
-    return digest({key: value for key, value in entry.items() if key != "checksum"})
-
-
 def _state(path: str) -> dict[str, Any]:
+    """What tells whether a file is still the one that was hashed: one look, for a URL one request and no listing."""
     if _is_url(path):
-        return _object_state(path)
+        with translated_remote(path):
+            fs, root = fsspec.core.url_to_fs(path, use_listings_cache=False)
+            found = fs.info(root)
+        return {"path": path, "size": found.get("size"), "version": hashlib.sha256(repr(found).encode()).hexdigest()}
     with translated(path):
-        found = Path(path).stat()
-    times = {"mtime_ns": found.st_mtime_ns, "ctime_ns": found.st_ctime_ns}
-    return {"path": path, "size": found.st_size, "inode": found.st_ino, **times}
-
-
-def _object_state(url: str) -> dict[str, Any]:
-    """One request; never from a listing that was kept."""
-    with translated_remote(url):
-        fs, root = _opened(url)
-        found = fs.info(root)
-    return {"path": url, "size": found.get("size"), "version": hashlib.sha256(repr(found).encode()).hexdigest()}
-
-
-def _opened(url: str) -> tuple[Any, str]:
-    fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    return fs, str(root)
+        stat = Path(path).stat()
+    times = {"mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+    return {"path": path, "size": stat.st_size, "inode": stat.st_ino, **times}
 
 
 def _hashed(path: str, check: Callable[[], object]) -> str:
     found = hashlib.sha256()
-    with translated_remote(path), _open(path) as file:
+    with (
+        translated_remote(path),
+        fsspec.open(path, "rb", use_listings_cache=False) if _is_url(path) else Path(path).open("rb") as file,
+    ):
         while chunk := file.read(CHUNK_BYTES):
             check()
             found.update(chunk)
     return found.hexdigest()
-
-
-def _open(path: str) -> Any:
-    if not _is_url(path):
-        return Path(path).open("rb")
-    fs, root = _opened(path)
-    return fs.open(root, "rb")

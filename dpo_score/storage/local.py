@@ -1,10 +1,9 @@
-"""A store on a local disk.
+"""The store on a local disk.
 
     name ─▶ .work/<name>.tmp-… ─ write ─ fsync ─ reopen, check ─▶ replace ─▶ name ─ fsync_dir
 
-Promises: a final name holds a complete, synced file or nothing; a failure at any call leaves the old state and
-a StorageError. Not promised: rename and lock semantics of NFS or FUSE; the caller decides when two writers may
-meet (`lock`).
+A name holds a complete, synced file or nothing; a failure at any call leaves the old state and a StorageError. What NFS
+or FUSE make of renames and locks is not checked; `lock` keeps two runs apart, and nothing else here does.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from dpo_score.storage import io as storage
 from dpo_score.storage import locks
 from dpo_score.storage import parquet as tables
 from dpo_score.storage import paths as names
-from dpo_score.storage.base import FileStat, WarningsTo, json_bytes, log, parse_json
+from dpo_score.storage.base import FileStat, Store, WarningsTo, log
 from dpo_score.storage.faults import translated, unless_gone
 from dpo_score.storage.io import Sink
 from dpo_score.storage.parquet import FileRecord
@@ -36,7 +35,7 @@ _unfinished: set[str] = set()
 """Names of the unfinished files this process is writing: a sweep leaves them alone."""
 
 
-class LocalStore:
+class LocalStore(Store):
     """Files under a folder of a local disk. `root` may be a symbolic link; nothing below it may lead outside."""
 
     width = 1
@@ -59,29 +58,22 @@ class LocalStore:
     # writing
 
     def write_bytes(self, name: str, data: bytes, if_absent: bool = False) -> bool:
-        """Atomic. With `if_absent`, False and no change when `name` exists (one winner among processes)."""
-        with translated(self.root / name), self._mutex() if if_absent else nullcontext():
-            if if_absent and self.exists(name):
-                return False
+        with translated(self.root / name), ExitStack() as alone:
+            if if_absent:
+                self._make_dirs(self.root / names.WORK)
+                alone.enter_context(locks.moment(self.root / names.WORK / "create.lock"))
+                if self.exists(name):
+                    return False
             self._publish(name, lambda sink: sink.write(data))
             return True
 
-    def write_json(self, name: str, obj: Any, if_absent: bool = False) -> bool:
-        return self.write_bytes(name, json_bytes(obj), if_absent)
-
     def write_chunks(self, name: str, chunks: Iterable[bytes]) -> FileRecord:
-        """As `write_bytes`, for contents that need not fit in memory."""
-
         def fill(sink: Sink) -> int:
             for chunk in chunks:
                 sink.write(chunk)
             return 0
 
         return self._publish(name, fill)
-
-    def write_table(self, name: str, table: pa.Table, metadata: Mapping[str, str]) -> FileRecord:
-        """One Parquet file, verified before it gets its name. `metadata` replaces the schema's own."""
-        return self.write_tables(name, table.schema, [table], metadata)
 
     def write_tables(
         self,
@@ -91,17 +83,29 @@ class LocalStore:
         metadata: Mapping[str, str],
         group_rows: int = tables.ROW_GROUP_ROWS,
     ) -> FileRecord:
-        """As `write_table`, part by part; row groups of at most `group_rows` rows, none spanning two parts."""
         schema = tables.canonical(schema, metadata)
         return self._publish(name, lambda sink: tables.encode(sink, schema, parts, group_rows), schema)
 
     def _publish(self, name: str, fill: Callable[[Sink], int], schema: pa.Schema | None = None) -> FileRecord:
-        target, unfinished = self.path(name), names.temp_name(name)
+        """Let `fill` write an unfinished file, sync it, read it back, then give it its name."""
+        target = self.path(name)
         with translated(target):
             self._make_dirs(target.parent)
-            with self._temp(unfinished) as temp:
-                rows, size, digest = self._fill(temp, fill)
-                self._check(temp, rows if schema is not None else 0, size, digest, schema)
+            with self._temp(names.temp_name(name)) as temp:
+                sink = Sink(storage.create(temp))
+                try:
+                    rows = fill(sink)
+                    size, digest = sink.size, sink.sync()
+                finally:
+                    sink.close()
+                with temp.open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                if found != digest:
+                    raise StorageError(
+                        f"{temp}: {size} bytes written read back otherwise; the disk or its driver is faulty"
+                    )
+                if schema is not None:
+                    tables.check(temp, rows, schema)
                 storage.replace(temp, target)
             self._sync_dir(target.parent)
         return FileRecord(name, size, rows if schema is not None else 0, digest)
@@ -121,24 +125,6 @@ class LocalStore:
             if not published:
                 with suppress(OSError):
                     storage.unlink(path)
-
-    @staticmethod
-    def _fill(temp: Path, fill: Callable[[Sink], int]) -> tuple[int, int, str]:
-        sink = Sink(storage.create(temp))
-        try:
-            rows = fill(sink)
-            return rows, sink.size, sink.sync()
-        finally:
-            sink.close()
-
-    @staticmethod
-    def _check(temp: Path, rows: int, size: int, digest: str, schema: pa.Schema | None) -> None:
-        with temp.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != digest:
-            raise StorageError(f"{temp}: {size} bytes written read back otherwise; the disk or its driver is faulty")
-        if schema is not None:
-            tables.check(temp, rows, schema)
 
     def _make_dirs(self, folder: Path) -> None:
         missing = [p for p in (folder, *folder.parents) if not p.exists()]
@@ -163,23 +149,17 @@ class LocalStore:
         with translated(self.root / name):
             return self.path(name).read_bytes()
 
-    def read_json(self, name: str) -> Any:
-        return parse_json(self.read_bytes(name), self.url(name))
-
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         return tables.read(self.path(name), self.url(name), columns)
 
     def open_table(self, name: str) -> Any:
-        """An open ParquetFile (close it), page checksums verified; read it inside `reading`."""
         with self.reading(name):
             return tables.open_parquet(self.path(name))
 
     def reading(self, name: str) -> AbstractContextManager[None]:
-        """Faults and damage met inside, as this store's errors."""
         return tables.damage_named(self.url(name))
 
     def local_copy(self, name: str) -> Path:
-        """A path to read or map the file at."""
         return self.path(name)
 
     def sha256(self, name: str) -> str:
@@ -191,7 +171,6 @@ class LocalStore:
             return self.path(name).is_file()
 
     def stat(self, name: str) -> FileStat | None:
-        """None when there is no such file."""
         path = self.path(name)
         with translated(path):
             try:
@@ -201,7 +180,6 @@ class LocalStore:
         return FileStat(found.st_size, found.st_mtime)
 
     def list(self, prefix: str = "") -> tuple[str, ...]:
-        """All files below a folder, sorted; `.work` only when asked for."""
         top = self.path(prefix) if prefix else self.root
         found = []
         for folder, folders, files in os.walk(top, onerror=unless_gone):
@@ -213,7 +191,6 @@ class LocalStore:
     # removing
 
     def remove(self, name: str) -> None:
-        """Durably; a file that is not there is no error."""
         path = self.path(name)
         if not os.path.lexists(path):
             return
@@ -222,7 +199,6 @@ class LocalStore:
             self._sync_dir(path.parent)
 
     def quarantine(self, name: str) -> str:
-        """Move a damaged file aside, for inspection; returns where it now lies."""
         source, kept = self.path(name), names.quarantine_name(name)
         with translated(source):
             self._make_dirs(self.path(kept).parent)
@@ -233,23 +209,24 @@ class LocalStore:
 
     def sweep(self) -> tuple[str, ...]:
         """Remove unfinished files of this machine's dead processes, and day-old ones of others; returns the names."""
+
+        def is_stale(name: str) -> bool:
+            match = names.TEMP.search(name)
+            if match is None:
+                return False
+            if match["machine"] != names.machine():
+                found = self.stat(name)
+                return found is not None and time.time() - found.modified > FOREIGN_TEMP_SECONDS
+            if int(match["pid"]) == os.getpid():
+                return Path(name).name not in _unfinished
+            return not names.alive(int(match["pid"]))
+
         stale: list[str] = []
-        with suppress(StorageError):  # the workshop of a shared cache may be closed to this user
-            stale += [name for name in self.list(names.WORK) if self._is_stale(name)]
+        with suppress(StorageError):  # the work folder of a shared cache may be closed to this user
+            stale += [name for name in self.list(names.WORK) if is_stale(name)]
         for name in stale:
             self.remove(name)
         return tuple(stale)
-
-    def _is_stale(self, name: str) -> bool:
-        match = names.TEMP.search(name)
-        if match is None:
-            return False
-        if match["machine"] != names.machine():
-            found = self.stat(name)
-            return found is not None and time.time() - found.modified > FOREIGN_TEMP_SECONDS
-        if int(match["pid"]) == os.getpid():
-            return Path(name).name not in _unfinished
-        return not names.alive(int(match["pid"]))
 
     # one writer
 
@@ -258,7 +235,7 @@ class LocalStore:
         """One run at a time: a second one gets a UsageError naming the first. Freed by the kernel on any death."""
         with self._whole():
             for path in sorted((self.root / names.WORK).glob("share-*.lock")):
-                with locks.exclusive(path, partial(self._owner, path.stem)):
+                with locks.exclusive(path, partial(self._busy, path.stem)):
                     pass
             self.write_json(f"{names.WORK}/lock-owner.json", locks.owner())
             yield
@@ -270,33 +247,27 @@ class LocalStore:
         with ExitStack() as held:
             with self._whole(locks.SHARE_SECONDS):
                 path = self.root / names.WORK / f"{own}.lock"
-                held.enter_context(locks.exclusive(path, partial(self._owner, own)))
+                held.enter_context(locks.exclusive(path, partial(self._busy, own)))
             self.write_json(f"{names.WORK}/{own}-owner.json", locks.owner())
             yield
 
     def turn(self) -> AbstractContextManager[None]:
-        """For a holder of a share: alone among the shares, after waiting for those that came before."""
-        return locks.exclusive(self.root / names.WORK / "turn.lock", dict, seconds=-1)
+        return locks.exclusive(self.root / names.WORK / "turn.lock", partial(self._busy, "turn"), seconds=-1)
 
     @contextmanager
     def _whole(self, seconds: float = 0.0) -> Iterator[None]:
         with translated(self.root):
             self._make_dirs(self.root / names.WORK)
-        with locks.exclusive(self.root / names.WORK / "lock", partial(self._owner, "lock"), seconds):
+        with locks.exclusive(self.root / names.WORK / "lock", partial(self._busy, "lock"), seconds):
             yield
 
-    def _owner(self, lock: str) -> Mapping[str, Any]:
+    def _busy(self, lock: str) -> UsageError:
+        """The error that names who holds a lock."""
+        holder: dict[str, Any] = {}
         with suppress(StorageError, DamageError):
             found = self.read_json(f"{names.WORK}/{lock}-owner.json")
-            return found if isinstance(found, dict) else {}
-        return {}
-
-    @contextmanager
-    def _mutex(self) -> Iterator[None]:
-        """A moment alone among processes, for create-if-absent."""
-        self._make_dirs(self.root / names.WORK)
-        with locks.moment(self.root / names.WORK / "create.lock"):
-            yield
+            holder = found if isinstance(found, dict) else {}
+        return locks.busy(self.root, holder)
 
     def url(self, name: str = "") -> str:
         return str(self.root / name) if name else str(self.root)

@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dpo_score.errors import DamageError, StorageError, UsageError
+from dpo_score.errors import DamageError, DpoScoreError, StorageError, UsageError
 from dpo_score.storage import paths as names
 from dpo_score.storage.base import Store
 from dpo_score.storage.faults import translated
@@ -54,36 +54,27 @@ def busy(where: str | Path, found: Mapping[str, Any]) -> UsageError:
 
 
 @contextmanager
-def exclusive(path: Path, found: Callable[[], Mapping[str, Any]], seconds: float = 0.0) -> Iterator[None]:
-    """Hold `path` or raise, after `seconds` (-1: never), the UsageError that names what `found` returns."""
-    held = FileLock(path, thread_local=False, fallback_to_soft=False)
+def exclusive(path: Path, refused: Callable[[], DpoScoreError], seconds: float = 0.0) -> Iterator[None]:
+    """Hold the lock file `path`, or raise what `refused` returns after `seconds` (-1: wait for ever)."""
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
     with translated(path):
         try:
-            held.acquire(timeout=seconds)
+            lock.acquire(timeout=seconds)
         except Timeout:  # an OSError too, hence inside
-            raise busy(path.parent.parent, found()) from None
+            raise refused() from None
     try:
         yield
     finally:
-        held.release()
+        lock.release()
 
 
-@contextmanager
-def moment(path: Path) -> Iterator[None]:
+def moment(path: Path) -> AbstractContextManager[None]:
     """Hold `path` for an instant, waiting for others that do the same; StorageError where one never lets go."""
-    held = FileLock(path, thread_local=False, fallback_to_soft=False)
-    with translated(path):
-        try:
-            held.acquire(timeout=MOMENT_SECONDS)
-        except Timeout:
-            raise StorageError(
-                f"{path}: another process has held this lock for {MOMENT_SECONDS:.0f} s, which takes milliseconds; it "
-                "may be suspended. Stop it: the kernel frees the lock, and the same command resumes"
-            ) from None
-    try:
-        yield
-    finally:
-        held.release()
+    stuck = StorageError(
+        f"{path}: another process has held this lock for {MOMENT_SECONDS:.0f} s, which takes milliseconds; it "
+        "may be suspended. Stop it: the kernel frees the lock, and the same command resumes"
+    )
+    return exclusive(path, lambda: stuck, MOMENT_SECONDS)
 
 
 RENEW_SECONDS = 30.0
@@ -131,7 +122,7 @@ class Lease:
             self.lost = "another run took over"
             return
         now = time.time()
-        _write(self.store, self.name, self.holder | {"renewed": now})
+        self.store.write_json(self.name, self.holder | {"renewed": now})
         self.renewed = now
 
 
@@ -169,7 +160,7 @@ def acquire(store: Store, kind: str = WHOLE) -> Lease:
         if found is not None:
             raise busy(store.url(), found)
     lease = Lease(store, last + 1, owner() | {"token": secrets.token_hex(8)}, time.time(), kind=kind)
-    won = _write(store, lease.name, lease.holder | {"renewed": lease.renewed}, if_absent=True)
+    won = store.write_json(lease.name, lease.holder | {"renewed": lease.renewed}, if_absent=True)
     if not won and _read(store, lease.name).get("token") != lease.holder["token"]:  # a repeated request meets itself
         raise busy(store.url(), _read(store, lease.name))
     if newest(store, kind) > lease.generation:
@@ -180,32 +171,16 @@ def acquire(store: Store, kind: str = WHOLE) -> Lease:
     return lease
 
 
-def acquired(store: Store, kind: str, seconds: float) -> Lease:
-    """As `acquire`, trying again for `seconds`."""
-    until = time.monotonic() + seconds
-    while True:
-        try:
-            return acquire(store, kind)
-        except UsageError:
-            if time.monotonic() > until:
-                raise
-        time.sleep(POLL_SECONDS)
-
-
-def _holds(found: dict[str, Any], now: float) -> bool:
+def _holds(found: Mapping[str, Any], now: float) -> bool:
     """Whether a lease is in force: renewed of late, and its process not known to be dead."""
-    if abs(now - _number(found, "renewed")) >= TAKEOVER_SECONDS:  # a clock set back must not hold for ever
+    renewed, pid = (  # another process wrote them: 0 where it wrote no number
+        value if isinstance(value := found.get(name), int | float) else 0 for name in ("renewed", "pid")
+    )
+    if abs(now - renewed) >= TAKEOVER_SECONDS:  # a clock set back must not hold for ever
         return False
     if found.get("machine") != owner()["machine"]:
         return True
-    pid = int(_number(found, "pid"))
-    return found.get("token") in _tokens if pid == os.getpid() else names.alive(pid)
-
-
-def _number(found: Mapping[str, Any], name: str) -> float:
-    """A field of a lease that another process wrote; 0 where it holds no number."""
-    value = found.get(name)
-    return float(value) if isinstance(value, int | float) else 0.0
+    return found.get("token") in _tokens if int(pid) == os.getpid() else names.alive(int(pid))
 
 
 def _in_force(store: Store, name: str) -> dict[str, Any] | None:
@@ -230,11 +205,25 @@ def _in_force(store: Store, name: str) -> dict[str, Any] | None:
 
 @contextmanager
 def hold(store: Store, kind: str = WHOLE, seconds: float = 0.0) -> Iterator[Callable[[], None]]:
-    """Hold a lease, renewed by a thread; yields the check that every write makes."""
-    lease = acquired(store, kind, seconds)
-    _tokens.add(lease.holder["token"])
+    """Hold a lease, asked for during `seconds` and renewed by a thread; yields the check that every write makes."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            lease = acquire(store, kind)
+            break
+        except UsageError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(POLL_SECONDS)
     stop = threading.Event()
-    keeper = threading.Thread(target=_keep, args=(lease, stop), name="dpo-score-lease", daemon=True)
+
+    def keep() -> None:
+        while lease.lost is None and not stop.wait(RENEW_SECONDS):
+            with suppress(StorageError):  # tried again in RENEW_SECONDS; `check` gives up after HELD_SECONDS
+                lease.renew()
+
+    _tokens.add(lease.holder["token"])
+    keeper = threading.Thread(target=keep, name="dpo-score-lease", daemon=True)
     keeper.start()
     try:
         yield lease.check
@@ -244,18 +233,6 @@ def hold(store: Store, kind: str = WHOLE, seconds: float = 0.0) -> Iterator[Call
         _tokens.discard(lease.holder["token"])
         if lease.lost is None:
             store.remove(lease.name)
-
-
-def _keep(lease: Lease, stop: threading.Event) -> None:
-    while lease.lost is None and not stop.wait(RENEW_SECONDS):
-        try:
-            lease.renew()
-        except StorageError:
-            continue  # tried again in RENEW_SECONDS; `check` gives up after HELD_SECONDS
-
-
-def _write(store: Store, name: str, fields: dict[str, Any], if_absent: bool = False) -> bool:
-    return store.write_json(name, fields, if_absent)
 
 
 def _read(store: Store, name: str) -> dict[str, Any]:

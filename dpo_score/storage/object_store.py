@@ -27,13 +27,13 @@ from dpo_score.storage import io as storage
 from dpo_score.storage import locks
 from dpo_score.storage import parquet as tables
 from dpo_score.storage import paths as names
-from dpo_score.storage.base import FileStat, WarningsTo, json_bytes, log, parse_json
+from dpo_score.storage.base import FileStat, Store, WarningsTo, log
 from dpo_score.storage.faults import translated_remote
 from dpo_score.storage.local import LocalStore
 from dpo_score.storage.parquet import FileRecord
 
 
-class RemoteStore:
+class RemoteStore(Store):
     """Objects under one URL. The spool folder lives in the temporary folder of this machine, as long as the store."""
 
     width = 16
@@ -59,7 +59,6 @@ class RemoteStore:
     # writing
 
     def write_bytes(self, name: str, data: bytes, if_absent: bool = False) -> bool:
-        """One PUT. With `if_absent`, False and no change when the object exists."""
         self._guard()
         with translated_remote(self.url(name)):
             try:
@@ -70,14 +69,8 @@ class RemoteStore:
                 return False
         return True
 
-    def write_json(self, name: str, obj: Any, if_absent: bool = False) -> bool:
-        return self.write_bytes(name, json_bytes(obj), if_absent)
-
     def write_chunks(self, name: str, chunks: Iterable[bytes]) -> FileRecord:
         return self._upload(self._spool.write_chunks(name, chunks))
-
-    def write_table(self, name: str, table: pa.Table, metadata: Mapping[str, str]) -> FileRecord:
-        return self._upload(self._spool.write_table(name, table, metadata))
 
     def write_tables(
         self,
@@ -104,9 +97,6 @@ class RemoteStore:
         with translated_remote(self.url(name)):
             data: bytes = self._fs.cat_file(self._path(name))
         return data
-
-    def read_json(self, name: str) -> Any:
-        return parse_json(self.read_bytes(name), self.url(name))
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         with translated_remote(self.url(name)), self._fs.open(self._path(name), "rb") as file:
@@ -196,7 +186,6 @@ class RemoteStore:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """For a holder of a share: alone among the shares, after waiting for those that came before."""
         with locks.hold(self, "turn", seconds=math.inf):
             yield
 

@@ -32,7 +32,7 @@ from dpo_score.engine.context import RunContext
 from dpo_score.engine.plan import RunPlan
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.run import run_context, run_references
-from dpo_score.storage.cache.cache import CacheEntry, open_cache
+from dpo_score.storage.cache.cache import SequenceLogps, open_cache
 from tests.tiny import byte_tokenizer
 
 
@@ -124,7 +124,7 @@ def cache_cost(folder: Path, files: int, blocks: int = 200) -> float:
     for number in range(files):
         (at / f"ref-{number:032x}.parquet").touch()
     entries = [
-        {(128 * n + i).to_bytes(16, "big"): CacheEntry(np.full(50, -1.0 - n, np.float32)) for i in range(128)}
+        {(128 * n + i).to_bytes(16, "big"): SequenceLogps(np.full(50, -1.0 - n, np.float32)) for i in range(128)}
         for n in range(blocks)
     ]
     space.add("ref", entries[0])

@@ -28,7 +28,7 @@ from dpo_score.engine.context import RunContext
 from dpo_score.engine.model_logprobs import cache_fields
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.run import end_run, run_context, run_references, score_policy
-from dpo_score.storage.cache.cache import CacheEntry, open_cache
+from dpo_score.storage.cache.cache import SequenceLogps, open_cache
 from tests.run_fixtures import preference_rows, write_rows
 from tests.storage.s3_server import Server, serving
 from tests.tiny import save_tiny
@@ -96,7 +96,7 @@ def fill(context: RunContext, config: Any, folder: Path, files: int) -> None:
     _, source, numerics = preparing.resolve_plan(config, context).models[0]
     local = folder / "filled"
     space = open_cache(local).namespace(cache_fields(source, numerics))
-    first = space.add("other", {bytes(16): CacheEntry(np.zeros(2, np.float32))})
+    first = space.add("other", {bytes(16): SequenceLogps(np.zeros(2, np.float32))})
     for number in range(1, files):  # equal contents do: names are all that a listing sees
         shutil.copy(local / space.folder / str(first), local / space.folder / f"other-{number:032x}.parquet")
     space.compact()

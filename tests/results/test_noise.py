@@ -11,9 +11,8 @@ import torch
 
 from dpo_score.data.types import TokenSequence
 from dpo_score.logprobs import noise_floor as engine
-from dpo_score.logprobs.types import Unscored
+from dpo_score.logprobs.types import SequenceLogps, Unscored
 from dpo_score.results import noise
-from dpo_score.storage.cache.cache import CacheEntry
 from tests.run_fixtures import Runner, preference_rows, write_rows
 
 MARGINS = np.array([0.5, -3.0, 10.0])
@@ -65,7 +64,7 @@ def test_records_of_an_earlier_release_have_places_for_keys() -> None:
 
 def test_half_a_pair_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     sequences = [TokenSequence(np.array([1], np.int32), np.array([i], np.int32)) for i in range(6)]
-    entries: list[Any] = [CacheEntry(np.full(1, -float(i), np.float32)) for i in range(6)]
+    entries: list[Any] = [SequenceLogps(np.full(1, -float(i), np.float32)) for i in range(6)]
     entries[1], entries[2] = Unscored("too_large", "no room"), Unscored("too_large", "no room")
     monkeypatch.setattr(engine, "_plain_fp32", lambda *_: [0.0] * 6)
     measured = noise.measure(None, None, sequences, entries)  # type: ignore[arg-type]

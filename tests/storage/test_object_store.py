@@ -288,7 +288,7 @@ def test_an_older_generation_created_late_gives_way(
     store: RemoteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both looked before either wrote; the other one has gone further since."""
-    current = locks._write(store, ".work/lease-000002.json", {"pid": 1, "host": "x", "renewed": clock.now})
+    current = store.write_json(".work/lease-000002.json", {"pid": 1, "host": "x", "renewed": clock.now})
     assert current
     looks = iter([0])
     real = locks.newest

@@ -32,11 +32,16 @@ OWN_COLUMNS = ("key", "check")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CacheEntry:
-    """One sequence under one model: `token_logps` (float32, nats, one per scored token), `stats` of that length."""
+class SequenceLogps:
+    """What one model gives for one sequence, as it is scored and as the cache keeps it.
+
+    `token_logps` and each array of `stats`: fp32 [n], one per scored token, in nats. `redone_dtype`: the dtype of a
+    second pass where the first one overflowed, else None; the cache keeps such values in a namespace of that dtype.
+    """
 
     token_logps: Float32
     stats: Mapping[str, Float32] = field(default_factory=dict)
+    redone_dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,12 +65,12 @@ class EntryBlock:
         return state.hexdigest()
 
 
-def is_finite(entry: CacheEntry) -> bool:
+def is_finite(entry: SequenceLogps) -> bool:
     """Whether every value is a number; others are never stored."""
     return all(bool(np.isfinite(values).all()) for values in (entry.token_logps, *entry.stats.values()))
 
 
-def pack(entries: Mapping[bytes, CacheEntry]) -> EntryBlock:
+def pack(entries: Mapping[bytes, SequenceLogps]) -> EntryBlock:
     """Arrays of `entries`, in their order. Statistics must be as long as the log-probabilities."""
     listed = list(entries.values())
     lengths = np.array([len(entry.token_logps) for entry in listed], np.int64)
@@ -100,32 +105,29 @@ def to_table(block: EntryBlock) -> pa.Table:
 
 def from_table(table: pa.Table, name: str) -> EntryBlock:
     """The entries of a table. DamageError naming `name` when a row's checksum does not hold."""
-    values = [column for column in table.column_names if column not in OWN_COLUMNS]
-    lists = {column: table.column(column).combine_chunks() for column in values}
-    lengths = _lengths(lists[LOGPS])
-    present = {column: lists[column].is_valid().to_numpy(zero_copy_only=False) for column in values}
-    columns = {column: _filled(lists[column], present[column], lengths, name) for column in values}
+
+    def lengths_of(lists: Any) -> NDArray[np.int64]:
+        found: NDArray[np.int64] = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        return found
+
+    lists = {
+        column: table.column(column).combine_chunks() for column in table.column_names if column not in OWN_COLUMNS
+    }
+    lengths = lengths_of(lists[LOGPS])
+    present = {column: values.is_valid().to_numpy(zero_copy_only=False) for column, values in lists.items()}
+    columns: dict[str, Float32] = {}
+    for column, values in lists.items():
+        if not np.array_equal(lengths_of(values), np.where(present[column], lengths, 0)):
+            raise DamageError(f"{name}: columns of a row differ in length")
+        columns[column] = values.flatten().to_numpy(zero_copy_only=False)
+        if not present[column].all():  # zeros where an entry has none, so that every column shares its offsets
+            whole = np.zeros(int(lengths.sum()), np.float32)
+            whole[np.repeat(present[column], lengths)] = columns[column]
+            columns[column] = whole
     block = EntryBlock(keys_of(table), np.concatenate([[0], np.cumsum(lengths)]), columns, present)
     if not np.array_equal(row_checks(block), table.column("check").to_numpy()):
         raise DamageError(f"{name}: a row does not match its checksum")
     return block
-
-
-def _lengths(lists: Any) -> NDArray[np.int64]:
-    found: NDArray[np.int64] = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-    return found
-
-
-def _filled(lists: Any, present: NDArray[np.bool_], lengths: NDArray[np.int64], name: str) -> Float32:
-    """All values of a list column, zeros where an entry has none, so that every column shares its offsets."""
-    if not np.array_equal(_lengths(lists), np.where(present, lengths, 0)):
-        raise DamageError(f"{name}: columns of a row differ in length")
-    values: Float32 = lists.flatten().to_numpy(zero_copy_only=False)
-    if present.all():
-        return values
-    whole = np.zeros(int(lengths.sum()), np.float32)
-    whole[np.repeat(present, lengths)] = values
-    return whole
 
 
 def keys_of(table: pa.Table) -> NDArray[np.uint8]:
@@ -157,11 +159,11 @@ def _weight(name: str) -> np.uint64:
     return np.uint64(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") | 1)
 
 
-def entry_at(block: EntryBlock, row: int) -> CacheEntry:
+def entry_at(block: EntryBlock, row: int) -> SequenceLogps:
     """One entry, in memory of its own."""
     start, stop = int(block.offsets[row]), int(block.offsets[row + 1])
     own = {name: values[start:stop].copy() for name, values in block.columns.items() if block.present[name][row]}
-    return CacheEntry(own.pop(LOGPS), own)
+    return SequenceLogps(own.pop(LOGPS), own)
 
 
 NAMESPACE = "namespace"
@@ -188,59 +190,51 @@ class ValueFiles:
         self._open: OrderedDict[str, Any] = OrderedDict()
         self._broken: set[str] = set()
 
-    def read(self, spots: Mapping[bytes, tuple[str, int]]) -> dict[bytes, CacheEntry]:
+    def read(self, spots: Mapping[bytes, tuple[str, int]]) -> dict[bytes, SequenceLogps]:
         """The entries at (file, row); a key whose file is gone or damaged is left out."""
         by_file: dict[str, dict[int, bytes]] = {}
         for key, (file, row) in spots.items():
             by_file.setdefault(file, {})[row] = key
-        found: dict[bytes, CacheEntry] = {}
+        found: dict[bytes, SequenceLogps] = {}
         for file in sorted(by_file.keys() - self._broken):
-            found |= self._from_file(file, by_file[file])
+            name = f"{self._folder}/{file}"
+            try:
+                found |= dict(self._rows(name, by_file[file]))
+            except DamageError as error:
+                self._close(file)
+                self._set_aside(name, error)
+            except StorageError:
+                if self._store.exists(name):
+                    raise
+                self._close(file)  # removed by another process (gc, quarantine): its entries are misses
         return found
 
-    def _from_file(self, file: str, keys: Mapping[int, bytes]) -> dict[bytes, CacheEntry]:
-        name = f"{self._folder}/{file}"
-        try:
-            return dict(self._rows(name, keys))
-        except DamageError as error:
-            self._give_up(file)
-            self._set_aside(name, error)
-        except StorageError:
-            if self._store.exists(name):
-                raise
-            self._give_up(file)  # removed by another process (gc, quarantine): its entries are misses
-        return {}
-
-    def _give_up(self, file: str) -> None:
+    def _close(self, file: str) -> None:
+        """Ask this file nothing more."""
         self._broken.add(file)
         opened = self._open.pop(f"{self._folder}/{file}", None)
         if opened is not None:
             opened.close()
 
-    def _rows(self, name: str, keys: Mapping[int, bytes]) -> Iterator[tuple[bytes, CacheEntry]]:
+    def _rows(self, name: str, keys: Mapping[int, bytes]) -> Iterator[tuple[bytes, SequenceLogps]]:
         """Entries of some rows of one file, a few row groups at a time."""
-        file = self._opened(name)
-        starts = _group_starts(file)
+        metadata = self._opened(name).metadata
+        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         rows = np.array(sorted(keys), np.int64)
-        groups = np.searchsorted(starts, rows, side="right") - 1
-        needed = np.unique(groups)
+        group_of = np.searchsorted(starts, rows, side="right") - 1
+        needed = np.unique(group_of)
         for first in range(0, len(needed), GROUPS_AT_ONCE):
             part = needed[first : first + GROUPS_AT_ONCE]
-            within = rows[np.isin(groups, part)]
-            yield from self._from_groups(name, part.tolist(), starts, {int(row): keys[int(row)] for row in within})
-
-    def _from_groups(
-        self, name: str, groups: Sequence[int], starts: Any, keys: Mapping[int, bytes]
-    ) -> Iterator[tuple[bytes, CacheEntry]]:
-        with self._store.reading(name):
-            table = self._opened(name).read_row_groups(groups, use_threads=False)
-        block = from_table(table, self._store.url(name))
-        rows = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in groups])
-        place = {int(row): i for i, row in enumerate(rows)}
-        for row, key in keys.items():
-            if block.keys[place[row]].tobytes() != key:
-                raise DamageError(f"{self._store.url(name)}: row {row} holds another sequence than its index says")
-            yield key, entry_at(block, place[row])
+            with self._store.reading(name):
+                table = self._opened(name).read_row_groups(part.tolist(), use_threads=False)
+            block = from_table(table, self._store.url(name))
+            there = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in part])
+            place = {int(row): i for i, row in enumerate(there)}
+            for row in rows[np.isin(group_of, part)].tolist():
+                if block.keys[place[row]].tobytes() != keys[row]:
+                    raise DamageError(f"{self._store.url(name)}: row {row} holds another sequence than its index says")
+                yield keys[row], entry_at(block, place[row])
 
     def _opened(self, name: str) -> Any:
         if name not in self._open:
@@ -253,10 +247,3 @@ class ValueFiles:
             self._open[name] = opened
         self._open.move_to_end(name)
         return self._open[name]
-
-
-def _group_starts(file: Any) -> Any:
-    """The first row of each row group, and the number of rows."""
-    metadata = file.metadata
-    sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)

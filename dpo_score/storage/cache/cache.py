@@ -4,14 +4,15 @@
     CACHE/logps/v1/<namespace>/<hint>-<digest>.parquet   one block of entries, in row order, never changed
     CACHE/logps/v1/<namespace>/index/<digest>.sqlite     where keys lie (`key_index`)
 
-Promises: an entry is only ever answered under the namespace it was computed in (the rest: `space`).
-Not promised: that an entry stays (`gc` may remove it), or numbers equal across namespaces.
+An entry only ever answers under the namespace that it was computed in. It need not stay (`gc` may remove it), and
+numbers of two namespaces need not be equal.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,12 +20,12 @@ from typing import Any
 
 from dpo_score.errors import DamageError
 from dpo_score.storage.base import Store, WarningsTo, log
-from dpo_score.storage.cache.blocks import CacheEntry, from_table, misplaced
+from dpo_score.storage.cache.blocks import SequenceLogps, from_table, misplaced
 from dpo_score.storage.cache.namespace import DESCRIPTION, CacheSpace, CacheView, content_digest_of
 from dpo_score.storage.fingerprint import digest
 from dpo_score.storage.open import open_store
 
-__all__ = ["CacheEntry", "CacheSpace", "CacheView", "LogpCache", "Removed", "open_cache"]
+__all__ = ["CacheSpace", "CacheView", "LogpCache", "Removed", "SequenceLogps", "open_cache"]
 FOLDER = "logps/v1"
 DIGEST_CHARACTERS = 32
 
@@ -57,56 +58,59 @@ class LogpCache:
 
     def spaces(self, namespaces: Sequence[str] | None = None) -> tuple[CacheSpace, ...]:
         """The namespaces there are; only those whose digests begin with one of `namespaces`, if given."""
-        found = sorted({name.split("/")[2] for name in self.store.list(FOLDER)})
-        asked = [n for n in found if namespaces is None or any(n.startswith(start) for start in namespaces)]
-        return tuple(CacheSpace(self.store, f"{FOLDER}/{n}", self._fields(n), self.warn) for n in asked)
-
-    def _fields(self, namespace: str) -> Mapping[str, Any]:
-        name = f"{FOLDER}/{namespace}/{DESCRIPTION}"
-        try:
-            found = self.store.read_json(name) if self.store.exists(name) else {}
-        except DamageError:
-            return {}  # `verify` names it; entries do not depend on it
-        return found if isinstance(found, dict) else {}
+        found: list[CacheSpace] = []
+        for name in sorted({path.split("/")[2] for path in self.store.list(FOLDER)}):
+            if namespaces is not None and not any(name.startswith(start) for start in namespaces):
+                continue
+            description = f"{FOLDER}/{name}/{DESCRIPTION}"
+            fields: Any = {}
+            with suppress(DamageError):  # `verify` names it; entries do not depend on it
+                fields = self.store.read_json(description) if self.store.exists(description) else {}
+            known = fields if isinstance(fields, dict) else {}
+            found.append(CacheSpace(self.store, f"{FOLDER}/{name}", known, self.warn))
+        return tuple(found)
 
     def ls(self) -> list[dict[str, Any]]:
         """One row a namespace: its digest, files, entries, bytes, time of the newest file, and its fields."""
-        return [self._described(space) for space in self.spaces()]
-
-    def _described(self, space: CacheSpace) -> dict[str, Any]:
-        entries = sum(len(keys) for file in space.snapshot() if (keys := space.keys(file)) is not None)
-        stats = [stat for file in space.snapshot() if (stat := self.store.stat(f"{space.folder}/{file}")) is not None]
-        newest = max((stat.modified for stat in stats), default=0.0)
-        return {
-            "namespace": space.folder.rpartition("/")[2],
-            "files": len(stats),
-            "entries": entries,
-            "bytes": sum(stat.size for stat in stats),
-            "newest": datetime.fromtimestamp(newest, UTC).isoformat(timespec="seconds"),
-            "fields": dict(space.fields),
-        }
+        rows = []
+        for space in self.spaces():
+            files = space.snapshot()
+            stats = [stat for file in files if (stat := self.store.stat(f"{space.folder}/{file}")) is not None]
+            newest = max((stat.modified for stat in stats), default=0.0)
+            rows.append(
+                {
+                    "namespace": space.name,
+                    "files": len(stats),
+                    "entries": sum(len(keys) for file in files if (keys := space.keys(file)) is not None),
+                    "bytes": sum(stat.size for stat in stats),
+                    "newest": datetime.fromtimestamp(newest, UTC).isoformat(timespec="seconds"),
+                    "fields": dict(space.fields),
+                }
+            )
+        return rows
 
     def verify(self) -> tuple[str, ...]:
         """One sentence per damaged file; nothing is moved or changed."""
-        return tuple(text for space in self.spaces() for text in self._damage(space))
+        found: list[str] = []
+        for space in self.spaces():
+            found += (text for file in space.snapshot() if (text := self._damage(f"{space.folder}/{file}")))
+            if digest(space.fields)[:DIGEST_CHARACTERS] != space.name:
+                found.append(f"{self.store.url(space.folder)}/{DESCRIPTION}: does not describe this namespace")
+            found += space.damaged_indexes()
+        return tuple(found)
 
-    def _damage(self, space: CacheSpace) -> list[str]:
-        found = [text for file in space.snapshot() if (text := self._file_damage(f"{space.folder}/{file}"))]
-        if digest(space.fields)[:DIGEST_CHARACTERS] != space.folder.rpartition("/")[2]:
-            found.append(f"{self.store.url(space.folder)}/{DESCRIPTION}: does not describe this namespace")
-        return found + space.damaged_indexes()
-
-    def _file_damage(self, name: str) -> str | None:
+    def _damage(self, name: str) -> str | None:
+        """What is wrong with a value file, None where nothing is."""
+        url = self.store.url(name)
         try:
             table = self.store.read_table(name)
             if reason := misplaced(table.schema.metadata, name):
-                return f"{self.store.url(name)}: {reason}"
-            block = from_table(table, self.store.url(name))
+                return f"{url}: {reason}"
+            block = from_table(table, url)
         except DamageError as error:
             return str(error)
-        if block.content_digest != content_digest_of(name):
-            return f"{self.store.url(name)}: its contents are not those its name stands for"
-        return None
+        whole = block.content_digest == content_digest_of(name)
+        return None if whole else f"{url}: its contents are not those that its name promises"
 
     def gc(
         self,
@@ -122,7 +126,9 @@ class LogpCache:
         """
         self.store.sweep()
         spaces = self.spaces(namespaces)
-        files = sorted(self._ages(spaces))
+        names = [f"{space.folder}/{file}" for space in spaces for file in space.snapshot()]
+        stats = ((name, stat) for name in names if (stat := self.store.stat(name)) is not None)
+        files = sorted((stat.modified, stat.size, name) for name, stat in stats)
         moment = time.time() if now is None else now
         everything = max_age is None and max_bytes is None and namespaces is not None
         left = sum(size for _, size, _ in files)
@@ -135,17 +141,9 @@ class LogpCache:
         for name, _ in gone:
             self.store.remove(name)
         for space in spaces:
-            self._tidy(space)
+            if space.snapshot():
+                space.compact()
+                continue
+            for name in self.store.list(space.folder):  # what is left of an empty namespace
+                self.store.remove(name)
         return Removed(len(gone), sum(size for _, size in gone))
-
-    def _ages(self, spaces: Sequence[CacheSpace]) -> list[tuple[float, int, str]]:
-        names = [f"{space.folder}/{file}" for space in spaces for file in space.snapshot()]
-        return [(stat.modified, stat.size, name) for name in names if (stat := self.store.stat(name)) is not None]
-
-    def _tidy(self, space: CacheSpace) -> None:
-        """Bring the index up to date, or remove what is left of an empty namespace."""
-        if space.snapshot():
-            space.compact()
-            return
-        for name in self.store.list(space.folder):
-            self.store.remove(name)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from dpo_score.storage.base import Store, WarningsTo
 from dpo_score.storage.cache import key_index
 from dpo_score.storage.cache.blocks import (
     NAMESPACE,
-    CacheEntry,
     EntryBlock,
+    SequenceLogps,
     ValueFiles,
     is_finite,
     keys_of,
@@ -52,16 +53,16 @@ class CacheSpace:
         self._whole: set[str] = set()
 
     @property
-    def metadata(self) -> dict[str, str]:
-        """What a value file says of itself: which namespace its values belong to."""
-        return {"dpo_score": "cache 1", NAMESPACE: self.folder.rpartition("/")[2]}
+    def name(self) -> str:
+        """The digest of `fields`: the last part of the folder's name."""
+        return self.folder.rpartition("/")[2]
 
     def snapshot(self) -> tuple[str, ...]:
         """Names of the value files present now, sorted."""
         found = (name.removeprefix(f"{self.folder}/") for name in self.store.list(self.folder))
         return tuple(name for name in found if "/" not in name and name.endswith(".parquet"))
 
-    def add(self, name_hint: str, entries: Mapping[bytes, CacheEntry]) -> str | None:
+    def add(self, name_hint: str, entries: Mapping[bytes, SequenceLogps]) -> str | None:
         """Store a block of entries in their order; its file name, None when there was nothing to store.
 
         Entries that hold a value that is not finite are left out. Equal blocks under one name, from whatever process,
@@ -72,28 +73,21 @@ class CacheSpace:
 
     def add_block(self, name_hint: str, block: EntryBlock) -> str:
         """`add`, from arrays."""
-        content, contents = block.content_digest, self._listed()
-        found = contents.find(content)
+        if self._contents is None:  # listed once: by the view that a run begins with, else before the first block
+            self._contents = Contents(self.snapshot())
+        content = block.content_digest
+        found = self._contents.find(content)
         if found is not None and self.store.exists(f"{self.folder}/{found}"):
             return found
-        name = file_name(_UNSAFE.sub("-", name_hint)[:80] or "block", content)
-        self._describe()
-        table = to_table(block)
-        self.store.write_tables(f"{self.folder}/{name}", table.schema, [table], self.metadata, GROUP_ROWS)
-        contents.add(content, name)
-        return name
-
-    def _listed(self) -> Contents:
-        """Listed once: by the view that a run begins with, else before the first block."""
-        if self._contents is None:
-            self._contents = Contents(self.snapshot())
-        return self._contents
-
-    def _describe(self) -> None:
-        """Say in words what the folder is for, once."""
-        if not self._described:
+        if not self._described:  # in words, once
             self.store.write_json(f"{self.folder}/{DESCRIPTION}", self.fields, if_absent=True)
             self._described = True
+        name = file_name(_UNSAFE.sub("-", name_hint)[:80] or "block", content)
+        metadata = {"dpo_score": "cache 1", NAMESPACE: self.name}
+        table = to_table(block)
+        self.store.write_tables(f"{self.folder}/{name}", table.schema, [table], metadata, GROUP_ROWS)
+        self._contents.add(content, name)
+        return name
 
     def view(self, snapshot: Sequence[str]) -> CacheView:
         """The entries of the files named, whatever has been added since. Files that are gone are said once."""
@@ -115,18 +109,29 @@ class CacheSpace:
                 self.store.remove(name)  # of an earlier release: its files are indexed anew
         indexes = self.indexes()
         covered = {file for index in indexes.values() for file in index.files}
-        for group in self._groups(sorted(files - covered)):
-            self._keep_index(lambda path, group=group: key_index.write(path, group))  # type: ignore[misc]
+        group: dict[str, NDArray[np.uint8]] = {}  # value files whose keys are sorted in memory at once
+        for file in sorted(files - covered):
+            keys = self.keys(file)
+            if keys is not None:
+                group[file] = keys
+            if sum(map(len, group.values())) >= INDEX_AT_ONCE:
+                self._keep_index(partial(key_index.write, files=group))
+                group = {}
+        if group:
+            self._keep_index(partial(key_index.write, files=group))
         stale = {name for name, index in indexes.items() if not files.issuperset(index.files)}
         self._merge_small(files, stale)
 
     def _merge_small(self, files: set[str], stale: set[str]) -> None:
+        """One index of all but the largest, those that outweigh the rest; `stale` ones name files that are gone."""
         ordered = sorted(self.indexes().items(), key=lambda item: -item[1].size)
-        while ordered and ordered[0][0] not in stale and _outweighs(ordered):
+        while ordered and ordered[0][0] not in stale:
+            if ordered[0][1].size <= OUTWEIGHS * sum(index.size for _, index in ordered[1:]):
+                break
             ordered.pop(0)
         if len(ordered) > 1 or (ordered and ordered[0][0] in stale):
             try:
-                merged = self._keep_index(lambda path: key_index.merge(path, [index for _, index in ordered], files))
+                merged = self._keep_index(partial(key_index.merge, indexes=[index for _, index in ordered], keep=files))
             except key_index.IndexGoneError:
                 return
             for name, _ in ordered:
@@ -134,7 +139,7 @@ class CacheSpace:
                     self.store.remove(name)
 
     def _keep_index(self, build: Callable[[Path], None]) -> str:
-        """An index built in a folder of this machine's own, then written as every file of the cache is."""
+        """An index built in a temporary folder, then written as every file of the cache is; returns its name."""
         with tempfile.TemporaryDirectory(prefix="dpo-score-index-") as folder:
             path = Path(folder) / f"index{key_index.SUFFIX}"
             build(path)
@@ -143,19 +148,6 @@ class CacheSpace:
                 with path.open("rb") as file:
                     self.store.write_chunks(name, iter(lambda: file.read(BUFFER_BYTES), b""))
         return name
-
-    def _groups(self, files: Sequence[str]) -> Iterator[dict[str, NDArray[np.uint8]]]:
-        """The keys of value files, in groups that are sorted in memory at once."""
-        group: dict[str, NDArray[np.uint8]] = {}
-        for file in files:
-            keys = self.keys(file)
-            if keys is not None:
-                group[file] = keys
-            if sum(map(len, group.values())) >= INDEX_AT_ONCE:
-                yield group
-                group = {}
-        if group:
-            yield group
 
     def keys(self, file: str) -> NDArray[np.uint8] | None:
         """The keys of a value file, None after quarantining a damaged one."""
@@ -170,19 +162,16 @@ class CacheSpace:
         found: dict[str, KeyIndex] = {}
         for name in self._index_names():
             try:
-                found[name] = self._index(name)
+                path = self.store.local_copy(name)
+                if name not in self._whole and not key_index.is_whole(path):
+                    raise DamageError(f"{self.store.url(name)}: damaged index of keys")
+                self._whole.add(name)
+                found[name] = key_index.opened(path)
             except DamageError as error:
                 self.set_aside(name, error)
             except StorageError:
                 continue  # merged away by another process since it was listed: its files count as unindexed
         return found
-
-    def _index(self, name: str) -> KeyIndex:
-        path = self.store.local_copy(name)
-        if name not in self._whole and not key_index.is_whole(path):
-            raise DamageError(f"{self.store.url(name)}: damaged index of keys")
-        self._whole.add(name)
-        return key_index.opened(path)
 
     def _index_names(self) -> list[str]:
         """Index files of this release; those of an earlier one are left unread until the index is compacted."""
@@ -209,47 +198,34 @@ class CacheView:
     def __init__(self, space: CacheSpace, files: frozenset[str]) -> None:
         self._files = files
         self._values = ValueFiles(space.store, space.folder, space.set_aside)
-        self._indexes = self._opened(space)
-
-    def lookup(self, keys: Sequence[bytes], wanted: Sequence[str] = ()) -> dict[bytes, CacheEntry]:
-        """Entries of the keys that are there and carry every statistic in `wanted`; the others are misses."""
-        places = self._places(keys)
-        found: dict[bytes, CacheEntry] = {}
-        depth = 0
-        while pending := {key: spots[depth] for key, spots in places.items() if depth < len(spots)}:
-            answers = self._values.read({key: spot for key, spot in pending.items() if key not in found})
-            found |= {key: entry for key, entry in answers.items() if set(wanted) <= set(entry.stats)}
-            depth += 1
-        return {key: found[key] for key in keys if key in found}
-
-    def _places(self, keys: Sequence[bytes]) -> dict[bytes, list[tuple[str, int]]]:
-        """(file, row) of each key in files of the snapshot, by file name."""
-        places: dict[bytes, set[tuple[str, int]]] = {}
-        for index in self._indexes:
-            for key, file, row in index.find(set(keys)):
-                if file in self._files:
-                    places.setdefault(key, set()).add((file, row))
-        return {key: sorted(spots) for key, spots in places.items()}
-
-    def _opened(self, space: CacheSpace) -> list[KeyIndex]:
         indexes = list(space.indexes().values())
-        missing = self._unindexed(indexes)
+        missing = files.difference(*(index.files for index in indexes))
         if len(missing) > UNINDEXED_FILES:
             try:
                 space.compact()
             except StorageError as error:
                 space.warn(f"the cache index cannot be written, so it is built in memory ({error})")
             indexes = list(space.indexes().values())
-            missing = self._unindexed(indexes)
-        read = {file: space.keys(file) for file in missing}
-        return [*indexes, key_index.in_memory({file: keys for file, keys in read.items() if keys is not None})]
+            missing = files.difference(*(index.files for index in indexes))
+        read = {file: space.keys(file) for file in sorted(missing)}
+        in_memory = key_index.in_memory({file: keys for file, keys in read.items() if keys is not None})
+        self._indexes = [*indexes, in_memory]
 
-    def _unindexed(self, indexes: Sequence[KeyIndex]) -> list[str]:
-        return sorted(self._files.difference(*(index.files for index in indexes)))
-
-
-def _outweighs(ordered: Sequence[tuple[str, KeyIndex]]) -> bool:
-    return ordered[0][1].size > OUTWEIGHS * sum(index.size for _, index in ordered[1:])
+    def lookup(self, keys: Sequence[bytes], wanted: Sequence[str] = ()) -> dict[bytes, SequenceLogps]:
+        """Entries of the keys that are there and carry every statistic in `wanted`; the others are misses."""
+        places: dict[bytes, set[tuple[str, int]]] = {}
+        for index in self._indexes:
+            for key, file, row in index.find(set(keys)):
+                if file in self._files:
+                    places.setdefault(key, set()).add((file, row))
+        in_order = {key: sorted(spots) for key, spots in places.items()}
+        found: dict[bytes, SequenceLogps] = {}
+        depth = 0
+        while pending := {key: spots[depth] for key, spots in in_order.items() if depth < len(spots)}:
+            answers = self._values.read({key: spot for key, spot in pending.items() if key not in found})
+            found |= {key: entry for key, entry in answers.items() if set(wanted) <= set(entry.stats)}
+            depth += 1
+        return {key: found[key] for key in keys if key in found}
 
 
 _ENDING = ".parquet"

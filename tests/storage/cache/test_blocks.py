@@ -11,23 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_score.errors import DamageError
-from dpo_score.storage.cache.blocks import CacheEntry, entry_at, from_table, is_finite, pack, row_checks, to_table
+from dpo_score.storage.cache.blocks import SequenceLogps, entry_at, from_table, is_finite, pack, row_checks, to_table
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 STATS = st.sets(st.sampled_from(["entropy", "log_sum_sq_probs", "top1"]))
 
 
 @st.composite
-def entry(draw: st.DrawFn) -> CacheEntry:
+def entry(draw: st.DrawFn) -> SequenceLogps:
     length = draw(st.integers(0, 4))
     values = st.lists(FLOATS, min_size=length, max_size=length).map(lambda v: np.array(v, np.float32))
-    return CacheEntry(draw(values), {name: draw(values) for name in sorted(draw(STATS))})
+    return SequenceLogps(draw(values), {name: draw(values) for name in sorted(draw(STATS))})
 
 
 ENTRIES = st.dictionaries(st.binary(min_size=16, max_size=16), entry(), max_size=6)
 
 
-def same(one: CacheEntry, two: CacheEntry) -> bool:
+def same(one: SequenceLogps, two: SequenceLogps) -> bool:
     return (
         one.token_logps.tobytes() == two.token_logps.tobytes()
         and one.token_logps.dtype == two.token_logps.dtype == np.float32
@@ -37,7 +37,7 @@ def same(one: CacheEntry, two: CacheEntry) -> bool:
 
 @settings(max_examples=200, deadline=None)
 @given(ENTRIES)
-def test_entries_survive_the_table_bit_for_bit(entries: Mapping[bytes, CacheEntry]) -> None:
+def test_entries_survive_the_table_bit_for_bit(entries: Mapping[bytes, SequenceLogps]) -> None:
     block = from_table(to_table(pack(entries)), "x")
     assert [block.keys[i].tobytes() for i in range(len(entries))] == list(entries)
     assert all(same(entry_at(block, i), known) for i, known in enumerate(entries.values()))
@@ -46,16 +46,16 @@ def test_entries_survive_the_table_bit_for_bit(entries: Mapping[bytes, CacheEntr
 
 @settings(max_examples=100, deadline=None)
 @given(ENTRIES.filter(bool), st.data())
-def test_a_slice_of_a_table_reads_alike(entries: Mapping[bytes, CacheEntry], data: st.DataObject) -> None:
+def test_a_slice_of_a_table_reads_alike(entries: Mapping[bytes, SequenceLogps], data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(entries) - 1))
     block = from_table(to_table(pack(entries)).slice(start), "x")
     assert all(same(entry_at(block, i), known) for i, known in enumerate(list(entries.values())[start:]))
 
 
-def many(count: int = 40) -> dict[bytes, CacheEntry]:
+def many(count: int = 40) -> dict[bytes, SequenceLogps]:
     rng = np.random.default_rng(0)
     values = [rng.standard_normal(rng.integers(0, 6)).astype(np.float32) for _ in range(count)]
-    return {rng.bytes(16): CacheEntry(v, {"entropy": v * 2} if len(v) % 2 else {}) for v in values}
+    return {rng.bytes(16): SequenceLogps(v, {"entropy": v * 2} if len(v) % 2 else {}) for v in values}
 
 
 def test_any_flipped_bit_of_a_value_or_key_changes_its_row_check() -> None:
@@ -89,11 +89,11 @@ def test_values_moved_between_rows_or_columns_are_found() -> None:
 
 def test_finite() -> None:
     good, bad = np.zeros(2, np.float32), np.array([0, -np.inf], np.float32)
-    assert is_finite(CacheEntry(good, {"a": good}))
-    assert not is_finite(CacheEntry(bad, {"a": good}))
-    assert not is_finite(CacheEntry(good, {"a": np.full(2, np.nan, np.float32)}))
+    assert is_finite(SequenceLogps(good, {"a": good}))
+    assert not is_finite(SequenceLogps(bad, {"a": good}))
+    assert not is_finite(SequenceLogps(good, {"a": np.full(2, np.nan, np.float32)}))
 
 
 def test_a_statistic_of_another_length_is_a_mistake_of_the_caller() -> None:
     with pytest.raises(AssertionError, match="one value per scored token"):
-        pack({b"k" * 16: CacheEntry(np.zeros(2, np.float32), {"entropy": np.zeros(3, np.float32)})})
+        pack({b"k" * 16: SequenceLogps(np.zeros(2, np.float32), {"entropy": np.zeros(3, np.float32)})})

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from dpo_score.errors import StorageError
 from dpo_score.storage.cache import namespace as space_module
-from dpo_score.storage.cache.cache import CacheEntry, CacheSpace, LogpCache, open_cache
+from dpo_score.storage.cache.cache import CacheSpace, LogpCache, SequenceLogps, open_cache
 from dpo_score.storage.local import LocalStore
 from tests.storage import shim
 from tests.storage.cache.test_blocks import entry, same
@@ -33,13 +33,13 @@ def key(n: int) -> bytes:
     return random.Random(n).randbytes(16)
 
 
-def values(n: int, stats: tuple[str, ...] = ()) -> CacheEntry:
+def values(n: int, stats: tuple[str, ...] = ()) -> SequenceLogps:
     rng = np.random.default_rng(n)
     logps = -rng.random(n % 5 + 1, np.float32)
-    return CacheEntry(logps, {name: rng.random(len(logps), np.float32) for name in stats})
+    return SequenceLogps(logps, {name: rng.random(len(logps), np.float32) for name in stats})
 
 
-def block(start: int, stop: int, stats: tuple[str, ...] = ()) -> dict[bytes, CacheEntry]:
+def block(start: int, stop: int, stats: tuple[str, ...] = ()) -> dict[bytes, SequenceLogps]:
     return {key(n): values(n, stats) for n in range(start, stop)}
 
 
@@ -58,11 +58,11 @@ def space(cache: LogpCache) -> CacheSpace:
     return cache.namespace(FIELDS)
 
 
-def lookup(space: CacheSpace, keys: list[bytes], wanted: tuple[str, ...] = ()) -> dict[bytes, CacheEntry]:
+def lookup(space: CacheSpace, keys: list[bytes], wanted: tuple[str, ...] = ()) -> dict[bytes, SequenceLogps]:
     return space.view(space.snapshot()).lookup(keys, wanted)
 
 
-def agree(found: dict[bytes, CacheEntry], known: dict[bytes, CacheEntry]) -> bool:
+def agree(found: dict[bytes, SequenceLogps], known: dict[bytes, SequenceLogps]) -> bool:
     return found.keys() == known.keys() and all(same(found[k], known[k]) for k in known)
 
 
@@ -77,12 +77,12 @@ def agree(found: dict[bytes, CacheEntry], known: dict[bytes, CacheEntry]) -> boo
 )
 def test_a_lookup_equals_a_dictionary(
     tmp_path_factory: pytest.TempPathFactory,
-    blocks: list[dict[int, CacheEntry]],
+    blocks: list[dict[int, SequenceLogps]],
     asked: list[int],
     compact_after: int,
 ) -> None:
     space = open_cache(tmp_path_factory.mktemp("cache")).namespace(FIELDS)
-    by_file: dict[str, dict[bytes, CacheEntry]] = {}
+    by_file: dict[str, dict[bytes, SequenceLogps]] = {}
     for number, content in enumerate(blocks):
         if number == compact_after:
             space.compact()
@@ -90,7 +90,7 @@ def test_a_lookup_equals_a_dictionary(
         name = space.add("b", entries)
         assert name is not None
         by_file[name] = entries
-    known: dict[bytes, CacheEntry] = {}
+    known: dict[bytes, SequenceLogps] = {}
     for name in sorted(by_file, reverse=True):  # the first by name answers
         known |= by_file[name]
     keys = [key(n) for n in asked]
@@ -128,7 +128,7 @@ def test_an_entry_without_a_wanted_statistic_is_a_miss_unless_another_file_has_i
 
 
 def test_values_that_are_not_finite_are_not_kept(space: CacheSpace) -> None:
-    bad = CacheEntry(np.array([-1, np.nan], np.float32))
+    bad = SequenceLogps(np.array([-1, np.nan], np.float32))
     assert space.add("b", {key(0): bad}) is None
     space.add("b", {key(0): bad, key(1): values(1)})
     assert list(lookup(space, [key(0), key(1)])) == [key(1)]
