@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -40,47 +40,33 @@ class FieldChange:
     new: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {_short(self.old)} → {_short(self.new)}"
-
-
-def diff(old: Any, new: Any) -> tuple[FieldChange, ...]:
-    """Field by field, in the order of the paths; empty exactly when `digest(old) == digest(new)`."""
-    return tuple(_changes("", old, new))
-
-
-def _changes(path: str, old: Any, new: Any) -> Iterator[FieldChange]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping) and (old or new):
-        for key in sorted({*old, *new}):
-            yield from _changes(f"{path}.{key}" if path else key, _at(old, key), _at(new, key))
-    elif _is_list(old) and _is_list(new) and (old or new):
-        for i in range(max(len(old), len(new))):
-            yield from _changes(f"{path}[{i}]", _item(old, i), _item(new, i))
-    elif _shown(old) != _shown(new):
-        yield FieldChange(path, _shown(old), _shown(new))
+        old, new = (
+            text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+            for text in (self.old, self.new)
+        )
+        return f"{self.path}: {old} → {new}"
 
 
 class _Nothing:
     """A field that one side does not have."""
 
 
-def _at(fields: Fields, key: str) -> Any:
-    return fields.get(key, _Nothing)
-
-
-def _item(items: Sequence[Any], index: int) -> Any:
-    return items[index] if index < len(items) else _Nothing
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def _shown(value: Any) -> str:
-    return ABSENT if value is _Nothing else canonical_json(value)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+def diff(old: Any, new: Any, path: str = "") -> tuple[FieldChange, ...]:
+    """Field by field below `path`, in the order of the paths; empty exactly when `digest(old) == digest(new)`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and (old or new):
+        inner = [
+            diff(old.get(key, _Nothing), new.get(key, _Nothing), f"{path}.{key}" if path else key)
+            for key in sorted({*old, *new})
+        ]
+    elif isinstance(old, list | tuple) and isinstance(new, list | tuple) and (old or new):
+        inner = [
+            diff(old[i] if i < len(old) else _Nothing, new[i] if i < len(new) else _Nothing, f"{path}[{i}]")
+            for i in range(max(len(old), len(new)))
+        ]
+    else:
+        shown = [ABSENT if value is _Nothing else canonical_json(value) for value in (old, new)]
+        return (FieldChange(path, *shown),) if shown[0] != shown[1] else ()
+    return tuple(change for changes in inner for change in changes)
 
 
 def listed(changes: Sequence[FieldChange]) -> str:

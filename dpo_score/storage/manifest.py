@@ -3,9 +3,9 @@
     manifest.json            state, identities, numerics, block size, cache snapshots, times, host, versions
     commits/manifest.json    its copy, from which a damaged one is restored
 
-Promises: it is created once or compared; another identity refuses, field by field; another environment is a
-recorded warning (`strict_env`: refusal); an unknown schema version is never misread. It holds no secrets because
-it holds only what it is given.
+It is created once, and compared from then on: another identity is refused, field by field; another environment is a
+recorded warning (`strict_env`: refused); an unknown schema version is never misread. It holds no secrets because it
+holds only what it is given.
 """
 
 from __future__ import annotations
@@ -71,7 +71,12 @@ class Manifest:
     @classmethod
     def from_json(cls, stored: Any, name: str) -> Manifest:
         """UsageError for another schema version, DamageError naming `name` when it does not hold."""
-        _known_version(stored, name)
+        version = stored.get("schema_version") if isinstance(stored, dict) else None
+        if isinstance(version, int) and version != SCHEMA_VERSION:
+            raise UsageError(
+                f"{name}: written with schema version {version}, this dpo-score knows {SCHEMA_VERSION}. Use the "
+                "release that wrote it, or choose another output folder (the log-probability cache is still used)"
+            )
         known = dict(unsealed(stored, name))
         try:
             for field_name, kind in _KINDS.items():
@@ -118,7 +123,17 @@ def open_manifest(store: Store, request: ManifestRequest) -> Manifest:
     """
     found = read_manifest(store)
     if found is None:
-        created = _created(request)
+        created = Manifest(
+            identities=request.identities,
+            numerics=request.numerics,
+            block_rows=request.block_rows,
+            total_rows=request.total_rows,
+            cache_snapshots=request.cache_snapshots,
+            started=request.started,
+            host=request.host,
+            versions=request.versions,
+            notes=request.notes,
+        )
         if store.write_json(MANIFEST, created.to_json(), if_absent=True):
             store.write_json(MANIFEST_COPY, created.to_json())
             return created
@@ -140,7 +155,9 @@ def read_manifest(store: Store) -> Manifest | None:
     try:
         return _read(store, MANIFEST)
     except (DamageError, UsageError) as error:  # a version may be a flipped bit too: the copy tells
-        return _restored(store, error)
+        copy = _read_copy(store, error)
+        kept = store.quarantine(MANIFEST)
+        return save_manifest(store, replace(copy, warnings=(*copy.warnings, f"{error}; restored, kept {kept}")))
 
 
 def peek_manifest(store: Store) -> Manifest | None:
@@ -192,29 +209,26 @@ def restart(store: Store) -> None:
         store.remove(name)
 
 
-def _created(request: ManifestRequest) -> Manifest:
-    return Manifest(
-        identities=request.identities,
-        numerics=request.numerics,
-        block_rows=request.block_rows,
-        total_rows=request.total_rows,
-        cache_snapshots=request.cache_snapshots,
-        started=request.started,
-        host=request.host,
-        versions=request.versions,
-        notes=request.notes,
-    )
-
-
 def _continued(found: Manifest, request: ManifestRequest) -> Manifest:
+    """`found` with what the request adds: rows, policies, another environment. IdentityError where they differ."""
     changes = found.identities.changes(request.identities)
     if changes:
         raise IdentityError(_refusal(found.identities, request, changes))
-    new_warnings = _environment(found, request)
-    grown = request.total_rows != found.total_rows
+    elsewhere = diff(found.versions, request.versions)
+    if elsewhere and request.strict_env:
+        raise IdentityError(
+            f"{request.out or MANIFEST} was begun in another environment and --strict-env is set:\n"
+            f"{listed(elsewhere)}\nRun it where it was begun, drop --strict-env, or choose another output folder"
+        )
+    texts = [f"continued in another environment: {change}" for change in elsewhere]
+    warnings = tuple(text for text in texts if text not in found.warnings)
     added = found.identities.joined(request.identities)
-    if not grown and not new_warnings and added == found.identities:
+    if request.total_rows == found.total_rows and not warnings and added == found.identities:
         return found
+    notes = {**request.notes, **found.notes}  # what is noted stays; notes by the names of models get those added
+    for name in request.notes.keys() & found.notes.keys():
+        if isinstance(found.notes[name], Mapping):
+            notes[name] = {**request.notes[name], **found.notes[name]}
     return replace(
         found,
         state="running",
@@ -222,27 +236,9 @@ def _continued(found: Manifest, request: ManifestRequest) -> Manifest:
         numerics={**request.numerics, **found.numerics},
         cache_snapshots={**request.cache_snapshots, **found.cache_snapshots},
         total_rows=request.total_rows,
-        notes=_joined(request.notes, found.notes),
-        warnings=(*found.warnings, *new_warnings),
+        notes=notes,
+        warnings=(*found.warnings, *warnings),
     )
-
-
-def _joined(new: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
-    """What is noted stays; what is noted by name (of models) gets the names that were added."""
-    both = {name: {**new[name], **kept[name]} for name in new.keys() & kept.keys() if isinstance(kept[name], Mapping)}
-    return {**new, **kept, **both}
-
-
-def _environment(found: Manifest, request: ManifestRequest) -> tuple[str, ...]:
-    """Warnings not yet recorded about versions and devices that changed; IdentityError under `strict_env`."""
-    changes = diff(found.versions, request.versions)
-    if changes and request.strict_env:
-        raise IdentityError(
-            f"{request.out or MANIFEST} was begun in another environment and --strict-env is set:\n{listed(changes)}\n"
-            "Run it where it was begun, drop --strict-env, or choose another output folder"
-        )
-    texts = [f"continued in another environment: {change}" for change in changes]
-    return tuple(text for text in texts if text not in found.warnings)
 
 
 def _refusal(found: Identities, request: ManifestRequest, changes: Sequence[FieldChange]) -> str:
@@ -252,33 +248,16 @@ def _refusal(found: Identities, request: ManifestRequest, changes: Sequence[Fiel
         return head + "Choose another --out, or --restart to delete the results there and begin anew"
     shared = sorted({*found.policies} & {*request.identities.policies})
     differing = [name for name in shared if diff(found.policies[name], request.identities.policies[name])]
-    commands = dict.fromkeys(_rescore_command(out, request.identities.policies[name]) for name in differing)
+    commands = []
+    for name in differing:
+        loss = request.identities.policies[name].get("loss")
+        fields = loss if isinstance(loss, Mapping) else {}
+        beta = f" --beta {fields['beta']}" if fields.get("beta") else ""
+        commands.append(f"dpo-score rescore {out} --loss {fields.get('name', 'NAME')}{beta}")
     return head + (
         f"Only the loss differs ({', '.join(differing)}), and stored log-probabilities serve every loss without a "
-        f"model: {'; '.join(commands)}. Or choose another --out"
+        f"model: {'; '.join(dict.fromkeys(commands))}. Or choose another --out"
     )
-
-
-def _rescore_command(out: str, policy: Mapping[str, Any]) -> str:
-    loss = policy.get("loss")
-    chosen = loss if isinstance(loss, Mapping) else {}
-    beta = chosen.get("beta")
-    return f"dpo-score rescore {out} --loss {chosen.get('name', 'NAME')}" + (f" --beta {beta}" if beta else "")
-
-
-def _known_version(stored: Any, name: str) -> None:
-    version = stored.get("schema_version") if isinstance(stored, dict) else None
-    if isinstance(version, int) and version != SCHEMA_VERSION:
-        raise UsageError(
-            f"{name}: written with schema version {version}, this dpo-score knows {SCHEMA_VERSION}. Use the release "
-            "that wrote it, or choose another output folder (the log-probability cache is still used)"
-        )
-
-
-def _restored(store: Store, error: DamageError | UsageError) -> Manifest:
-    copy = _read_copy(store, error)
-    kept = store.quarantine(MANIFEST)
-    return save_manifest(store, replace(copy, warnings=(*copy.warnings, f"{error}; restored, kept {kept}")))
 
 
 def _read_copy(store: Store, error: DamageError | UsageError) -> Manifest:

@@ -1,7 +1,7 @@
 """Parquet as this project writes it: zstd, page checksums, no times, the same bytes for the same table.
 
-Promises: what `encode` writes, `check` accepts only when rows and schema are those written, and a flipped bit
-in a page is an error when read. Bytes depend on the pyarrow version. It opens no file for writing itself.
+`check` accepts what `encode` wrote only when rows and schema are those written, and a flipped bit in a page is an error
+when it is read. The bytes depend on the release of pyarrow. Nothing here opens a file for writing.
 """
 
 from __future__ import annotations
@@ -107,15 +107,13 @@ def damage_named(name: str | Path) -> Iterator[None]:
 
 def fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """`table` with exactly the columns of `schema`: missing ones null, types widened."""
-    columns = [_column(table, field) for field in schema]
+    columns = [
+        (column if (column := table[field.name]).type == field.type else column.cast(field.type))
+        if field.name in table.column_names
+        else pa.nulls(table.num_rows, field.type)
+        for field in schema
+    ]
     return pa.table(columns, schema=schema)
-
-
-def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray | pa.Array:
-    if field.name not in table.column_names:
-        return pa.nulls(table.num_rows, field.type)
-    column = table[field.name]
-    return column if column.type == field.type else column.cast(field.type)
 
 
 def common_schema(schemas: Iterable[pa.Schema]) -> pa.Schema | None:

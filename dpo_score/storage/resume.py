@@ -124,36 +124,24 @@ def settle(store: Store, name: str, action: Action, record: StoredRecord | None,
     """
     if action is Action.SKIP:
         return None
+    committed = record if isinstance(record, CommitRecord) else None
+    files = committed.files if committed is not None else ()
     if action is Action.REFUSE:
-        raise IdentityError(_refusal(store, name, record))
+        rows = f"rows {committed.start} to {committed.stop}" if committed is not None else "unknown rows"
+        raise IdentityError(
+            f"{store.url(name)} was committed by another request ({rows}, another identity or cut into blocks "
+            "otherwise), though the manifest does not say so. Choose another output folder, or --restart to begin anew"
+        )
+    warning = None
     if action is Action.QUARANTINE:
-        return _set_aside(store, name, record, outputs)
-    store.remove(name)
-    for output in _involved(record, outputs):
+        altered = [file.name for file in files if file_state(store, file) is FileState.ALTERED]
+        missing = [file.name for file in files if not store.exists(file.name)]
+        kept = [store.quarantine(n) for n in [name, *altered] if store.exists(n)]
+        damaged = f"damaged or missing: {', '.join(altered + missing)}"
+        what = record.reason if isinstance(record, DamagedRecord) else damaged
+        warning = f"{store.url(name)}: {what}; kept {', '.join(kept)} for inspection, the block is computed again"
+    else:
+        store.remove(name)
+    for output in sorted({*(file.name for file in files), *outputs}):
         store.remove(output)
-    return None
-
-
-def _set_aside(store: Store, name: str, record: StoredRecord | None, outputs: Sequence[str]) -> str:
-    """Move the record and its damaged files to quarantine, delete the rest."""
-    known = {file.name: file for file in record.files} if isinstance(record, CommitRecord) else {}
-    altered = [n for n, file in known.items() if file_state(store, file) is FileState.ALTERED]
-    missing = [n for n, file in known.items() if not store.exists(n)]
-    kept = [store.quarantine(n) for n in [name, *altered] if store.exists(n)]
-    for output in _involved(record, outputs):
-        store.remove(output)
-    what = record.reason if isinstance(record, DamagedRecord) else f"damaged or missing: {', '.join(altered + missing)}"
-    return f"{store.url(name)}: {what}; kept {', '.join(kept)} for inspection, the block is computed again"
-
-
-def _involved(record: StoredRecord | None, outputs: Sequence[str]) -> tuple[str, ...]:
-    files = [file.name for file in record.files] if isinstance(record, CommitRecord) else []
-    return tuple(sorted({*files, *outputs}))
-
-
-def _refusal(store: Store, name: str, record: StoredRecord | None) -> str:
-    rows = f"rows {record.start} to {record.stop}" if isinstance(record, CommitRecord) else "unknown rows"
-    return (
-        f"{store.url(name)} was committed by another request ({rows}, another identity or cut into blocks otherwise), "
-        "though the manifest does not say so. Choose another output folder, or --restart to begin anew"
-    )
+    return warning
