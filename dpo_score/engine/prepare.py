@@ -207,23 +207,12 @@ def resolve_models(config: RunConfig, context: RunContext, in_memory: Mapping[st
     A policy that does not load is a PolicyFailure, so that the others go on. ModelError where there is no model left
     whose tokenizer could be used, or where a reference does not load.
     """
-    resolver = Resolver(
-        context.cache_dir,
-        context.file_hashes.sha256,
-        allow_pickle=config.allow_pickle,
-        trust_remote_code=config.trust_remote_code,
-        say=context.progress.say,
-        quantization=config.compute.quantization,
-    )
-
-    def of(spec: ModelSpec) -> ModelSource:
-        return resolver.resolve(spec.model, revision=spec.revision, adapter=spec.adapter)
-
+    resolver = Resolver.of(config, context.cache_dir, context.file_hashes.sha256, context.progress.say)
     reference, spec = None, config.reference
     if "" in in_memory:
         reference = in_memory[""].source
     elif spec is not None and spec.columns is None:
-        reference = of(spec)
+        reference = resolver.resolve_spec(spec)
     base = None if "" in in_memory else reference
 
     policies: dict[str, ModelSource | PolicyFailure] = {}
@@ -235,7 +224,11 @@ def resolve_models(config: RunConfig, context: RunContext, in_memory: Mapping[st
             policies[policy.name] = resolve_policy(policy, base, config.policy_base, resolver)
         except ModelError as error:
             policies[policy.name] = PolicyFailure.of(policy, error)
-    own = {p.name: of(p.reference) for p in config.policies if p.reference is not None and p.reference.columns is None}
+    own = {
+        policy.name: resolver.resolve_spec(policy.reference)
+        for policy in config.policies
+        if policy.reference is not None and policy.reference.columns is None
+    }
     failures = [found for found in policies.values() if isinstance(found, PolicyFailure)]
     if failures and reference is None and len(failures) == len(policies):
         raise ModelError(failures[0].reason)

@@ -1,7 +1,8 @@
 """DIR/dpo_score.json: what reference values belong to, for a trainer to hold against its own settings.
 
 The reader of this file is `load_ref_logps.py`, which is written beside it and needs no part of this package;
-`tokenizer_digest` and `fingerprint` have their twins there, and tests hold the two to one answer.
+`tokenizer_digest` and `fingerprint` are written there once more, and tests hold the two to one answer. `noise_floor` in
+the file is what a trainer that compares should tolerate; the noise floor that a run measures is another number.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dpo_score.export.layout import Export
 from dpo_score.models.resolve import ModelSource
 
 VERSION = 1
-NOISE_FLOOR = 1e-3
+FLOAT32_TOLERANCE = 1e-3
 """Nats by which two correct float32 programs may differ on the sum of one answer."""
 HEADROOM = 4.0
 """The largest error of all rows over the largest of the few that were measured."""
@@ -45,18 +46,18 @@ def contract(plan: RunPlan, export: Export, rows: Mapping[str, Any], noise: Mapp
         },
         "dtype": numerics.dtype,
         "numerics": numerics.to_json(),
-        "noise_floor": noise_floor(numerics.dtype, noise.get("logp_max")),
+        "noise_floor": tolerance(numerics.dtype, noise.get("logp_max")),
         "text": _text(plan),
         "ld_alpha": export.ld_alpha,
         "rows": dict(rows),
     }
 
 
-def noise_floor(dtype: str, measured: float | None) -> float | None:
+def tolerance(dtype: str, measured: float | None) -> float | None:
     """Nats that these values may be off a float32 trainer's, on one answer; None where 16 bits were not measured."""
     if measured is None:
-        return NOISE_FLOOR if dtype == "float32" else None
-    return NOISE_FLOOR + HEADROOM * measured
+        return FLOAT32_TOLERANCE if dtype == "float32" else None
+    return FLOAT32_TOLERANCE + HEADROOM * measured
 
 
 def _public_name(name: str) -> str:

@@ -128,8 +128,8 @@ def _with_trl_length(config: RunConfig, context: RunContext) -> RunConfig:
     """TRL's own default of max_length, or the model's limit where that is less: rows are cut as its trainer does."""
     spec = config.reference
     assert spec is not None
-    resolver = Resolver(context.cache_dir, context.file_hashes.sha256, config.allow_pickle, config.trust_remote_code)
-    limit = context_limit(resolver.resolve(spec.model, revision=spec.revision, adapter=spec.adapter).config)
+    resolver = Resolver.of(config, context.cache_dir, context.file_hashes.sha256)
+    limit = context_limit(resolver.resolve_spec(spec).config)
     length = min(TRL_MAX_LENGTH, limit or TRL_MAX_LENGTH)
     context.progress.say(
         f"max_length {length}, the default of TRL's DPOConfig; --max-length N says another, which DPOConfig needs too"

@@ -21,7 +21,7 @@ import numpy as np
 
 from dpo_score.data.types import Pair
 from dpo_score.errors import ConfigError, DamageError, UsageError, nearest
-from dpo_score.export.contract import NOISE_FLOOR, noise_floor
+from dpo_score.export.contract import FLOAT32_TOLERANCE, tolerance
 from dpo_score.export.layout import as_scored, rule_unlike_trl
 from dpo_score.integrations.load_ref_logps import pair_digest
 from dpo_score.integrations.trl_pass import VALUES, TrlRow, reference_pass
@@ -30,9 +30,7 @@ from dpo_score.models.resolve import ModelSource, Resolver
 from dpo_score.results.run_folder import open_out
 from dpo_score.results.source_text import TextSource, stored_reader, text_source
 from dpo_score.storage.base import Store
-from dpo_score.storage.cache.location import cache_folder
 from dpo_score.storage.commits import CommitRecord, read_records
-from dpo_score.storage.file_hashes import FileDigests
 from dpo_score.storage.manifest import Manifest
 from dpo_score.tokenization.chat_template import named_template
 
@@ -105,7 +103,7 @@ def comparison(out: str, against: str, rows: int) -> Agreement:
     if not stored:
         raise UsageError(f"--against trl: {out} holds no scored row")
     theirs = _scored_again(source, manifest, reference, stored)
-    return compared(out, stored, theirs, _floor(store, manifest))
+    return compared(out, stored, theirs, _tolerance(store, manifest))
 
 
 def _refuse_request(against: str, rows: int) -> None:
@@ -128,10 +126,8 @@ def _reference(source: TextSource, manifest: Manifest) -> ModelSource:
         raise UsageError("--against trl: the run has no reference model whose values could be computed again")
     if config.compute.quantization is not None:
         raise UsageError("--against trl: the run quantised its models at load, which TRL is not asked to do here")
-    cache = cache_folder(config.cache_dir)
-    resolver = Resolver(cache, FileDigests(cache).sha256, config.allow_pickle, config.trust_remote_code)
     spec = config.reference
-    found = resolver.resolve(spec.model, revision=spec.revision, adapter=spec.adapter)
+    found = Resolver.of(config).resolve_spec(spec)
     if found.key != recorded:
         raise UsageError(
             f"--against trl: {spec.model} no longer holds the weights that were scored (digest {recorded[:16]} then, "
@@ -206,14 +202,14 @@ def _scored_again(
     return reference_pass([p for p in as_given if isinstance(p, Pair)], model, reader.tokenizer, config.text, limit)
 
 
-def _floor(store: Store, manifest: Manifest) -> float:
+def _tolerance(store: Store, manifest: Manifest) -> float:
     """Nats that a stored sum may be off TRL's: fixed for float32, else by what the run measured of its own noise."""
     dtype = (manifest.identities.reference.get("numerics") or {}).get("dtype", "float32")
     if dtype == "float32":
-        return NOISE_FLOOR
+        return FLOAT32_TOLERANCE
     first = next(iter(read_records(store, "reference").values()), None)
     noise = (first.notes.get("noise") or {}) if isinstance(first, CommitRecord) else {}
-    return noise_floor(dtype, noise.get("logp_max")) or math.inf
+    return tolerance(dtype, noise.get("logp_max")) or math.inf
 
 
 def compared(out: str, stored: Sequence[StoredRow], theirs: Mapping[str, TrlRow], floor: float) -> Agreement:

@@ -19,11 +19,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dpo_score.config.schema import PolicySpec
+from dpo_score.config.schema import ModelSpec, PolicySpec, RunConfig
 from dpo_score.errors import HalfWrittenError, ModelError, WeightsChangedError
 from dpo_score.models import weights as files
 from dpo_score.models.adapter_files import adapter_weights, refuse_named
 from dpo_score.models.locate import Located, ProgressLine, locate, no_progress, stored_sha256
+from dpo_score.storage.cache.location import cache_folder
+from dpo_score.storage.file_hashes import FileDigests
 from dpo_score.tokenization.tokenizer import TOKENIZER_FILES
 
 Sha256: TypeAlias = Callable[[Path], str]
@@ -134,6 +136,23 @@ class Resolver:
     trust_remote_code: bool = False
     say: ProgressLine = no_progress
     quantization: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        cache_dir: Path | None = None,
+        sha256: Sha256 | None = None,
+        say: ProgressLine = no_progress,
+    ) -> Resolver:
+        """What the settings of a run allow. `cache_dir`, `sha256`: its cache's folder and the hashes there, if None."""
+        folder = cache_dir or cache_folder(config.cache_dir)
+        hashes = sha256 or FileDigests(folder).sha256
+        return cls(folder, hashes, config.allow_pickle, config.trust_remote_code, say, config.compute.quantization)
+
+    def resolve_spec(self, spec: ModelSpec) -> ModelSource:
+        """As `resolve`, of a reference or base as the settings name it."""
+        return self.resolve(spec.model, revision=spec.revision, adapter=spec.adapter)
 
     def resolve(self, model: str, *, revision: str | None = None, adapter: str | None = None) -> ModelSource:
         """MODEL (and an adapter over it) → a checked source. A PEFT folder stands on the base that its config names."""

@@ -161,11 +161,10 @@ def _homes(config: RunConfig) -> Iterator[Home]:
 
 def _resolved(config: RunConfig) -> Iterator[tuple[str, ModelSource]]:
     """The reference and the policies that resolve, in full, one by one. ModelError where there are only others."""
-    cache = cache_folder(config.cache_dir)
-    resolver = Resolver(cache, FileDigests(cache).sha256, config.allow_pickle, config.trust_remote_code)
+    resolver = Resolver.of(config)
     spec, reference = config.reference, None
     if spec is not None and spec.columns is None:
-        reference = resolver.resolve(spec.model, revision=spec.revision, adapter=spec.adapter)
+        reference = resolver.resolve_spec(spec)
         yield REFERENCE, reference
     failures = []
     for policy in config.policies:
