@@ -36,7 +36,7 @@ Returned = TypeVar("Returned")
 
 
 class ScoreSettings(TypedDict, total=False):
-    """What `score` may be told besides pairs and models; `run` and `precompute` take the same. See `RunSettings`."""
+    """What `score` takes besides pairs and models; `run` and `precompute` take the same. See `RunSettings`."""
 
     loss: str
     beta: float

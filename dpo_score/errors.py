@@ -1,7 +1,7 @@
-"""Every error a user can meet, and the exit code of each.
+"""Every error that a user can see, and the exit code of each.
 
     DpoScoreError                     1   something failed that is not the user's mistake
-    ├── UsageError                    2   the request cannot be carried out as it stands
+    ├── UsageError                    2   the request cannot be carried out as it is
     │   ├── ConfigError               2   an option or a key of the pipeline file
     │   ├── DataError                 2   a data file: names file, row, column and the value seen; a value in Python
     │   ├── ModelError                2   a model folder, a tokenizer, an adapter

@@ -101,7 +101,7 @@ _ASCII = {
     "▅": "=", "▆": "=", "▇": "#", "─": "-", "━": "-", "│": "|", "╭": "+", "╮": "+", "╰": "+", "╯": "+", "’": "'",
     "²": "2", "⁶": "6", "⁸": "8",
 }  # fmt: skip
-"""What stands for a character where an encoding lacks it."""
+"""What is printed for a character that an encoding lacks."""
 
 
 def make_encodable() -> None:

@@ -56,8 +56,8 @@ COMMANDS = {
         "status": ("status", "What OUT holds: blocks done, rows, rejects, identities."),
         "verify": ("results", "Prove counts, checksums and derived columns again; exit 4 names each damaged file. Runs "
                    "no code that OUT names."),
-        "report": ("results", "OUT/report.html: verdict, curves, subsets, margins, length, what changed, worst pairs, "
-                   "labels in doubt."),
+        "report": ("results", "OUT/report.html: conclusion, curves, subsets, margins, length, what changed, worst "
+                   "pairs, labels in doubt."),
         "compare": ("results", "Which policy is better, pair by pair, with intervals and adjusted p values."),
         "rescore": ("results", "Any grid of losses and betas from the stored log-probs: no model, no GPU."),
         "audit": ("results", "Labels worth a second look: pairs that every policy ranks against the label, as "

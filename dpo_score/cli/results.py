@@ -46,7 +46,7 @@ def report(
     slices: Slices = None,
     as_json: AsJson = False,
 ) -> None:
-    """OUT/report.html: verdict, curves, subsets, margins, length, what changed, worst pairs, labels in doubt."""
+    """OUT/report.html: conclusion, curves, subsets, margins, length, what changed, worst pairs, labels in doubt."""
     if format_ != "html":
         typer.echo(page.tables(out, format_, baseline, slices or [], no_text))
         return

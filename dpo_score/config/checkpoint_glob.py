@@ -42,7 +42,7 @@ def is_state_name(name: str) -> bool:
 
 
 def expanded(policy: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The policies that a glob in `model` or `adapter` stands for; one without a glob as it is."""
+    """The policies that a glob in `model` or `adapter` matches; one without a glob as it is."""
     key = "adapter" if _is_open(str(policy.get("adapter") or "")) else "model"
     pattern = str(policy.get(key) or "")
     if not _is_open(pattern):

@@ -26,7 +26,7 @@ Tree = dict[Any, Any]
 """A pipeline file as it was read: nested mappings, lists and scalars."""
 ENV_PREFIX = "DPO_SCORE_"
 SHORT = {"reference": "model", "loss": "name"}
-"""Sections that may be one string, and the key that it stands for."""
+"""Sections that may be one string, and the key that it is the value of."""
 SECTIONS = (*SHORT, "text", "compute")
 _TARGET, _EVERY_SET = ("target",), ("data", "*")  # tuples: no key of a file is one
 

@@ -298,7 +298,7 @@ def _pictures_digest(dataset: Dataset, sha256: Callable[[str], str]) -> str | No
 
 
 def _in_groups(file: DataFile, column: str) -> DataFile:
-    """The file with each run of rows that are equal in `column` as one unit; rows that cannot be read stand alone."""
+    """The file with each run of rows that are equal in `column` as one unit; a row that cannot be read is one."""
     starts: list[int] = []
     last: Any = None
     for number, row in enumerate(file.content.stream(0, [column])):

@@ -59,7 +59,7 @@ def fetch(spec: DataSpec) -> tuple[list[Located], Mapping[str, str]]:
 
 
 def _revisions(spec: DataSpec) -> tuple[str, ...]:
-    """What is looked at; the hub's Parquet copy belongs to the newest commit, so a wish for another rules it out."""
+    """What is looked at: the hub's Parquet copy too, which belongs to the newest commit, unless a revision is given."""
     return (spec.revision,) if spec.revision else ("main", CONVERTED)
 
 

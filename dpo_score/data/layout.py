@@ -333,7 +333,7 @@ def _without_packed_copies(entries: Sequence[Entry], skipped: dict[str, str]) ->
 
 
 def _of_splits(by_split: Mapping[str, list[Entry]], spec: DataSpec) -> list[Entry]:
-    """The files of the splits asked for, in that order; without a wish there must be one split only."""
+    """The files of the splits asked for, in that order; where none is asked for, there must be one split only."""
     named = sorted(name for name in by_split if name)
     listed = ", ".join(named) or "none by name"
     if not spec.split and len(by_split) > 1:

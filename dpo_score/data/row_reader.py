@@ -77,7 +77,7 @@ class RowFile(Protocol):
         ...
 
     def sample(self, columns: Sequence[str]) -> list[Mapping[str, Any]]:
-        """Rows from the beginning and spread over the file: what a decision about the whole set can rest on."""
+        """Rows from the beginning and spread over the file: a sample to decide on for the whole set."""
         ...
 
 

@@ -74,7 +74,7 @@ class RunContext:
         return ModelLoader(self.trust_remote_code, compute.device_map, compute.quantization, compute.tensor_parallel)
 
     def reopen_manifest(self) -> None:
-        """State `running` again, before anything that a complete manifest vouches for is computed anew."""
+        """State `running` again, before anything that a complete manifest promises is computed anew."""
         found = read_manifest(self.store)
         if found is not None and found.state == "complete":
             with self.manifest_lock():

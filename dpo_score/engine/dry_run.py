@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dpo_score.logprobs.scorer import PairScorer
 
 SAMPLE, SAMPLE_RUN = 1000, 20
-"""Rows in all, and how many of them stand together: each place to read from costs a start."""
+"""Rows in all, and how many of them lie one after the other: each other place to read from costs a seek."""
 PROBE_PACKS = 3
 
 

@@ -60,7 +60,7 @@ def _device(numerics: Numerics) -> str:
 
 @cache
 def _processor() -> str:
-    """The processor's name. Virtual machines give the same one to many, so it does not stand alone."""
+    """The processor's name. Virtual machines give the same one to many, so it is not enough by itself."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -117,7 +117,7 @@ def pinned(config: RunConfig, reference: ModelSource | None, policies: Mapping[s
 
 
 def _of_revision(source: ModelSource, both: bool) -> str | None:
-    """The commit that `revision` stands for: of the model where model and adapter are named, else of the one named."""
+    """The commit that `revision` names: of the model where model and adapter are named, else of the one named."""
     return source.adapter_commit if source.adapter is not None and not both else source.commit
 
 

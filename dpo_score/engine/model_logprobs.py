@@ -3,7 +3,7 @@
 A block takes three steps, each in a thread of its own (`run.compute_blocks`): its values are looked up, what is missing
 is computed, and that enters the cache. Promises: the model is loaded at the first miss and not before; only what is
 missing is computed; lookups see the cache files listed when the run began, so what others add meanwhile changes
-nothing. On its first load the fast path is held against the plain one; a refusal is raised, for the caller to go on
+nothing. On its first load the fast path is compared with the plain one; a refusal is raised, for the caller to go on
 with plain numerics.
 """
 
@@ -95,7 +95,7 @@ COMPUTING_LIBRARIES = ("torch", "transformers", "peft")
 
 def cache_fields(source: ModelSource, numerics: Numerics) -> dict[str, Any]:
     """What changes a number for given ids: weights × dtype × path, kernel and compilation × kind and number of
-    devices that a model is dealt out to × versions of the libraries that compute."""
+    devices that a model is sharded over × versions of the libraries that compute."""
     kept = ("dtype", "path", "kernel", "compile", "device_kind", "tensor_parallel", "one_row")
     written = numerics.to_json()
     libraries = {name: version for name in COMPUTING_LIBRARIES if (version := versions(None).get(name)) is not None}
@@ -173,7 +173,7 @@ class CachedLogprobs:
         noise_then: Sequence[str] = (),
         pictures: PictureInputs | None = None,
     ) -> None:
-        """`snapshot`, `noise_then`: value files and measured noise that the cache held when the run began (noise.py);
+        """`snapshot`, `noise_then`: value files and measured noise that the cache had when the run began (noise.py);
         those of now where they are not given."""
         self._context, self._source, self._begun, self._stats = context, source, numerics, tuple(stats)
         self._space: CacheSpace = context.cache.namespace(cache_fields(source, numerics))
@@ -322,7 +322,7 @@ def checked_numerics(
 ) -> Numerics:
     """`numerics` as they are where they give right values on the model, else slower ones that do, with a warning.
 
-    `any_dtype`: nobody asked for this dtype. Then float16 is kept only for a model whose weights and probe stay finite
+    `any_dtype`: the user asked for no dtype. Then float16 is kept only for a model whose weights and probe stay finite
     in it; others are computed in bfloat16.
     """
     may_widen = any_dtype and numerics.dtype == "float16"

@@ -94,7 +94,7 @@ class PolicyFailure:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceTask:
-    """Stage one for one reference. `name` is empty for the run's own, else the policy that brought it along.
+    """Stage one for one reference. `name` is empty for the run's own, else the policy whose own reference it is.
 
     `source` is None where there is no model: no reference at all, or values that are columns of the data.
     """

@@ -175,7 +175,7 @@ def resolve_plan(
 
 @dataclass(frozen=True, slots=True)
 class RunModels:
-    """The models of a run as they were found. `own_references`: by the policy that brought them along.
+    """The models of a run as they were found. `own_references`: by the policy that each belongs to.
 
     `in_memory`: those that the caller has loaded; their sources have no files.
     """

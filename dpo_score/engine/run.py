@@ -98,7 +98,7 @@ def checked_out(config: RunConfig) -> str:
 
 
 def discard_results(store: Store) -> None:
-    """--restart: delete what runs wrote here. ConfigError where `precompute` wrote a data set that rests on it."""
+    """--restart: delete what runs wrote here. ConfigError where `precompute` wrote a data set that needs it."""
     if store.exists(CONTRACT):
         raise ConfigError(
             f"{store.url()} also holds a data set with reference log-probs (data/, {CONTRACT}), which --restart would "
@@ -128,7 +128,7 @@ def end_run(context: RunContext, plan: RunPlan, failures: dict[str, PolicyFailur
 
 
 def run_references(context: RunContext, plan: RunPlan) -> RunPlan:
-    """Stage one for the run's reference and for those that policies brought along.
+    """Stage one for the run's reference and for those that policies have of their own.
 
     Returns the plan with the paths they were scored on.
     """
@@ -193,7 +193,8 @@ def compute_stage(context: RunContext, plan: RunPlan, task: Task) -> RunPlan:
 def with_own_numerics(context: RunContext, plan: RunPlan, task: Task, refusal: FastPathRefusedError) -> RunPlan:
     """The plan with slower numerics for one task, which become part of its identity in the manifest.
 
-    ModelError for the run's own reference: its numerics were checked before the first block, and all rest on them.
+    ModelError for the run's own reference: its numerics were checked before the first block, and all values depend on
+    them.
     """
     if isinstance(task, ReferenceTask) and not task.name:
         raise ModelError(f"{task.label}: {refusal}. Say --path plain, which is slower, and choose another --out")

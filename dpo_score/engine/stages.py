@@ -131,7 +131,7 @@ def _with_dtype(table: pa.Table, found: BlockLogprobs) -> pa.Table:
 
 
 def _from_columns(bare: pa.Table, reference: ReferenceTask) -> tuple[pa.Table, Reasons]:
-    """Reference values that stand in the data, or nulls where the run has no reference."""
+    """Reference values that are in the data, or nulls where the run has no reference."""
     reasons: Reasons = {}
     columns: dict[str, Any] = {}
     for index, side in enumerate(tables.SIDES):

@@ -66,7 +66,7 @@ def _public_name(name: str) -> str:
 
 
 def _text(plan: RunPlan) -> dict[str, Any]:
-    """How rows became token ids. `max_length` is what was asked for, `limit` what held."""
+    """How rows became token ids. `max_length` is what was asked for, `limit` what was in force."""
     identity, text, tokenizer = plan.renderer.identity(), plan.config.text, plan.tokenizer
     return {
         "max_length": text.max_length,

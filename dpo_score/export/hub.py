@@ -149,7 +149,7 @@ def amount(size: int) -> str:
 PIPELINE, REPORT = "pipeline.yaml", "report.html"
 _OWN_PLACES = ("out", "cache_dir")
 Names: TypeAlias = Mapping[str, str]
-"""A path of this machine → what stands in its place."""
+"""A path of this machine → what is written in its place."""
 
 
 def public_files(store: Store, manifest: Manifest) -> dict[str, bytes]:

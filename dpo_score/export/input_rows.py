@@ -26,7 +26,7 @@ SCALARS = {"text": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool"
 
 
 def source_schema(dataset: Dataset) -> pa.Schema:
-    """Every column of any file of a set. DataError where two files hold one column in types that do not meet."""
+    """Every column of any file of a set. DataError where files have one column in types without a common one."""
     schemas = [file_schema(file) for file in dataset.files]
     try:
         return pa.unify_schemas(schemas, promote_options="permissive")

@@ -305,7 +305,7 @@ def _refuse_no_model(config: RunConfig) -> None:
 
 
 def _refuse_cluster(config: RunConfig) -> None:
-    """Without --out, workers meet in a folder of this machine."""
+    """Without --out, workers share a folder of this machine."""
     address = config.compute.ray_address or os.environ.get("RAY_ADDRESS")
     if address and choose_executor(config, Progress(quiet=True)) is Executor.RAY:
         raise ConfigError(

@@ -396,7 +396,7 @@ def pair_digest(ids: Sequence[list[int]]) -> str:
 def has_weights(model: Any, fingerprint: Mapping[str, Any] | None) -> bool:
     """Whether a model holds the weights that a fingerprint was taken of: {parameter: {dtype: digest}}.
 
-    A fresh adapter, which changes nothing yet, does not count against it. False where it cannot be told.
+    A fresh adapter, which changes nothing yet, does not count against it. False where that cannot be known.
     """
     weights = {_plain_name(name): tensor for name, tensor in model.state_dict().items()}
     zero = all(not tensor.any() for name, tensor in weights.items() if ".lora_B." in name)

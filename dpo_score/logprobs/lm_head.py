@@ -160,7 +160,7 @@ class Fold:
     def combine(self, group: Group) -> None:
         """The fold over the parts of all ranks: the largest maximum, and the sums rescaled to it and added up.
 
-        A NaN survives in the sums, whatever became of the maximum.
+        A NaN stays in the sums, whatever the maximum became.
         """
         highest = group.largest(torch.cat((self.top, self.logit)))
         top, self.logit = highest[: len(self.top)], highest[len(self.top) :]

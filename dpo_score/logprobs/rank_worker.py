@@ -42,7 +42,7 @@ class RankWorker:
         self._paths: dict[int, tuple[Path, Numerics]] = {}
 
     def do(self, verb: str, arguments: Sequence[Any]) -> Failure | None:
-        """Do as told; what went wrong, if anything."""
+        """Carry out one step; returns what went wrong, if anything."""
         try:
             verbs: Mapping[str, Callable[..., None]] = {
                 "load": self.load,
@@ -76,7 +76,7 @@ class RankWorker:
 
 
 def follow(connection: Connection) -> None:
-    """Join the group that the first message names, then do as told until the leader is gone."""
+    """Join the group that the first message names, then carry out its steps until it is gone."""
     rank, size, device_kind, meeting, settings = connection.recv()
     connection.send(None)
     Group(rank, size, device_kind, meeting)

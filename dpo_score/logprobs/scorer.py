@@ -219,7 +219,7 @@ def finished(values: Values, redone_dtype: str | None = None) -> Result:
 
 
 def token_costs(sequences: Sequence[TokenSequence]) -> list[int]:
-    """Unique tokens by sequence: its prompt is charged to the first that has it, a repeated response to nobody."""
+    """Unique tokens by sequence: its prompt is charged to the first that has it, a repeated response to none."""
     prompts: set[bytes] = set()
     responses: set[tuple[bytes, bytes]] = set()
     costs = []

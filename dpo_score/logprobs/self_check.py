@@ -1,6 +1,6 @@
 """Which way of computing is right on this model? Asked of the loaded model, before its first block.
 
-The ordinary way is the model called on one row at a time, its own logits, fp32 log-softmax. Against it are held, in
+The ordinary way is the model called on one row at a time, its own logits, fp32 log-softmax. With it are compared, in
 this order, the fast path (with each kernel that this machine has), padded batches, and padded batches of one row; the
 first that agrees is used. Before that the model is asked whether it is causal: where the last token of a row moves
 the log-probabilities of tokens before it, an answer would be scored with itself in view, and the model is refused.
@@ -174,7 +174,7 @@ class Probe:
 
     @property
     def last_read(self) -> int:
-        """Where the last token of an answer that the model reads stands: a decoder does not read its last label."""
+        """The place of the last token of an answer that the model reads: a decoder does not read its last label."""
         return -2 if self.model.config.is_encoder_decoder else -1
 
     def ordinary_values(self) -> Logps:

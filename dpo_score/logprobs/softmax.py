@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 CHUNK_LOGITS = 2**24
-"""Logits held at once in fp32 (64 MB): rows per chunk = this over the vocabulary."""
+"""Logits in memory at once in fp32 (64 MB): rows per chunk = this over the vocabulary."""
 
 
 def log_softmax(logits: Tensor) -> Tensor:

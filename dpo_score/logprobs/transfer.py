@@ -21,7 +21,7 @@ def to_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
 
 
 def split(values: Mapping[str, Tensor], counts: Sequence[int]) -> list[Values]:
-    """Values of a batch, brought to the host and cut by sequence."""
+    """Values of a batch, copied to the host and cut by sequence."""
     cuts = np.cumsum(counts)[:-1]
     parts = {name: np.split(tensor.float().cpu().numpy(), cuts) for name, tensor in values.items()}
     return [{name: part[i] for name, part in parts.items()} for i in range(len(counts))]

@@ -39,7 +39,7 @@ def is_custom(name: str) -> bool:
 
 
 def not_run(columns: Mapping[str, NDArray[np.float64]], _beta: float) -> Any:
-    """Stands in for a function whose file nobody has named to be run: its values are unknown."""
+    """In place of a function whose file was not named to be run: its values are unknown."""
     return np.full(len(next(iter(columns.values()))), np.nan)
 
 

@@ -46,7 +46,7 @@ LOWER_IS_BETTER = frozenset({"loss"})
 
 @dataclass(frozen=True, slots=True)
 class ScoringSettings:
-    """What rewards of a policy rest on besides its weights and the data."""
+    """What rewards of a policy depend on besides its weights and the data."""
 
     reference: str
     beta: float
@@ -243,7 +243,7 @@ def _ranked(aligned: AlignedPolicies) -> dict[str, Floats]:
 
 
 def _highest_margin(aligned: AlignedPolicies) -> str | None:
-    """The policy with the highest mean margin; None where margins rest on unlike things or are missing."""
+    """The policy with the highest mean margin; None where margins depend on unlike settings or are missing."""
     first, *others = aligned.policies
     if any(refusal(first.settings, other.settings, "margins") for other in others):
         return None

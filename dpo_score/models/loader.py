@@ -67,7 +67,7 @@ class Placement(Protocol):
 class LoadedModel:
     """A transformers model holding exactly the weights of `source` (an unmerged adapter's layers included).
 
-    `notes`: what whoever scores it should be told, such as an adapter that changes nothing.
+    `notes`: what a user should know of it, such as an adapter that changes nothing.
     """
 
     model: Any
@@ -232,7 +232,7 @@ def read_model(source: ModelSource, options: dict[str, Any], trust_remote_code: 
 
 
 def _configuration(source: ModelSource, code: dict[str, bool]) -> Any:
-    """config.json as transformers takes it; its classes compute with what stands there."""
+    """config.json as transformers takes it; its classes compute with what it says."""
     try:
         return AutoConfig.from_pretrained(source.folder, local_files_only=True, **code)
     except (*UNLOADABLE, StrictDataclassError) as error:

@@ -57,7 +57,7 @@ CONFIG_FIELDS = ("vocab_size", "tie_word_embeddings", "pretraining_tp")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Structure:
-    """Which module and which parameter stood where before an adapter was put on."""
+    """Which module and which parameter was where before an adapter was put on."""
 
     modules: tuple[tuple[nn.Module, dict[str, nn.Module | None], dict[str, nn.Parameter | None]], ...]
     configs: tuple[tuple[Any, dict[str, Any]], ...]
@@ -113,7 +113,7 @@ class AdapterSlot:
         self.notes = (WITHOUT_EFFECT.format(adapter=source.adapter),) if is_without_effect(weights) else ()
 
     def _take_off(self) -> None:
-        """The base as it was read: modules and parameters where they stood, changed weights from their clones."""
+        """The base as it was read: modules and parameters where they were, changed weights from their clones."""
         if self._structure is None:
             return
         self._structure.restore()

@@ -30,7 +30,7 @@ class Head:
     """logits = cap·tanh(scale·(W h + b) / cap). `module` computes W h + b; `weight` [V, H] is None when it is
     no plain linear layer (a LoRA on the head), and then only `module` may be called. `bias` is [V].
 
-    `group`: its ranks share the vocabulary, and V here stands for this rank's part of it, from entry `first` on.
+    `group`: its ranks share the vocabulary, and V here is the size of this rank's part of it, from entry `first` on.
     """
 
     module: nn.Module
@@ -121,7 +121,7 @@ def _head(model: Any) -> Head | None:
 
 
 def _shared(head: Head, group: Group) -> Head | None:
-    """This rank's part of a head, whether its weights are dealt out already or every rank holds all of them."""
+    """This rank's part of a head, whether its weights are sharded already or every rank has all of them."""
     if head.weight is None:
         return None
     first, end = group.part(int(head.module.out_features))  # type: ignore[arg-type]

@@ -39,6 +39,6 @@ def refuse_packed(model: Any, name: str) -> None:
     """ModelError where 4-bit weights are packed all the same: putting an adapter on would change them."""
     if any(getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in model.parameters()):
         raise ModelError(
-            f"{name} is an adapter over 4-bit weights that this version of bitsandbytes has packed for the CPU, which "
-            "does not survive it: leave --quantization nf4 out, use int8, or score it on a GPU"
+            f"{name} is an adapter over 4-bit weights that this version of bitsandbytes has packed for the CPU, and "
+            "adding an adapter would change them: leave --quantization nf4 out, use int8, or score it on a GPU"
         )

@@ -155,7 +155,7 @@ class Resolver:
         return self.resolve(spec.model, revision=spec.revision, adapter=spec.adapter)
 
     def resolve(self, model: str, *, revision: str | None = None, adapter: str | None = None) -> ModelSource:
-        """MODEL (and an adapter over it) → a checked source. A PEFT folder stands on the base that its config names."""
+        """MODEL (and an adapter over it) → a checked source. A PEFT folder needs the base that its config names."""
         place = locate(model, revision=revision, allow_pickle=self.allow_pickle)
         if place.path.is_dir() and files.is_adapter(place.path):
             if adapter is not None:
@@ -258,7 +258,7 @@ class Resolver:
         except ModelError as error:
             raise ModelError(
                 f"adapter {adapter}: the base that its config names, {name!r}, is neither a folder nor in the hub "
-                "cache here. Say which base it stands on: MODEL+ADAPTER for a policy or the reference; for a policy "
+                "cache here. Say which base it belongs to: MODEL+ADAPTER for a policy or the reference; for a policy "
                 "also `base:`, or --policy-base reference"
             ) from error
         return self.whole_model(name, place)
@@ -358,7 +358,7 @@ def resolve_policy(
     """The source of one policy: full weights, an adapter over a base, or a checkpoint that borrows a base's config.
 
     An adapter's base is, in this order: the policy's own model or `base:`, `policy_base`, and what the adapter's
-    config names; `reference` stands for the reference's base weights. Raises ModelError when the base cannot be told.
+    config names; `reference` means the reference's base weights. Raises ModelError when the base is not known.
     """
     if policy.model is not None and policy.adapter is None:
         place = locate(policy.model, revision=policy.revision, allow_pickle=resolver.allow_pickle)
@@ -395,10 +395,10 @@ def _state_policy(
 def _base(
     folder: Path, named: str | None, policy: PolicySpec, reference: ModelSource | None, resolver: Resolver
 ) -> ModelSource:
-    """The base that a policy stands on; `named`: what the policy or the command names, if anything."""
+    """The base that a policy is built on; `named`: what the policy or the command names, if anything."""
     if named == "reference":
         if reference is None:
-            raise ModelError(f"policy {policy.name!r} stands on `reference`, but the run has no reference model")
+            raise ModelError(f"policy {policy.name!r} has the base `reference`, but the run has no reference model")
         return without_adapter(reference)
     if named is not None:
         return resolver.resolve(named, revision=policy.revision if named == policy.model else None)

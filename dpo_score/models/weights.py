@@ -452,7 +452,7 @@ def _as_state(path: Path, allow_pickle: bool) -> WeightFiles:
 
 def _zero_files(folder: Path) -> tuple[Path, ...]:
     """The file that holds the whole model under ZeRO 1 and 2; ModelError where it is in parts (ZeRO 3, or layers or
-    tensors dealt out to several ranks)."""
+    tensors sharded over several ranks)."""
     whole = sorted(folder.glob(ZERO_MODEL))
     if len(whole) != 1:
         raise zero_in_parts(folder)

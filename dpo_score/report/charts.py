@@ -143,7 +143,7 @@ def line_chart(
     form: Format = short,
     across: float | None = None,
 ) -> Markup:
-    """Series over x with their intervals as bands. `names`: what stands under each x; `across`: a line to read by."""
+    """Series over x with their intervals as bands. `names`: the label under each x; `across`: a line to read by."""
     values = [v for s in series for v in (*s.y, *s.low, *s.high) if v is not None] + (
         [] if across is None else [across]
     )
@@ -158,7 +158,7 @@ def line_chart(
 
 
 def padded(values: Sequence[float]) -> tuple[float, float]:
-    """The range of the values with room around it; never empty."""
+    """The range of the values with a margin around it; never empty."""
     if not values:
         return 0.0, 1.0
     low, high = min(values), max(values)

@@ -115,7 +115,7 @@ def _parts(store: Store) -> Iterator[FileRecord]:
 
 
 def _split_configs(store: Store, splits: Sequence[str], parts: Sequence[FileRecord]) -> Iterator[Config]:
-    """Splits of one schema are one configuration; others stand alone."""
+    """Splits of one schema are one configuration; each other split is one of its own."""
     schemas = [_schema(store, split, parts) for split in splits]
     alike = all(schema == schemas[0] for schema in schemas)
     for name, together in {"default": splits}.items() if alike else {split: [split] for split in splits}.items():

@@ -28,7 +28,7 @@ def compare(
     """The comparison as strict JSON; `failed` holds a sentence for each condition that holds.
 
     outs: one folder or two. baseline: a policy's name; of two folders the first one's only policy by default.
-    slices: columns to group pairs by, as the first folder has them. A condition that speaks of a baseline takes the
+    slices: columns to group pairs by, as the first folder has them. A condition that names a baseline takes the
     first policy where none is named; `notes` says so, and what a condition overlooks.
     """
     conditions = [parse_condition(text) for text in fail_if]
@@ -89,7 +89,7 @@ def _joined(scored: Sequence[ScoredPolicy]) -> AlignedPolicies:
     except ValueError:
         names = ", ".join(policy.name for policy in scored)
         raise UsageError(
-            f"no pair stands in all of {names}: pairs are joined by a digest of their texts, so these were scored "
+            f"no pair is in all of {names}: pairs are joined by a digest of their texts, so these were scored "
             "from different data"
         ) from None
 

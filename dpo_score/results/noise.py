@@ -1,9 +1,9 @@
 """The noise floor of a run: how far its numbers are from fp32 on the plain path, kept with the first block.
 
-A few pairs of the first block are scored again when a model is loaded for it; the result stands in that block's
+A few pairs of the first block are scored again when a model is loaded for it; the result is in that block's
 commit record, so a resumed run reports what an uninterrupted one does. Values that came from the cache carry what
 was measured when they were computed. Margins: the noise of policy and reference together, on the same pairs, which
-are told by the keys of their sequences.
+are known by the keys of their sequences.
 """
 
 from __future__ import annotations

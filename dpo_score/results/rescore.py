@@ -126,7 +126,7 @@ class PolicyGrid:
             self._kept.append(table.select([column for column in CLUSTERED_BY if column in table.column_names]))
 
     def _part(self, name: str) -> pa.Table:
-        """The numbers of a part; with a policy in the reference's place, its log-probs stand for the reference's."""
+        """The numbers of a part; with a policy as the reference, its log-probs in place of the reference's."""
         table = _numbers(self._store, name)
         if self._reference is not None:
             place = name.replace(f"scores/{self._policy}/", f"scores/{self._reference}/")
@@ -182,7 +182,7 @@ class PolicyGrid:
 
 
 def _numbers(store: Store, name: str) -> pa.Table:
-    """The columns of a part that losses and summaries read: numbers, and what rows are told apart by; no lists."""
+    """The columns of a part that losses and summaries read: numbers, and what identifies rows; no lists."""
     with store.open_table(name) as file:
         schema = file.schema_arrow
     kept = [field.name for field in schema if not pa.types.is_nested(field.type)]

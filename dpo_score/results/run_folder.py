@@ -1,4 +1,4 @@
-"""What OUT holds, read back as arrays: the rows of each scored policy, and what its numbers rest on.
+"""What OUT holds, read back as arrays: the rows of each scored policy, and what its numbers depend on.
 
 Promises: reads only committed Parquet parts and the manifest; loads no model and no tokenizer; policies come in
 natural order (step-9 before step-10). Does not look at the data files.
@@ -62,7 +62,7 @@ def policy_names(store: Store, manifest: Manifest) -> list[str]:
 
 
 def parts(store: Store, policy: str) -> list[str]:
-    """The score parts that a commit record vouches for, in block order."""
+    """The score parts that a commit record names, in block order."""
     records = read_records(store, f"scores/{policy}").values()
     names = [file.name for record in records if isinstance(record, CommitRecord) for file in record.files]
     return sorted(name for name in names if name.startswith("scores/") and store.exists(name))

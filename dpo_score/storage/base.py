@@ -134,7 +134,7 @@ class Store(Protocol):
 
 
 def json_bytes(obj: Any) -> bytes:
-    """Strict JSON with sorted keys, ASCII only (any text survives, nothing reaches a terminal raw), one newline."""
+    """Strict JSON with sorted keys, ASCII only (any text is kept, nothing reaches a terminal raw), one newline."""
     return (json.dumps(obj, sort_keys=True, indent=2, allow_nan=False) + "\n").encode("ascii")
 
 

@@ -2,7 +2,7 @@
 
     commits/reference/00000-of-00012.json     commits/scores/<policy>/00000-of-00012.json
 
-A record carries a checksum of itself, so an altered one is told from a true one.
+A record carries a checksum of itself, so an altered one is recognised.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def commit(store: Store, record: CommitRecord) -> None:
 
 
 def read_record(store: Store, name: str) -> StoredRecord:
-    """The record at `name`; DamagedRecord when it does not hold or speaks of another block than its name."""
+    """The record at `name`; DamagedRecord when it does not hold or is of another block than its name."""
     try:
         record = CommitRecord.from_json(store.read_json(name), store.url(name))
     except DamageError as error:

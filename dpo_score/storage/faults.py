@@ -27,8 +27,8 @@ MEANINGS: dict[int, tuple[str, str]] = {
     errno.EIO: ("the device reported an input/output error", f"{RESUME} once the device is sound; look at its logs"),
     errno.EXDEV: ("a folder of the store lies on another file system", "Keep the whole store on one file system"),
     errno.ENOENT: ("it is not there", f"{RESUME} once it is back"),
-    errno.ENOTDIR: ("a file stands where a folder is needed", "Move that file away or choose another folder"),
-    errno.ELOOP: ("a symbolic link stands where a file is needed", "Move that link away or choose another folder"),
+    errno.ENOTDIR: ("a file is where a folder is needed", "Move that file away or choose another folder"),
+    errno.ELOOP: ("a symbolic link is where a file is needed", "Move that link away or choose another folder"),
     errno.EMFILE: ("this process has too many open files", f"{RESUME} after `ulimit -n 4096`"),
     errno.ENAMETOOLONG: ("the path is too long", "Choose a shorter folder or policy name"),
 }

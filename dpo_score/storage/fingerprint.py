@@ -102,7 +102,7 @@ class Identities:
         return digest({"text": self.text, "reference": self.reference, "policy": self.policies[name]})
 
     def reference_of(self, policy: str) -> Fields:
-        """The fields of the reference that a policy is compared with: its own where it brought one, else the run's."""
+        """The fields of the reference that a policy is compared with: its own where it has one, else the run's."""
         own: Fields | None = self.policies.get(policy, {}).get("reference")
         return own or self.reference
 

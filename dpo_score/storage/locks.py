@@ -9,7 +9,7 @@ On an object store:
 
 A generation is created by conditional PUT, so one process wins it. Its holder renews it every 30 s; a process that
 finds it unrenewed for 5 minutes, or its holder dead on this very machine, creates the next generation. A holder that
-was paused stops writing after 4 minutes without renewal, or when it meets a higher generation. Clocks must agree
+was paused stops writing after 4 minutes without renewal, or when it finds a higher generation. Clocks must agree
 within a minute; a store without conditional PUT protects only against runs that do not start at one instant.
 """
 
@@ -94,7 +94,7 @@ _tokens: set[str] = set()
 
 @dataclass(slots=True)
 class Lease:
-    """A held generation, last renewed at `renewed`. `lost` says why it no longer holds, None while it does."""
+    """A generation of this process, last renewed at `renewed`. `lost`: why it no longer holds; None while it does."""
 
     store: Store
     generation: int
@@ -161,7 +161,7 @@ def acquire(store: Store, kind: str = WHOLE) -> Lease:
             raise busy(store.url(), found)
     lease = Lease(store, last + 1, owner() | {"token": secrets.token_hex(8)}, time.time(), kind=kind)
     won = store.write_json(lease.name, lease.holder | {"renewed": lease.renewed}, if_absent=True)
-    if not won and _read(store, lease.name).get("token") != lease.holder["token"]:  # a repeated request meets itself
+    if not won and _read(store, lease.name).get("token") != lease.holder["token"]:  # a request sent twice finds its own
         raise busy(store.url(), _read(store, lease.name))
     if newest(store, kind) > lease.generation:
         store.remove(lease.name)

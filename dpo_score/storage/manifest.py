@@ -190,7 +190,7 @@ def forget_policy(store: Store, name: str) -> None:
 
 
 def reopen_manifest(store: Store) -> None:
-    """State `running` again, before anything that a complete manifest vouches for is computed or written anew."""
+    """State `running` again, before anything that a complete manifest promises is computed or written anew."""
     found = read_manifest(store)
     if found is not None and found.state == "complete":
         save_manifest(store, replace(found, state="running", finished=None, outputs=()))

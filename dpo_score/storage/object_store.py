@@ -34,7 +34,7 @@ from dpo_score.storage.parquet import FileRecord
 
 
 class RemoteStore(Store):
-    """Objects under one URL. The spool folder lives in the temporary folder of this machine, as long as the store."""
+    """Objects under one URL. The spool folder is in the temporary folder of this machine and goes with the store."""
 
     width = 16
 

@@ -117,7 +117,7 @@ def fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def common_schema(schemas: Iterable[pa.Schema]) -> pa.Schema | None:
-    """One schema for all, or None where types do not meet."""
+    """One schema for all, or None where types have none in common."""
     try:
         return pa.unify_schemas(list(schemas), promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError):

@@ -1,7 +1,7 @@
 """Names inside a store: POSIX-relative, never leaving it; and the names of files that are not finished.
 
-A temporary file is `.work/<name>.tmp-<pid>-<machine><random>`: the process that writes it can be told, so a later
-run sweeps what a dead process left and never touches what a living one writes. A process number means something only
+A temporary file is `.work/<name>.tmp-<pid>-<machine><random>`: its name says which process writes it, so a later
+run sweeps what a dead process left and never touches what a running one writes. A process number means something only
 where it was given: on one host, since its last start, in one PID namespace (two containers may share a host's name).
 """
 
@@ -36,7 +36,7 @@ def checked(name: str) -> str:
 
 @cache
 def machine() -> str:
-    """Eight hexadecimal digits that stand for where process numbers of this process hold.
+    """Eight hexadecimal digits that name where process numbers of this process are valid.
 
     Made of the host's name, the id of its last start and the PID namespace; where the system tells neither of the
     last two, of the name alone.

@@ -1,7 +1,7 @@
 """The stages of a run by name: whose blocks a record or a part belongs to.
 
     Stage.reference()               reference      the run's reference
-    Stage.reference("p")            reference/p    the reference that policy p brought along
+    Stage.reference("p")            reference/p    the own reference of policy p
     Stage.scores("p")               scores/p       policy p
     Stage(StageKind.DATA, "train")  data/train     a split of a data set that is written with its values
 
@@ -37,7 +37,7 @@ class Stage:
 
     @classmethod
     def reference(cls, policy: str = "") -> Stage:
-        """Stage one: of the run, or of a policy that brought its own reference."""
+        """Stage one: of the run, or of a policy that has its own reference."""
         return cls(StageKind.REFERENCE, policy)
 
     @classmethod

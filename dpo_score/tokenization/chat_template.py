@@ -166,7 +166,7 @@ def _date(given: str | None) -> str:
 def _dated(source: str, date: str | None) -> str:
     """The template with its clock stopped: a macro of the clock's name looks the date up by its format.
 
-    The macro stands on a line of its own, whose end the sandbox trims: the template's text stays as it was.
+    The macro is on a line of its own, whose end the sandbox trims: the template's text stays as it was.
     """
     if date is None or _CLOCK not in source:
         return source
@@ -175,7 +175,7 @@ def _dated(source: str, date: str | None) -> str:
 
 
 def _dates(source: str, date: str | None) -> dict[str, Any]:
-    """The date in each format that stands in the template as a string."""
+    """The date in each format that is in the template as a string."""
     if date is None:
         return {}
     from jinja2 import Environment

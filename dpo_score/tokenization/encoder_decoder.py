@@ -32,7 +32,7 @@ class Apart(Rendered):
 
 
 class EncoderDecoderRenderer(Renderer):
-    """`Renderer` for models whose prompt and answer stand apart. `own`: what their positions allow of each."""
+    """`Renderer` for models that read prompt and answer apart. `own`: how much of each their positions allow."""
 
     def __init__(self, tokenizer: Any, text: TextSpec, own: SideLimits) -> None:
         super().__init__(tokenizer, text)

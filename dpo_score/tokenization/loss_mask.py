@@ -1,6 +1,6 @@
 """Which tokens are the assistant's, where more than the last answer counts (`score: last` and `all-assistant`).
 
-A turn begins where the rendering of the messages before it, ended for the assistant to speak, ends; it ends where the
+A turn begins where the rendering of the messages before it, ended with the assistant's opening, ends; it ends where the
 rendering that includes it ends. That holds for templates whose rendering of a beginning is the beginning of the
 rendering; for others a turn has no place, and they are refused.
 """
@@ -39,7 +39,7 @@ def _beginning(template: ChatTemplate, pair: Pair, messages: Sequence[Message], 
     if isinstance(text, Problem) or not whole.startswith(text):
         raise ConfigError(
             f"the chat template renders the first {len(messages)} messages of row {pair.source.row_id} of "
-            f"{pair.source.file} differently when more follow, so its turns cannot be told apart: "
+            f"{pair.source.file} differently when more follow, so its turns cannot be separated: "
             "score completions only (--score completion), or give a template that leaves earlier turns as they are"
         )
     return str(text)

@@ -30,7 +30,7 @@ from dpo_score.tokenization.tokenizer import BatchEncoder, TokenizerFailedError,
 from dpo_score.tokenization.truncation import boundary, cut, scored_count
 
 VERSION = 1
-_FAILED = Problem("tokenizer_error", "the tokenizer gave up on a text of the row", None)
+_FAILED = Problem("tokenizer_error", "the tokenizer failed on a text of the row", None)
 Part: TypeAlias = tuple[Literal["text", "chat", "labels"], str]
 """A text and how it becomes ids: with the tokenizer's special tokens, as a template wrote it, as a decoder's labels."""
 PartIds: TypeAlias = Mapping[Part, Ids]
@@ -190,7 +190,7 @@ class Renderer:
     # --- texts → ids --------------------------------------------------------------------------------------------
 
     def _ids(self, rendered: Sequence[Rendered]) -> PartIds:
-        """The ids of every different text of a block; those that the tokenizer gives up on are missing."""
+        """The ids of every different text of a block; those that the tokenizer fails on are missing."""
         parts = list(dict.fromkeys(part for item in rendered for part in item.parts))
         found: dict[Part, Ids] = {}
         for how in dict.fromkeys(how for how, _ in parts):

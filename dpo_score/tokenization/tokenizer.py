@@ -1,4 +1,4 @@
-"""Tokenizers: loaded, told apart, and used a whole block at a time.
+"""Tokenizers: loaded, compared, and used a whole block at a time.
 
 `BatchEncoder` gives exactly the ids of `tokenizer(text)`, many texts a call. transformers is imported only inside the
 functions that need it.
@@ -114,7 +114,7 @@ def _tokens(tokenizer: Any, ids: Sequence[int]) -> list[str | None]:
 
 
 def special_texts(tokenizer: Any) -> frozenset[str]:
-    """The strings that become special tokens wherever they stand in a text."""
+    """The strings that become special tokens wherever they are in a text."""
     added = (str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
     return frozenset({*map(str, tokenizer.all_special_tokens), *added} - {""})
 
@@ -148,7 +148,7 @@ class Encoded:
 
 
 class TokenizerFailedError(Exception):
-    """A tokenizer gave up on a text, as regular expressions do that backtrack without end."""
+    """A tokenizer failed on a text, as regular expressions do that backtrack without end."""
 
 
 def _guarded(call: Callable[[], T]) -> T:

@@ -29,7 +29,7 @@ def boundary(prompt: Ids, with_chosen: Ids, with_rejected: Ids) -> int:
 def cut(
     tokens: TokenIds, limit: int | None, truncation: Literal["keep_start", "keep_end", "reject"]
 ) -> TokenIds | Problem:
-    """Both sequences brought to at most `limit` tokens.
+    """Both sequences cut to at most `limit` tokens.
 
     keep_start keeps the first ones, as TRL's collator does; keep_end the last ones of each sequence; reject none.
     A prompt that alone fills `limit` leaves nothing to score under keep_start: `prompt_too_long`.
@@ -69,7 +69,7 @@ class SideLimits:
 def cut_apart(
     tokens: TokenIds, limits: SideLimits, truncation: Literal["keep_start", "keep_end", "reject"]
 ) -> TokenIds | Problem:
-    """The prompt and both answers, each brought to its own limit: an encoder and its decoder hold them apart.
+    """The prompt and both answers, each cut to its own limit: an encoder reads one and its decoder the other.
 
     keep_start keeps the first tokens of each, keep_end the last ones; reject none. Both sides lose what a prompt loses.
     """

@@ -108,7 +108,7 @@ for name in {LIGHT.split()!r}:
 import polars, numpy
 from dpo_score.losses.evaluate import evaluate_pairs
 evaluate_pairs(polars.Series([-1.0]), [-2.0], numpy.array([-1.0]), (-2.0,))
-heavy = [name for name in ("torch", "transformers", "scipy", "pandas") if name in sys.modules]
+heavy = [name for name in ("torch", "transformers", "scipy.stats", "scipy.optimize", "pandas") if name in sys.modules]
 sys.exit(" ".join(heavy) or 0)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -147,7 +147,7 @@ def conversation(row: Row, column: str) -> tuple[Message, ...]:
 
 
 def answer(row: Row, column: str) -> tuple[Message, ...]:
-    """The messages of one side: a list, a single message, or a string; the assistant speaks last."""
+    """The messages of one side: a list, a single message, or a string; the last one is the assistant's."""
     value = row.get(column)
     if isinstance(value, str):
         return ({"role": "assistant", "content": checked_text(value, column)},)
@@ -155,7 +155,7 @@ def answer(row: Row, column: str) -> tuple[Message, ...]:
 
 
 def ended_by_assistant(turns: tuple[Message, ...], column: str) -> tuple[Message, ...]:
-    """`turns`. Raises Unusable where someone else speaks last."""
+    """`turns`. Raises Unusable where the last one is of another role."""
     if turns[-1]["role"] != "assistant":
         reason = f"the last message of {column} is from {seen(turns[-1]['role'], 40)!r}, not the assistant"
         raise Unusable("not_assistant_last", reason, column, turns[-1]["role"])

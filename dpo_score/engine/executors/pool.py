@@ -58,7 +58,7 @@ class WorkerHandle(Protocol):
 
 
 class WorkerBackend(Protocol):
-    """Where workers live. `capacity`: how many have room now; `needs`, `has`: for the message while one waits."""
+    """Where workers run. `capacity`: how many more can run now; `needs`, `has`: for the message while one waits."""
 
     @property
     def capacity(self) -> int: ...
@@ -74,7 +74,7 @@ class WorkerBackend(Protocol):
 
 
 class BlockQueue:
-    """Blocks of one task that nobody works on yet, in order: given out in runs, long at first and short at the end."""
+    """Blocks of one task that no worker has yet, in order: given out in batches, long at first and short at the end."""
 
     def __init__(self, blocks: Sequence[int]) -> None:
         self._runs: deque[list[int]] = deque([list(blocks)] if blocks else [])
@@ -104,8 +104,8 @@ class BlockQueue:
         self._losses[run[0]] += 1
         if self._losses[run[0]] >= ATTEMPTS:
             raise StorageError(
-                f"block {run[0]} has cost {ATTEMPTS} workers their lives (out of memory is the usual cause: a smaller "
-                "--batch-tokens in a new output folder needs less). The same command resumes"
+                f"block {run[0]} was being computed by {ATTEMPTS} workers when they died (out of memory is the usual "
+                "cause: a smaller --batch-tokens in a new output folder needs less). The same command resumes"
             )
         self._runs.appendleft(run)
 
@@ -147,7 +147,7 @@ class WorkerPool:
         self._show(report)
 
     def work(self, plan: RunPlan, task: Task, blocks: Sequence[int]) -> None:
-        """Return when all `blocks` are committed. There may be room for more workers after a while."""
+        """Return when all `blocks` are committed. Later there may be capacity for more workers."""
         self._context.reopen_manifest()
         self._start_first()
         queue, rows = BlockQueue(blocks), plan.rows

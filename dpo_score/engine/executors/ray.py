@@ -146,7 +146,7 @@ def _keep_stdout_clean() -> None:
 
 
 def _refuse_unreachable(address: str) -> None:
-    """ConfigError within seconds where nobody listens: Ray itself would try for minutes."""
+    """ConfigError within seconds where no cluster answers: Ray itself would try for minutes."""
     if address.startswith("ray://"):
         raise ConfigError(f"--ray-address {address}: Ray Client is not used; start on the head, or by `ray job submit`")
     host, colon, port = address.rpartition(":")
@@ -174,7 +174,7 @@ class Device:
     workers: int | None = None
 
     def capacity(self, resources: Mapping[str, float]) -> int:
-        """How many such workers a cluster has room for; one, that waits, where there is none."""
+        """How many such workers fit into a cluster; where none fits, one, which waits."""
         if self.workers is not None:
             return self.workers
         there = resources.get("GPU", 0) if self.gpus else resources.get("CPU", 0)

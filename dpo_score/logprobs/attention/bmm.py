@@ -129,7 +129,7 @@ def _visible(begin: int, end: int, total: int, window: int) -> tuple[int, int]:
 
 
 def _mask(scores: Tensor, place: int, m: int, G: int, window: int, blank: int) -> None:
-    """In place: query i of the block stands at key `place` + i and sees nothing after it, nor before its window."""
+    """In place: query i of the block is at key `place` + i and sees nothing after it, nor before its window."""
     scores[:, :, place:].add_(_triangle(m, G, scores.dtype, scores.device))
     if blank > 0:
         scores[:, :, :blank] = -math.inf

@@ -138,7 +138,7 @@ def _refuse(
 def shared_attention(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float
 ) -> Tensor:
-    """One layer over the pack in use. An operator of its own, so that a compiled layer calls it as it stands.
+    """One layer over the pack in use. An operator of its own, so that a compiled layer calls it unchanged.
 
     `window`, `softcap`: 0 for none. A window of W lets a token see itself and the W − 1 tokens before it.
     """

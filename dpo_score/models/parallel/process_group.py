@@ -67,7 +67,7 @@ class Group:
         return not bool(self.largest(torch.tensor([0.0 if mine else 1.0], device=device)))
 
     def part(self, total: int) -> tuple[int, int]:
-        """[first, end) of `total` things dealt out in order, as torch shards a dimension."""
+        """[first, end) of `total` things divided in order, as torch shards a dimension."""
         each = -(-total // self.size)
         return min(self.rank * each, total), min((self.rank + 1) * each, total)
 

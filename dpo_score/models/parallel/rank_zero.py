@@ -90,7 +90,7 @@ class RankZero(Group):
             meeting = self._folder / "meeting"
             for worker in self._workers:
                 self._tell(worker, (worker.rank, size, device_kind, meeting, dict(settings)))
-            self._answers(LOAD_SECONDS)  # every worker stands, so that joining is a matter of moments
+            self._answers(LOAD_SECONDS)  # every worker has started, so joining takes moments
             super().__init__(0, size, device_kind, meeting)
         except BaseException:
             self.close()

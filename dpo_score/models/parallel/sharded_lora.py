@@ -1,6 +1,6 @@
 """LoRA over a base that several ranks hold between them: added beside the layers, each rank with its part of A or B.
 
-A layer dealt out by outputs gets its rows of B, one dealt out by inputs its columns of A (and one sum of r numbers a
+A layer sharded by outputs gets its rows of B, one sharded by inputs its columns of A (and one sum of r numbers a
 token more). Nothing is merged, so the base stays as it was read. Products are fp32, as peft's are over 16-bit bases.
 Does not: anything but plain LoRA of linear layers; all else is refused, naming the way out.
 """

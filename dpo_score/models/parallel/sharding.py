@@ -1,4 +1,4 @@
-"""Weights dealt out to the ranks of a group by transformers' own plan, and made plain tensors again.
+"""Weights sharded over the ranks of a group by transformers' own plan, and made plain tensors again.
 
 transformers shards while it reads, so a rank holds no more than its part, and adds the collectives to the layers that
 need them. Its DTensors are replaced by the local tensors they wrap: the same numbers by shorter ways, and tensors that
@@ -32,7 +32,7 @@ PROBE_IDS = range(7, 19)
 
 
 def has_plan(config: Mapping[str, Any]) -> bool:
-    """Whether transformers knows how to deal out the layers of an architecture, from config.json alone."""
+    """Whether transformers knows how to shard the layers of an architecture, from config.json alone."""
     kinds = (config.get("model_type"), text_config(config).get("model_type"))
     known = [CONFIG_MAPPING[kind] for kind in kinds if kind in CONFIG_MAPPING]
     parts = [part for kind in known for part in (kind, kind.sub_configs.get("text_config"))]
@@ -51,12 +51,12 @@ def attention_heads(config: Mapping[str, Any]) -> int:
 
 
 def refuse_undealt(source: ModelSource, ways: int) -> None:
-    """ConfigError for a model that cannot be dealt out to `ways` ranks, from its configuration alone."""
+    """ConfigError for a model that cannot be sharded over `ways` ranks, from its configuration alone."""
     _refuse_old_transformers(ways)
     kind = source.config.get("model_type")
     if source.is_encoder_decoder or not has_plan(source.config):
         raise ConfigError(
-            f"--tensor-parallel {ways}: transformers has no plan to deal out the layers of {kind!r} models "
+            f"--tensor-parallel {ways}: transformers has no plan to shard the layers of {kind!r} models "
             f"({source.name}); {ALTERNATIVE}"
         )
     if "quantization_config" in source.config:
@@ -70,7 +70,7 @@ def _refuse_uneven(name: str, heads: int, keys: int, ways: int) -> None:
     even = ", ".join(str(n) for n in range(1, gcd(heads, keys) + 1) if gcd(heads, keys) % n == 0)
     what = f"{keys} key-value heads" if keys % ways else f"{heads} attention heads"
     raise ConfigError(
-        f"--tensor-parallel {ways}: {name} has {what}, which cannot be dealt out evenly to {ways} devices; "
+        f"--tensor-parallel {ways}: {name} has {what}, which cannot be divided evenly over {ways} devices; "
         f"{even} would do"
     )
 
@@ -84,14 +84,14 @@ def _refuse_old_transformers(ways: int) -> None:
 
 
 def load_options(size: int) -> dict[str, Any]:
-    """What `from_pretrained` takes to deal a model out to the `size` ranks that have joined."""
+    """What `from_pretrained` takes to shard a model over the `size` ranks that have joined."""
     return {"distributed_config": DistributedConfig(tp_size=size)}
 
 
 def localized(model: Any) -> Any:
     """`model` with plain local tensors for parameters; ModelError when it computes something else then."""
     group = group_of(model)
-    assert group is not None, "a model is dealt out to the ranks of a group"
+    assert group is not None, "a model is sharded over the ranks of a group"
     before = _logits(model)
     local: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
@@ -110,7 +110,7 @@ def _look_up_locally(module: Any, sharded: Any, group: Any) -> None:
     (placement,) = (p for p in sharded.placements if isinstance(p, Shard))
     if placement.dim != 0:
         raise ModelError(
-            f"--tensor-parallel: {type(module).__name__} is dealt out by columns, which is not supported; "
+            f"--tensor-parallel: {type(module).__name__} is sharded by columns, which is not supported; "
             "--device-map auto spreads whole layers over the devices of one machine"
         )
     first, end = group.part(sharded.shape[0])

@@ -277,7 +277,7 @@ def _same_as_given(block: Block) -> Damage:
 
 
 def _same_bits(one: pa.ChunkedArray, other: pa.ChunkedArray) -> bool:
-    """Equal values; of columns of the data, where NaN may stand, equal with NaN for NaN."""
+    """Equal values; of columns of the data, where NaN may occur, equal with NaN for NaN."""
     if one.equals(other):
         return True
     if not pa.types.is_floating(one.type) or one.type != other.type or one.null_count != other.null_count:

@@ -10,7 +10,7 @@ from dpo_score.errors import DamageError
 
 
 class Comparison(Protocol):
-    """Stored values held against those of another program."""
+    """Stored values compared with those of another program."""
 
     def to_json(self) -> dict[str, Any]: ...
     def lines(self) -> Iterator[str]: ...

@@ -1,6 +1,6 @@
 """Numbers made again from the parts: summary.json of a run, and the grids of `rescore`.
 
-In: the score parts that records vouch for. Out: where what is stored differs from what follows from them. Sums are
+In: the score parts that records name. Out: where what is stored differs from what follows from them. Sums are
 exactly rounded, so only another processor's exp and log may move a last bit: numbers agree within TOLERANCE.
 """
 

@@ -110,7 +110,7 @@ class Proof:
 
     @property
     def rows(self) -> int:
-        """Rows that summary.json speaks of."""
+        """Rows that summary.json counts."""
         found = self.summary.get("data")
         rows = found.get("rows") if isinstance(found, dict) else None
         return rows if isinstance(rows, int) and 0 <= rows <= self.manifest.rows else 0
@@ -161,7 +161,7 @@ def _summary(store: Store, findings: Findings) -> Mapping[str, Any]:
 
 
 def _stages(manifest: Manifest) -> list[str]:
-    """The run's reference, those that policies brought along, and the policies."""
+    """The run's reference, those that policies have of their own, and the policies."""
     policies = manifest.identities.policies
     brought = [f"reference/{name}" for name in sorted(policies) if "reference" in policies[name]]
     return ["reference", *brought, *(f"scores/{name}" for name in sorted(policies))]
@@ -466,7 +466,7 @@ def _check_summary(proof: Proof) -> None:
 
 
 def _check_grids(proof: Proof) -> None:
-    """Adds what is not as `rescore` wrote it; says which grids carry nothing to be held against."""
+    """Adds what is not as `rescore` wrote it; says which grids have nothing to be compared with."""
     folders: dict[str, list[str]] = {}
     for name in proof.store.list(GRIDS):
         folders.setdefault("/".join(name.split("/")[:2]), []).append(name)

@@ -2,5 +2,5 @@
 
 In come blocks of values with their keys (digests of token ids); out come the values of the keys that are known, from
 files whose index is a SQLite database. A namespace is one model with one way of computing; a file answers in its own
-namespace alone. Imports the storage room beside it and nothing above.
+namespace alone. Imports the storage package beside it and nothing above.
 """

@@ -173,7 +173,7 @@ GROUPS_AT_ONCE = 64
 
 def misplaced(metadata: Mapping[bytes, bytes] | None, name: str) -> str | None:
     """Why a value file must not answer where it lies (`name` in the cache): it was made for another namespace, that is
-    for other weights, numerics or versions. None where it is at home, or where it was written by a release that did
+    for other weights, numerics or versions. None where it belongs, or where it was written by a release that did
     not name namespaces: what such a file answers lies in namespaces that are not asked any more."""
     here = name.rpartition("/")[0].rpartition("/")[2]
     made_for = (metadata or {}).get(NAMESPACE.encode(), b"").decode(errors="replace")

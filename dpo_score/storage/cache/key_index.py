@@ -174,5 +174,5 @@ def _append(connection: sqlite3.Connection, group: Sequence[KeyIndex], keep: Col
 
 
 def is_whole(path: Path) -> bool:
-    """Whether an index file is the one that its name stands for."""
+    """Whether an index file is the one that its name promises."""
     return file_name(path) == path.name

@@ -1,7 +1,7 @@
 """One namespace of the cache: adding blocks of entries, finding them again.
 
 A view sees exactly the files of its snapshot. Adding is safe beside other processes and lists the folder once, not
-for each block. A damaged file is quarantined with one warning, and what it held is computed again. Memory stays flat
+for each block. A damaged file is quarantined with one warning, and its values are computed again. Memory stays flat
 however many entries there are. Value files keep the order of rows, so a run over the same data reads them in sequence,
 and a snapshot names them for as long as they exist.
 """

@@ -134,7 +134,7 @@ def test_no_worker_that_stands_is_an_error(runner: Runner, data: Path, tmp_path:
 
 def test_a_block_that_kills_every_worker_ends_the_run(runner: Runner, data: Path, tmp_path: Path) -> None:
     place, progress = Machine(lambda: 1, [lambda worker: 4 in worker.given]), Progress(quiet=True)
-    with pytest.raises(StorageError, match=f"block 4 has cost {ATTEMPTS} workers their lives"):
+    with pytest.raises(StorageError, match=f"block 4 was being computed by {ATTEMPTS} workers when they died"):
         scored(place, runner.config(data, tmp_path / "out", path="plain"), progress)
     assert progress.warnings == ["a worker was lost (made up for this test): 1 blocks of reference go to others"]
     assert place.hired[0].blocks == [0, 1, 2, 3]

@@ -163,7 +163,7 @@ REFUSED = {
     "policy": ("policy", one_policy("better", "{better}"), "policies.better.weights"),
     "adapter": ("policy", one_policy("tuned", "{here}/reference+{adapter}"), "policies.tuned.weights"),
     "kind of device": ("device", option("cuda"), 'numerics.device_kind: "cpu" → "cuda"'),
-    "devices that a model is dealt out to": (
+    "devices that a model is sharded over": (
         "tensor_parallel",
         option(2),
         "reference.numerics.tensor_parallel: (absent) → 2",
