@@ -89,22 +89,22 @@ def run_on_ray(config: Any, meter: Meter, workers: int) -> None:
 
     ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with run_context(config, meter, config.out) as context:
-        job, _ = preparing.prepare(config, context)
-        with WorkerPool(RayBackend(ray, Device(1, 0, workers)), config, context) as crew:
-            context = replace(context, workers=crew)
-            _both_times(context, job, meter)
+        plan, _ = preparing.prepare(config, context)
+        with WorkerPool(RayBackend(ray, Device(1, 0, workers)), config, context) as pool:
+            context = replace(context, workers=pool)
+            _both_times(context, plan, meter)
     ray.shutdown()
 
 
-def _both_times(context: RunContext, job: RunPlan, meter: Meter) -> None:
+def _both_times(context: RunContext, plan: RunPlan, meter: Meter) -> None:
     """All blocks, then a second look at all of them, as a resumed run takes it."""
     meter.line("begin")
-    run_references(context, job)
+    run_references(context, plan)
     meter.line("end")
     begun = time.perf_counter()
-    run_references(context, job)
+    run_references(context, plan)
     seconds = time.perf_counter() - begun
-    print(f"a resumed run looks at them in {seconds:.1f} s, {1000 * seconds / len(list(job.rows)):.2f} ms a block")
+    print(f"a resumed run looks at them in {seconds:.1f} s, {1000 * seconds / len(list(plan.rows)):.2f} ms a block")
 
 
 def count_files(out: Path) -> str:

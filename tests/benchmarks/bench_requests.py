@@ -69,13 +69,13 @@ def counted(server: Server, folder: Path, blocks: int, cached: int) -> Costs:
         with run_context(config, Progress(quiet=True), str(config.out)) as context:
             if number == 0:
                 fill(context, config, folder, cached)
-            job, _ = preparing.prepare(config, context)
+            plan, _ = preparing.prepare(config, context)
             server.seen()
-            run_references(context, job)
+            run_references(context, plan)
             one = server.seen()
-            score_policy(context, job, job.policies[0])
+            score_policy(context, plan, plan.policies[0])
             two = server.seen()
-            end_run(context, job, {})
+            end_run(context, plan, {})
         phases = [one, two, server.seen()] if number == 0 else [one + two]
         names = PHASES[:3] if number == 0 else PHASES[3:]
         found |= {name: _kinds(lines) for name, lines in zip(names, phases, strict=True)}

@@ -78,17 +78,17 @@ def _run(config: Any, workers: int, warm: int) -> Times:
     try:
         with (
             run_context(config, Progress(quiet=True), config.out) as context,
-            WorkerPool(RayBackend(ray, Device(1, 0, workers)), config, context) as crew,
+            WorkerPool(RayBackend(ray, Device(1, 0, workers)), config, context) as pool,
         ):
-            crew.decide()
-            job, _ = preparing.prepare(config, context)
-            blocks = list(job.rows)
-            crew.work(job, job.references[0], blocks[: warm // 2])
-            crew.work(job, job.references[0], blocks[warm // 2 : warm])
+            pool.decide()
+            plan, _ = preparing.prepare(config, context)
+            blocks = list(plan.rows)
+            pool.work(plan, plan.references[0], blocks[: warm // 2])
+            pool.work(plan, plan.references[0], blocks[warm // 2 : warm])
             loaded = time.perf_counter()
-            crew.work(job, job.references[0], blocks[warm:])
+            pool.work(plan, plan.references[0], blocks[warm:])
             end = time.perf_counter()
-        return Times(end - begun, end - loaded, job.rows.count(blocks[warm:]))
+        return Times(end - begun, end - loaded, plan.rows.count(blocks[warm:]))
     finally:
         ray.shutdown()
 
