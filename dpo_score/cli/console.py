@@ -186,8 +186,14 @@ def _written(out: str) -> list[str]:
 
 
 def _best(policies: Mapping[str, Cell]) -> str | None:
-    """The policy of the highest accuracy, where there are several and one alone has it."""
-    found = {name: policy["overall"]["accuracy"]["value"] for name, policy in policies.items()}
+    """The policy of the highest accuracy, where there are several and one alone has it, ranked as `compare` does."""
+    from dpo_score.metrics.compare import LEAST_RANKED
+
+    found: dict[str, float | None] = {}
+    for name, policy in policies.items():
+        cell = policy["overall"]
+        enough = cell["accuracy"]["n"] >= LEAST_RANKED * (cell["scored"] - cell["labelled_ties"])
+        found[name] = cell["accuracy"]["value"] if enough else None
     known = {name: value for name, value in found.items() if value is not None}
     top = [name for name, value in known.items() if value == max(known.values())]
     return top[0] if len(policies) > 1 and len(top) == 1 else None
@@ -291,7 +297,7 @@ def compared(found: Cell, as_json: bool = False) -> None:
         return
     screen = console()
     elsewhere = " (in `report` and with --json)"
-    for line in (*summary_lines(found), *found.get("notes", ())):
+    for line in summary_lines(found):
         screen.print(Text(safe(line)), soft_wrap=False)
     screen.print()
     edges = found["margin_edges"]

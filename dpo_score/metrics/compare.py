@@ -2,7 +2,8 @@
 
 Rows are joined by pair_id, the k-th occurrence with the k-th, in the first policy's order; which values may be
 subtracted follows from the policies' settings. A policy is ranked by its own accuracy, ties left out, and compared with
-each other policy on the pairs that both rank; one that ties on more than half of the pairs takes no part. "Best" is
+each other policy on the pairs that both rank; one that ties on more than half of the pairs, or of one run has scores of
+fewer than half, takes no part. "Best" is
 picked from the same pairs, so its p values are adjusted as if every two policies had been tested; differences to a
 baseline that was named beforehand are adjusted over the other policies (Holm 1979).
 """
@@ -89,10 +90,14 @@ class OneSided:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AlignedPolicies:
-    """Policies whose rows are aligned: row i of each holds the same pair. `one_sided` only names those with any."""
+    """Policies whose rows are aligned: row i of each holds the same pair. `one_sided` only names those with any.
+
+    `partial`: policies that are not among them, since they have scores of too few pairs, with how many they have.
+    """
 
     policies: tuple[ScoredPolicy, ...]
     one_sided: tuple[OneSided, ...]
+    partial: tuple[OneSided, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -130,11 +135,22 @@ def per_pair(rows: ScoreArrays, metric: str) -> Floats:
     return v["chosen_rewards"] - v["rejected_rewards"] if metric == "margins" else v[metric]
 
 
-def align_policies(policies: Sequence[ScoredPolicy]) -> AlignedPolicies:
-    """Join on pair_id. ValueError when no pair is common to all."""
+def align_policies(policies: Sequence[ScoredPolicy], of_one_run: bool = False) -> AlignedPolicies:
+    """Join on pair_id. ValueError when no pair is common to all.
+
+    `of_one_run`: the data are the same for all, so a policy with fewer than half of the pairs that another one has is
+    left out, where two or more are left: it would leave few pairs to compare the others on.
+    """
     if len(policies[0].pair_ids) and all(policy.pair_ids is policies[0].pair_ids for policy in policies):
         return AlignedPolicies(tuple(policies), ())  # one list of pairs for all: nothing to join
     import polars as pl
+
+    least, partial = LEAST_RANKED * max(len(policy.pair_ids) for policy in policies), ()
+    whole = [policy for policy in policies if len(policy.pair_ids) >= least]
+    if of_one_run and 2 <= len(whole) < len(policies):
+        lacking = [policy for policy in policies if len(policy.pair_ids) < least]
+        partial = tuple(OneSided(policy.name, len(policy.pair_ids), ()) for policy in lacking)
+        policies = whole
 
     tables = [
         pl.DataFrame({"pair": _column(policy.pair_ids), f"row {place}": np.arange(len(policy.pair_ids))}).with_columns(
@@ -150,7 +166,7 @@ def align_policies(policies: Sequence[ScoredPolicy]) -> AlignedPolicies:
     rows = [joined[f"row {place}"].to_numpy() for place in range(len(policies))]
     aligned = [selected(policy, found) for policy, found in zip(policies, rows, strict=True)]
     sides = [_one_sided(policy, found) for policy, found in zip(policies, rows, strict=True)]
-    return AlignedPolicies(tuple(aligned), tuple(side for side in sides if side.pairs))
+    return AlignedPolicies(tuple(aligned), tuple(side for side in sides if side.pairs), partial)
 
 
 def _column(texts: Sequence[str]) -> Any:
@@ -215,6 +231,8 @@ def compare_policies(aligned: AlignedPolicies, baseline: str | None = None) -> d
         "one_sided": [
             {"policy": side.policy, "pairs": side.pairs, "first": list(side.first)} for side in aligned.one_sided
         ],
+        "partial": [{"policy": one.policy, "pairs": one.pairs} for one in aligned.partial],
+        "labelled_ties": int(np.count_nonzero(aligned.first.rows.flags["tied"])),
         "policies": [_levels(policy, edges) | {"ranked": policy.name in ranked} for policy in aligned.policies],
         "margin_edges": edges.tolist(),
         "best": best,
@@ -233,8 +251,8 @@ def compare_policies(aligned: AlignedPolicies, baseline: str | None = None) -> d
 
 
 def _ranked(aligned: AlignedPolicies) -> dict[str, Floats]:
-    """Outcomes (1, 0, NaN on a tie) of the policies that take part in the ranking."""
-    least = LEAST_RANKED * len(aligned)
+    """Outcomes (1, 0, NaN on a tie) of the policies that take part in the ranking; labelled ties do not count."""
+    least = LEAST_RANKED * np.count_nonzero(~aligned.first.rows.flags["tied"])
     return {
         name: values
         for name, values in aligned.values("accuracy").items()
@@ -280,7 +298,7 @@ def _levels(policy: ScoredPolicy, edges: Floats) -> dict[str, Any]:
         "step": policy.step,
         "pairs": len(rows),
         "accuracy": share(accuracy, rows.repeated, "every pair is a tie"),
-        "ties": int(np.count_nonzero(np.isnan(accuracy))),
+        "ties": int(np.count_nonzero(np.isnan(accuracy) & ~rows.flags["tied"])),
         **{metric: measure(per_pair(rows, metric), rows.repeated) for metric in DIFFERENCED[1:]},
         "histogram": counted(policy.margins, edges),
     }

@@ -223,7 +223,9 @@ def _measured(
     mask = np.ones(len(aligned), np.bool_) if quantity.group is None else _named(quantity.group, aligned)
     found = estimate(quantity.metric, [side[mask] for side in sides], aligned.clusters[mask], together)
     if found is None:
-        raise ConfigError(f"--fail-if {quantity}: no pair has this value")
+        whose = f"{policy} and {baseline}" if quantity.diff else policy
+        ties = "; a tie has no accuracy" if quantity.metric == "accuracy" else ""
+        raise ConfigError(f"--fail-if {quantity}: no pair has this value for {whose}{ties}")
     number: float | None = getattr(found, quantity.bound)
     if number is None:
         raise ConfigError(f"--fail-if {quantity}: {found.reason}")

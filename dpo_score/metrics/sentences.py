@@ -24,12 +24,12 @@ def summary_sentence(found: Found) -> str:
 def sentences(found: Found) -> list[str]:
     """The same one by one: first what collapsed in one subset, then who is ahead, then what limits all this."""
     if found["best"] is None:
-        return [*_collapsed(found), _nothing_to_rank(found), *_unranked(found), *_baseline(found), *_clusters(found)]
+        return [*_collapsed(found), _nothing_to_rank(found), *_left_out(found), *_baseline(found), *_clusters(found)]
     return [
         *_collapsed(found),
         *_best(found),
-        *_unranked(found),
         *_apart(found),
+        *_left_out(found),
         *_baseline(found),
         *_few_pairs(found),
         *_resolution(found),
@@ -38,6 +38,8 @@ def sentences(found: Found) -> list[str]:
 
 
 def _nothing_to_rank(found: Found) -> str:
+    if found["labelled_ties"] == found["pairs"]:
+        return "The data calls every pair a tie: there is nothing to rank."
     if all(policy["accuracy"]["value"] is None for policy in found["policies"]):
         return "Every pair is a tie for every policy: there is nothing to rank."
     return "Every policy ties on more than half of the pairs: there is nothing to rank."
@@ -100,15 +102,28 @@ def _chance(ci95: Sequence[float] | None) -> str:
     return "; guessing would do better" if ci95[1] < 0.5 else "; it cannot be told from guessing"
 
 
-def _unranked(found: Found) -> list[str]:
-    """The policies that take no part because they tie too often."""
-    left_out = [policy for policy in found["policies"] if not policy["ranked"]]
-    if not left_out or (found["best"] is None and len(left_out) == len(found["policies"])):
-        return []
-    if len(left_out) == 1:
-        one = left_out[0]
-        return [f"{one['name']} ties on {one['ties']:,} of {one['pairs']:,} pairs and is not ranked."]
-    return [f"{_names([one['name'] for one in left_out])} tie on more than half of the pairs and are not ranked."]
+def _left_out(found: Found) -> list[str]:
+    """The policies that take no part, because they tie too often or have too few scores, and the data's own ties."""
+    spoken = []
+    unranked = [policy for policy in found["policies"] if not policy["ranked"]]
+    if unranked and len(unranked) < len(found["policies"]):
+        ties = f"{unranked[0]['ties']:,} of {found['pairs'] - found['labelled_ties']:,} pairs"
+        names = _names([policy["name"] for policy in unranked])
+        spoken.append(
+            f"{names} ties on {ties} and is not ranked."
+            if len(unranked) == 1
+            else f"{names} tie on more than half of the pairs and are not ranked."
+        )
+    partial = found["partial"]
+    if partial:
+        pairs = f"scores of {partial[0]['pairs']:,}" if len(partial) == 1 else "scores of less than half of the"
+        has, is_ = ("has", "is") if len(partial) == 1 else ("have", "are")
+        spoken.append(f"{_names([one['policy'] for one in partial])} {has} {pairs} pairs only and {is_} not compared.")
+    if 0 < found["labelled_ties"] < found["pairs"]:
+        spoken.append(
+            f"The data calls {found['labelled_ties']:,} of {found['pairs']:,} pairs a tie: they are left out."
+        )
+    return spoken
 
 
 def _apart(found: Found) -> list[str]:

@@ -74,8 +74,8 @@ def gather(
     names = [name for name in chosen_names(store, manifest, None, out) if name in summary["policies"]]
     aligned, unsliced = sliced_policies(store, manifest, names, out, slices)
     aligned = numbered_groups(aligned) if no_text else aligned
-    if baseline is not None and baseline not in names:
-        raise UsageError(f"--baseline {baseline}: not among the scored policies {', '.join(names)}")
+    if baseline is not None and baseline not in aligned.names:
+        raise UsageError(f"--baseline {baseline}: not among the compared policies {', '.join(aligned.names)}")
     found, audit = compare_policies(aligned, baseline), label_audit(aligned)
     selection = choose_examples(aligned, audit, found["best"])
     texts, tokens, notes = _passages(store, manifest, aligned, selection, no_text)
@@ -88,7 +88,7 @@ def gather(
         data=_data(summary),
         texts=texts,
         tokens=tokens,
-        noise={name: summary["policies"][name].get("noise", {}) for name in names},
+        noise={name: summary["policies"][name].get("noise", {}) for name in aligned.names},
         marks=_marks(summary),
         warnings=[safe(warning) for warning in manifest.warnings],
         notes=[*_skipped(summary), *unsliced, *notes],
@@ -126,7 +126,7 @@ def aligned_policies(
         raise UsageError(f"{out} holds no finished policy yet: let `dpo-score run` finish one")
     scored = read_policies(store, manifest, sorted(names, key=natural), slices)
     try:
-        return align_policies(scored)
+        return align_policies(scored, of_one_run=True)
     except ValueError:
         raise UsageError(f"{out}: no pair was scored by all of {', '.join(names)}") from None
 
@@ -277,9 +277,8 @@ def tables(out: str, form: str, baseline: str | None = None, slices: Sequence[st
     if form not in FORMATS:
         raise UsageError(f"--format {form}: {nearest(form, ('html', *FORMATS))}")
     store, manifest = open_out(out)
-    names = chosen_names(store, manifest, None, out)
-    if baseline is not None and baseline not in names:
-        raise UsageError(f"--baseline {baseline}: {nearest(baseline, names)}")
-    aligned, _ = sliced_policies(store, manifest, names, out, slices)
+    aligned, _ = sliced_policies(store, manifest, chosen_names(store, manifest, None, out), out, slices)
+    if baseline is not None and baseline not in aligned.names:
+        raise UsageError(f"--baseline {baseline}: {nearest(baseline, aligned.names)}")
     aligned = numbered_groups(aligned) if no_text else aligned
     return write(compare_policies(aligned, baseline), form, numbers(aligned))

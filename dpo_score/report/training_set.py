@@ -36,6 +36,8 @@ def training_set(aligned: AlignedPolicies) -> dict[str, Any] | None:
     found = compare_rules(candidates, rules, settings)
     applied = [rule for rule in found["rules"] if "overlap" in rule]
     names = [rule["rule"] for rule in applied]
+    if not applied:
+        return None  # one prompt holds more pairs than a rule may keep
     return {
         "keep": settings.keep,
         "rows": [_row(rule) for rule in applied] + [_row({"rule": "all pairs", "teaches": "", **found["all"]})],
@@ -44,7 +46,7 @@ def training_set(aligned: AlignedPolicies) -> dict[str, Any] | None:
             names,
             "share, in percent, of the pairs of a rule (row) that another rule (column) keeps too",
         ),
-        "scatters": _scatters(candidates, settings, [rule for rule in rules if rule.name in SHOWN]),
+        "scatters": _scatters(candidates, settings, [r for r in rules if r.name in SHOWN and r.name in names]),
         **_mix(applied, found["all"]),
         **_near(diagnose_on_policy(candidates)),
     }

@@ -33,7 +33,12 @@ def compare(
     """
     conditions = [parse_condition(text) for text in fail_if]
     scored = _scored(outs, policies, baseline, slices)
-    aligned = _joined(scored)
+    aligned = _joined(scored, of_one_run=len(outs) == 1)
+    if conditions and aligned.partial:
+        raise UsageError(
+            f"--fail-if: {aligned.partial[0].policy} has scores of {aligned.partial[0].pairs:,} pairs only, less than "
+            "half of what others have, and cannot be set against them all; name some with --policies"
+        )
     baseline = _baseline(aligned, baseline, outs, scored)
     notes = [note for condition in conditions for note in gate_notes(condition)]
     if baseline is None and any(needs_baseline(condition) for condition in conditions):
@@ -83,9 +88,9 @@ def _labels(outs: Sequence[str], found: Sequence[Sequence[ScoredPolicy]]) -> lis
     return [f"{folder}/{policy.name}" for folder, side in zip(folders, found, strict=True) for policy in side]
 
 
-def _joined(scored: Sequence[ScoredPolicy]) -> AlignedPolicies:
+def _joined(scored: Sequence[ScoredPolicy], of_one_run: bool) -> AlignedPolicies:
     try:
-        return align_policies(scored)
+        return align_policies(scored, of_one_run)
     except ValueError:
         names = ", ".join(policy.name for policy in scored)
         raise UsageError(
@@ -98,6 +103,12 @@ def _baseline(
     aligned: AlignedPolicies, asked: str | None, outs: Sequence[str], scored: Sequence[ScoredPolicy]
 ) -> str | None:
     if asked is not None:
+        few = [one for one in aligned.partial if one.policy == asked]
+        if few:
+            raise UsageError(
+                f"--baseline {asked} has scores of {few[0].pairs:,} pairs only, less than half of what others have; "
+                f"compare two: --policies {asked},{aligned.names[0]}"
+            )
         if asked not in aligned.names:
             raise UsageError(f"--baseline {asked}: not among the compared policies; {nearest(asked, aligned.names)}")
         return asked

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import dpo_score
-from dpo_score.cli.console import broken_name
+from dpo_score.cli.console import _best, broken_name
 from dpo_score.cli.main import main
 from tests.engine.whole_runs.small_run import small_run
 from tests.exported import text_rows, write_rows
@@ -83,7 +83,18 @@ def test_the_gate_of_the_readme_needs_no_baseline_and_says_which_it_took(
 ) -> None:
     both = f"{LONG}-201,{LONG}-401"
     text = shown(capsys, "compare", str(sweep), "--policies", both, "--fail-if", "diff.accuracy.high < 0")
-    assert f"the baseline is {LONG}-201, the first policy; name another with --baseline" in " ".join(text.split())
+    assert " ".join(text.split()).count("the first policy; name another with --baseline") == 1
+    assert f"the baseline is {LONG}-201" in " ".join(text.split())
+
+
+def test_a_policy_that_ties_on_most_pairs_has_no_star() -> None:
+    def cell(right: float, ranked: int, labelled: int = 0) -> dict[str, Any]:
+        accuracy = {"value": right, "n": ranked}
+        return {"overall": {"accuracy": accuracy, "scored": 300, "labelled_ties": labelled}}
+
+    assert _best({"early": cell(1.0, 3), "mid": cell(0.6, 300), "late": cell(0.9, 290)}) == "late"
+    assert _best({"a": cell(0.8, 100, 200), "b": cell(0.7, 100, 200)}) == "a"
+    assert _best({"a": cell(0.8, 300), "b": cell(0.8, 300)}) is None
 
 
 def test_a_finding_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:

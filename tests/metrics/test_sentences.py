@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_score.metrics.compare import align_policies, compare_policies
+from dpo_score.metrics.compare import align_policies, compare_policies, selected
 from dpo_score.metrics.sentences import p_value, percent, points, sentences, signed
 from tests.metrics.scored import scored
 
@@ -18,8 +18,13 @@ NAMES = ("alpha", "beta", "gamma", "delta", "omega")
 
 
 def compared(right: dict[str, np.ndarray], baseline: str | None = None, **columns: Any) -> dict[str, Any]:
-    """A comparison of policies with these outcomes: 1 right, −1 wrong, 0 a tie."""
-    return compare_policies(align_policies([scored(name, nats, **columns) for name, nats in right.items()]), baseline)
+    """A comparison of policies with these outcomes: 1 right, −1 wrong, 0 a tie; NaN: the pair has no score."""
+    policies = []
+    for name, nats in right.items():
+        whole = scored(name, np.nan_to_num(nats), **columns)
+        policies.append(selected(whole, np.flatnonzero(~np.isnan(nats))) if np.isnan(nats).any() else whole)
+    aligned = align_policies(policies, of_one_run=True)
+    return compare_policies(aligned, baseline if baseline in aligned.names else None)
 
 
 # --- every word is in the table -------------------------------------------------------------------------------------
@@ -52,6 +57,10 @@ PATTERNS = (
     r"These pairs show a true difference of (?P<sizes>.+) four times in five; a smaller one is easily missed\.",
     r"One prompt or group holds (?P<largest>\d+) % of the pairs: all pairs count as about (?P<effective>[\d.]+) "
     r"independent groups\.",
+    r"(?P<few_scores>\w+) has scores of (?P<few_pairs>[\d,]+) pairs only and is not compared\.",
+    r"(?P<several_few>[\w, ]+) have scores of less than half of the pairs only and are not compared\.",
+    r"The data calls (?P<called>[\d,]+) of (?P<of_all>[\d,]+) pairs a tie: they are left out\.",
+    r"The data calls every pair a tie: there is nothing to rank\.",
     r"Every pair is a tie for every policy: there is nothing to rank\.",
     r"Every policy ties on more than half of the pairs: there is nothing to rank\.",
 )
@@ -92,6 +101,12 @@ def check(found: dict[str, Any]) -> None:
         named(get("alone"), [item for item in versus.values() if item["mean"] is None])
     if get("unranked"):
         assert said["tied"] == f"{policies[said['unranked']]['ties']:,}"
+        assert said["pairs"] == f"{found['pairs'] - found['labelled_ties']:,}"
+    named(get("few_scores") or get("several_few"), found["partial"])
+    if get("few_pairs"):
+        assert said["few_pairs"] == f"{found['partial'][0]['pairs']:,}"
+    if get("called"):
+        assert (said["called"], said["of_all"]) == (f"{found['labelled_ties']:,}", f"{found['pairs']:,}")
     for who, size, p in (("worse", "less", "p_worse"), ("better", "gain", "p_better")):
         if get(size):
             item = versus[said[who]]
@@ -174,14 +189,15 @@ def test_every_word_of_the_sentence_is_in_the_table(
         nats = draw.normal(draw.normal(0.3, 1.0), 1.0) + difficulty + 0.5 * draw.normal(size=pairs)
         nats = np.exp(2 * np.abs(nats)) * np.sign(nats) if heavy else nats
         right[name] = np.where(draw.random(pairs) < draw.choice([0.0, 0.0, 0.3, 0.9]), 0.0, nats)
+        right[name][: int(pairs * draw.choice([0.0, 0.0, 0.2, 0.7]))] = np.nan
     names = list(right)
     prompts = [f"p{k}" for k in draw.geometric(0.2, pairs)] if clustered else None
-    subsets = [("safety", "chat", "math")[k] for k in draw.integers(0, 3, pairs)]
-    check(
-        compared(
-            right, names[min(baseline, count - 1)] if baseline is not None else None, prompts=prompts, subsets=subsets
-        )
-    )
+    columns: dict[str, Any] = {
+        "prompts": prompts,
+        "subsets": [("safety", "chat", "math")[k] for k in draw.integers(0, 3, pairs)],
+        "slices": {"tied": (draw.random(pairs) < draw.choice([0.0, 0.0, 0.6, 1.0])).tolist()},
+    }
+    check(compared(right, names[min(baseline, count - 1)] if baseline is not None else None, **columns))
 
 
 # --- what went wrong once -------------------------------------------------------------------------------------------
@@ -204,12 +220,31 @@ def test_a_policy_that_ties_on_most_pairs_does_not_decide_who_is_best() -> None:
     check(found)
     assert found["best"] == "late"
     assert sentences(found)[1:3] == [
-        "early ties on 496 of 500 pairs and is not ranked.",
         f"mid is worse ({points(found['versus_best']['accuracy'][0]['mean'])}, adjusted p < 0.001).",
+        "early ties on 496 of 500 pairs and is not ranked.",
     ]
     alone = compared({name: right[name] for name in ("mid", "late")})
     assert alone["best"] == "late"
     assert alone["versus_best"]["accuracy"][0]["mean"] == found["versus_best"]["accuracy"][0]["mean"]
+
+
+def test_a_policy_with_scores_of_few_pairs_is_named_and_leaves_the_others_their_pairs() -> None:
+    early = outcomes(250, 50)
+    early[:250] = np.nan
+    found = compared({"early": early, "mid": outcomes(180, 120), "late": outcomes(260, 40)})
+    check(found)
+    assert (found["pairs"], found["best"]) == (300, "late")
+    assert "early has scores of 50 pairs only and is not compared." in found["sentence"]
+
+
+def test_ties_of_the_data_are_not_ties_of_a_policy() -> None:
+    right = {"a": outcomes(80, 20, 200), "b": outcomes(50, 50, 200)}
+    found = compared(right, slices={"tied": [False] * 100 + [True] * 200})
+    check(found)
+    assert (found["best"], found["policies"][0]["ties"]) == ("a", 0)
+    assert "The data calls 200 of 300 pairs a tie: they are left out." in found["sentence"]
+    every = compared(right, slices={"tied": [True] * 300})
+    assert every["sentence"] == "The data calls every pair a tie: there is nothing to rank."
 
 
 def test_three_right_of_a_thousand_ties_is_not_the_best() -> None:

@@ -10,9 +10,10 @@ from dpo_score.report.training_set import training_set
 from tests.metrics.scored import scored
 
 
-def aligned(pairs: int, spread: float = 3.0) -> AlignedPolicies:
+def aligned(pairs: int, spread: float = 3.0, prompts: list[str] | None = None) -> AlignedPolicies:
     draw = np.random.default_rng(0)
-    return align_policies([scored(name, draw.normal(1.0, spread, pairs) * (spread > 0)) for name in ("a", "b")])
+    nats = (draw.normal(1.0, spread, pairs) * (spread > 0) for _ in "ab")
+    return align_policies([scored(name, values, prompts=prompts) for name, values in zip("ab", nats, strict=True)])
 
 
 def test_every_rule_has_a_row_and_a_sentence() -> None:
@@ -27,6 +28,10 @@ def test_every_rule_has_a_row_and_a_sentence() -> None:
     assert [row["name"] for row in found["near"][:2]] == ["a", "b"]
     assert len(found["scatters"]) == 4
     assert "<svg" in found["overlap"]
+
+
+def test_pairs_of_one_prompt_have_no_section() -> None:
+    assert training_set(aligned(80, prompts=["same"] * 80)) is None
 
 
 @pytest.mark.parametrize(("pairs", "spread"), [(20, 3.0), (80, 0.0)])

@@ -104,6 +104,8 @@ def test_json_lines_and_several_sets_of_which_one_lacks_the_column(runner: Runne
     found = run(config.model_copy(update={"data": both}), Progress(quiet=True))
     counted = sizes(found.summary["policies"]["better"]["slices"]["lang"])
     assert counted == Counter([row["lang"] or "(no value)" for row in lines] + ["(no value)"] * 9)
+    by_data = compare([str(tmp_path / "out")], slices=["data"])["slices"]["data"]["groups"]
+    assert sizes(by_data, "pairs") == {"with": 7, "without": 9}
 
 
 def test_turns_of_conversations(runner: Runner, tmp_path: Path) -> None:
