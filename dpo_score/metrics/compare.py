@@ -145,7 +145,8 @@ def align_policies(policies: Sequence[ScoredPolicy], of_one_run: bool = False) -
         return AlignedPolicies(tuple(policies), ())  # one list of pairs for all: nothing to join
     import polars as pl
 
-    least, partial = LEAST_RANKED * max(len(policy.pair_ids) for policy in policies), ()
+    partial: tuple[OneSided, ...] = ()
+    least = LEAST_RANKED * max(len(policy.pair_ids) for policy in policies)
     whole = [policy for policy in policies if len(policy.pair_ids) >= least]
     if of_one_run and 2 <= len(whole) < len(policies):
         lacking = [policy for policy in policies if len(policy.pair_ids) < least]
