@@ -92,15 +92,6 @@ class Column:
         return next((name for name in names if self.fits(shapes.get(name))), None)
 
 
-def _of_the_table(full_name: str, version: int) -> Format:
-    from dpo_score.data.formats.registry import FORMATS
-
-    found = [one for one in FORMATS if (one.full_name, one.version) == (full_name, version)]
-    if not found:
-        raise ValueError(f"there is no format {full_name} of version {version}")
-    return found[0]
-
-
 @dataclass(frozen=True, slots=True)
 class Format:
     """One shape of preference data.
@@ -132,10 +123,6 @@ class Format:
     categories: bool = False
     grouped_by: str | None = None
     version: int = 1
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Another process finds the format in its own table: functions without a name cannot be sent."""
-        return _of_the_table, (self.full_name, self.version)
 
     @property
     def full_name(self) -> str:

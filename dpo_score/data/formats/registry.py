@@ -6,6 +6,7 @@ function in one of these files and its fixture in tests/data/formats/golden.py, 
 
 from __future__ import annotations
 
+import copyreg
 from typing import Any
 
 from dpo_score.data.formats import chosen_rejected, labelled, pictured, ranked, token_ids
@@ -41,3 +42,12 @@ def map_keys() -> str:
         "every format: system, images, tools, chat_template_kwargs, id, subset, group_id (KEY= leaves a column out)"
     )
     return "\n".join(lines)
+
+
+def _from_the_table(full_name: str, version: int) -> Format:
+    """The format that another process sent."""
+    return next(one for one in FORMATS if (one.full_name, one.version) == (full_name, version))
+
+
+# Another process finds a format in its own table: the functions that a format is made of have no names to be sent by.
+copyreg.pickle(Format, lambda one: (_from_the_table, (one.full_name, one.version)))
