@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -17,6 +18,7 @@ import pyarrow as pa
 
 Kind: TypeAlias = Literal["text", "int", "float", "bool", "list", "struct", "map", "json", "null", "other"]
 
+_PRINTED_MESSAGE = re.compile(r"(array\()?\s*\[\s*\{['\"](role|from|content|value)['\"]:\s*['\"]")
 MAX_LITERAL = 1 << 20
 """Characters of a Python literal that is decoded; Python's own parser takes far more memory than JSON's."""
 
@@ -216,11 +218,12 @@ def _of_one_kind(kind: Kind, values: list[Any]) -> Shape:
     return Shape(kind)
 
 
-def refined(shape: Shape, values: Iterable[Any]) -> Shape:
+def refined(shape: Shape, values: Iterable[Any], structured: ShapeTest | None = None) -> Shape:
     """`shape` with its JSON parts replaced by what the sampled `values` hold.
 
     A text column counts as encoded messages if at least half of the sampled texts are messages in JSON or as Python
     prints them; the rows that differ are for the row checks. An answer that merely happens to be JSON stays text.
+    structured: for a column whose name is that of lists or structs: which of their shapes are meant.
     """
     values = [value for value in values if value is not None]
     if shape.kind == "json":
@@ -232,6 +235,11 @@ def refined(shape: Shape, values: Iterable[Any]) -> Shape:
         encoded = [decoded for value in values if (decoded := encoded_messages(value)) is not None]
         if encoded and 2 * len(encoded) >= len(values):
             found = from_values(encoded)
+            return Shape(found.kind, found.item, found.fields, encoded=True)
+        decoded_ = [] if structured is None else [decoded_or_text(value) for value in values]
+        parts = [value for value in decoded_ if isinstance(value, list | dict)]
+        found = from_values(parts)
+        if structured is not None and parts and 2 * len(parts) >= len(values) and structured(found):
             return Shape(found.kind, found.item, found.fields, encoded=True)
     return shape
 
@@ -251,6 +259,14 @@ def encoded_messages(value: Any) -> Any:
     shape = from_values([decoded])
     holds = is_messages(shape) or is_message(shape) or is_messages(shape.fields.get("messages"))
     return decoded if holds else None
+
+
+def is_printed_by_numpy(text: str) -> bool:
+    """Whether a text is an array of messages as numpy prints it: no comma between them, and long ones cut.
+
+    A table in memory with such a column becomes that when it is written as CSV.
+    """
+    return _PRINTED_MESSAGE.match(text) is not None
 
 
 def decoded_or_text(value: Any) -> Any:

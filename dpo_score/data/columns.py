@@ -22,7 +22,9 @@ _MEDIA = "image images picture pictures photo photos screenshot video videos aud
 _CONTEXT = f"""{_MEDIA} message messages conversation conversations conv dialog dialogs dialogue dialogues chat
     history context contexts trajectory turn turns step steps initial previous prior preceding system developer tool
     tools function functions document documents docs passage passages prompt question instruction instructions query
-    input inputs problem attachment attachments demonstrations fewshot"""
+    input inputs problem attachment attachments demonstrations fewshot shot shots background knowledge evidence facts
+    article articles paragraph paragraphs excerpt premise scenario situation persona personas profile character
+    principle principles constitution guidelines rules schema"""
 _DESCRIPTION = """id ids uuid hash key digest meta metadata count counts num number length len size tokens
     type kind source origin name names language lang url urls index idx score scores rating ratings label
     labels category categories tag tags domain topic date time timestamp created status model models judge
@@ -49,7 +51,7 @@ _MAGIC = (
 """How files of pictures, sounds and films begin; MP4 and its like have "ftyp" at byte 4."""
 _PLACE_WORDS = frozenset(("path", "paths", "file", "files", "filename", "filenames"))
 _SHORT = 3
-"""Texts of so few characters are part of anything: they are no evidence."""
+"""Texts of so few characters are part of anything: they repeat only a whole text that is the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +113,9 @@ def account(
             unread.append(name)
             continue
         filled = [row for row in sample if not _is_empty(row.get(name))]
-        new = [row for row in filled if not _is_repeated(row, name, read)]
-        if name.replace("-", "_") in beside and (media or len(new) < len(filled) or not filled):
+        known = name.replace("-", "_") in beside
+        new = [row for row in filled if not _is_repeated(row, name, read, short_counts=known)]
+        if known and (media or len(new) < len(filled) or not filled):
             unread.append(name)
         elif new:
             raise DataError(_refusal(spec, name, shape, new[0].get(name), media))
@@ -183,11 +186,18 @@ def _is_empty(value: Any) -> bool:
     return value is None or value in ("", [], {}, "[]", "{}") or not any(text.strip() for text in _texts(value))
 
 
-def _is_repeated(row: Mapping[str, Any], name: str, read: Collection[str]) -> bool:
-    """Whether the texts of an unread cell all occur in those of the cells that are read."""
-    known = "\n".join(text for column in read for text in _texts(row.get(column)))
+def _is_repeated(row: Mapping[str, Any], name: str, read: Collection[str], short_counts: bool = False) -> bool:
+    """Whether the texts of an unread cell all occur in those of the cells that are read.
+
+    short_counts: a text of few characters counts as repeated wherever it occurs.
+    """
+    known = [text.strip() for column in read for text in _texts(row.get(column))]
     texts = [text.strip() for text in _texts(row.get(name))]
-    return all(text in known for text in [text for text in texts if len(text) > _SHORT] or texts)
+    telling = [text for text in texts if len(text) > _SHORT]
+    if not (telling or short_counts):
+        return all(text in known for text in texts)
+    everything = "\n".join(known)
+    return all(text in everything for text in telling or texts)
 
 
 def _texts(value: Any, depth: int = 0) -> Iterator[str]:

@@ -8,11 +8,12 @@ or `Rejected`, in order; memory does not grow with files, row groups or ranges (
 from __future__ import annotations
 
 import hashlib
+from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_score.config.schema import DataSpec, RunConfig
-from dpo_score.data.column_types import Shape, Shapes, agree, encoded_messages, is_plain, refined, united
+from dpo_score.data.column_types import (
+    Shape,
+    Shapes,
+    agree,
+    encoded_messages,
+    is_plain,
+    is_printed_by_numpy,
+    refined,
+    united,
+)
 from dpo_score.data.columns import ColumnAccount, account, unread_context
 from dpo_score.data.files import content_sha256, select
 from dpo_score.data.formats.base import Format, ReadOptions
-from dpo_score.data.formats.detect import SAMPLE_ROWS, carried_columns, detect, replaced_names
+from dpo_score.data.formats.detect import SAMPLE_ROWS, carried_columns, detect, replaced_names, structured_test
 from dpo_score.data.formats.row import RowReader, rejected
 from dpo_score.data.pictures import PictureColumn, holds_paths, located, paths_of, pillow
 from dpo_score.data.row_reader import RawRow, RowFile, first_rows, open_rows
@@ -35,14 +45,39 @@ from dpo_score.escape import seen
 SAMPLED_FILES = 8
 SHOWN_FILES = 10
 SIZED_FILES, SIZED_ROWS = 8, 256
+GROUPS_AT_ONCE = 4096
+"""Prompts whose rows are looked for in one pass over the files, where they need not stand together."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Groups:
+    """The units of a file whose format reads several rows at once: unit i is `rows[starts[i] : starts[i + 1]]`.
+
+    rows: numbers of rows, counted over the files of the set ([n] int64), ascending in a unit; the first row of each
+    unit lies in this file, and units ascend by it. starts: [units + 1] int64. before: rows of the set before this file.
+    """
+
+    rows: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    before: int
+
+    def of(self, unit: int) -> list[int]:
+        """The rows of a unit, counted over the files of the set."""
+        found: list[int] = self.rows[self.starts[unit] : self.starts[unit + 1]].tolist()
+        return found
+
+    @property
+    def first_rows(self) -> NDArray[np.int64]:
+        """The row of this file that each unit begins with."""
+        return self.rows[self.starts[:-1]] - self.before
 
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
     """`index` counts over all sets of the run; `name` is the path below the set's root; `rows` counts units.
 
-    A unit is what the format reads at once: one row, or the consecutive rows of one prompt. `starts`: the row that each
-    unit begins with ([rows] int64); None where every unit is one row.
+    A unit is what the format reads at once: one row, or all rows of one prompt (`groups`), which count for the file
+    that holds the first of them.
     """
 
     path: str
@@ -53,18 +88,15 @@ class DataFile:
     sha256: str
     content: RowFile
     commit: str | None = None
-    starts: NDArray[np.int64] | None = field(default=None, compare=False)
+    groups: Groups | None = field(default=None, compare=False)
 
-    def rows_of(self, unit: int) -> range:
-        """The rows of the file that a unit is read from."""
-        if self.starts is None:
-            return range(unit, unit + 1)
-        end = self.starts[unit + 1] if unit + 1 < len(self.starts) else self.content.rows
-        return range(int(self.starts[unit]), int(end))
+    def first_row(self, unit: int) -> int:
+        """The row of the file that a unit is named after."""
+        return unit if self.groups is None else int(self.groups.first_rows[unit])
 
     def unit_of(self, row: int) -> int:
-        """The unit that a row of the file belongs to."""
-        return row if self.starts is None else int(np.searchsorted(self.starts, row, side="right")) - 1
+        """The unit that is named after a row of the file."""
+        return row if self.groups is None else int(np.searchsorted(self.groups.first_rows, row))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +183,26 @@ class Dataset:
         more = f" and {len(self.files) - SHOWN_FILES:,} more" if len(self.files) > SHOWN_FILES else ""
         counted = "in " if len(self.files) == 1 else f"in {len(self.files):,} files: "
         left_out = [f"{seen(name, 80)} ({why})" for name, why in list(self.skipped.items())[:SHOWN_FILES]]
+        if len(self.skipped) > SHOWN_FILES:
+            left_out.append(f"and {len(self.skipped) - SHOWN_FILES:,} more")
+        alike = [" = ".join(seen(name, 80) for name in names) for names in self._files_alike()]
         parts = (
             f"{self.format.polarity}; {self.rows:,} rows {counted}{names}{more}",
+            f"files of the same content, each of which is read: {', '.join(alike)}" if alike else "",
             f"carried along: {', '.join(self.carried)}" if self.carried else "",
             self.columns.sentence(),
             f"files not read: {', '.join(left_out)}" if left_out else "",
         )
         decided = f"format {self.format.full_name} ({self.format.code}), columns {seen(columns, 400)}"
         return f"{self.spec.name}: {commit}{decided}; " + "; ".join(part for part in parts if part)
+
+    def _files_alike(self) -> list[list[str]]:
+        """The names of files that are equal byte for byte: most often copies, whose rows then count twice."""
+        by_content: dict[str, list[str]] = {}
+        for file in self.files:
+            if file.content.rows:
+                by_content.setdefault(file.sha256, []).append(file.name)
+        return [names for names in by_content.values() if len(names) > 1]
 
     def value_kind(self, column: str) -> str:
         """The kind of the values of a column that is carried to the output; "other" where rows or files differ."""
@@ -238,17 +282,25 @@ def _decided(spec: DataSpec, files: list[DataFile], seed: int, kept: tuple[str, 
         name: refined(
             united(file.content.shapes[name] for file in filled if name in file.content.shapes),
             [row.get(name) for row in sample],
+            structured_test([name, *(key for key, column in spec.map.items() if column == name)]),
         )
         for name in every
     }
     shapes = {name: shape for name, shape in schema.items() if name not in spec.ignore_columns}
-    format_, columns = detect(shapes, spec, lambda names: first_rows(filled[0].content.stream(0, names), SAMPLE_ROWS))
+
+    def rows_of(names: Sequence[str]) -> list[Mapping[str, Any]]:
+        each = SAMPLE_ROWS // len(sampled)
+        found = [row for file in sampled for row in first_rows(file.content.stream(0, names), each)]
+        spread = sample if sum(file.rows for file in sampled) > len(found) else ()
+        return [*found, *({name: row.get(name) for name in names} for row in spread)]
+
+    format_, columns = detect(shapes, spec, rows_of)
     carried = carried_columns(shapes, spec)
     here = tuple(name for name in kept if name in schema)
     options = ReadOptions(spec.pairing, spec.preference, spec.keep_ties, seed)
     _refuse_drift(filled, schema, format_, columns)
     if format_.grouped_by:
-        files = [_in_groups(file, columns[format_.grouped_by]) for file in files]
+        files = _in_groups(files, columns[format_.grouped_by])
     media = columns.get("images")
     if media is not None:
         _refuse_unreachable(spec, media, schema[media], [row.get(media) for row in sample])
@@ -297,16 +349,29 @@ def _pictures_digest(dataset: Dataset, sha256: Callable[[str], str]) -> str | No
     return found.hexdigest() if names else None
 
 
-def _in_groups(file: DataFile, column: str) -> DataFile:
-    """The file with each run of rows that are equal in `column` as one unit; a row that cannot be read is one."""
-    starts: list[int] = []
-    last: Any = None
-    for number, row in enumerate(file.content.stream(0, [column])):
-        value = None if isinstance(row, Problem) else row.get(column)
-        if value is None or value != last:
-            starts.append(number)
-        last = value
-    return replace(file, rows=len(starts), starts=np.asarray(starts, dtype=np.int64))
+def _in_groups(files: Sequence[DataFile], column: str) -> list[DataFile]:
+    """The files with all rows that are equal in `column` as one unit; rows that cannot be read stand alone."""
+    units: dict[bytes, int] = {}
+    unit_of_row, row = array("q"), 0
+    for file in files:
+        for raw in file.content.stream(0, [column]):
+            value = None if isinstance(raw, Problem) else raw.get(column)
+            content = repr(value) if value is not None else f"row {row}"
+            digest = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            unit_of_row.append(units.setdefault(digest, len(units)))
+            row += 1
+    numbers = np.frombuffer(unit_of_row, dtype=np.int64)
+    rows = np.argsort(numbers, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(numbers, minlength=len(units)))])
+    grouped, before = [], 0
+    first_rows = rows[starts[:-1]]
+    for file in files:
+        here = np.searchsorted(first_rows, [before, before + file.content.rows])
+        ends = starts[here[0] : here[1] + 1]
+        groups = Groups(rows[ends[0] : ends[-1]], ends - ends[0], before)
+        grouped.append(replace(file, rows=int(here[1] - here[0]), groups=groups))
+        before += file.content.rows
+    return grouped
 
 
 def _unpacked(content: RowFile, decided: Shapes) -> dict[str, Shape]:
@@ -343,7 +408,8 @@ def _refuse_drift(files: Sequence[DataFile], schema: Shapes, format_: Format, co
             if found is None or not agree(known if known.kind != "null" else schema[column], found):
                 raise DataError(
                     f"{file.path}: column {column!r} is {found or 'missing'}, but {known} in {expected.path}. "
-                    "The files of one set must have the same columns; give other files as a set of their own."
+                    "The files of one set must have the same columns: name those to read (a glob), or give the others "
+                    "as a set of their own."
                 )
 
 
@@ -372,34 +438,64 @@ class PairReader:
     def _from(self, start: int) -> Iterator[list[Pair | Rejected]]:
         for dataset, file in self._places:
             if start < file.rows:
-                rows = file.content.stream(file.rows_of(start).start, dataset.needed)
-                yield from _units(dataset, file, range(start, file.rows), rows)
+                yield from _read(dataset, file, range(start, file.rows))
             start = max(start - file.rows, 0)
 
 
-def _units(
-    dataset: Dataset, file: DataFile, units: Iterable[int], rows: Iterator[RawRow]
-) -> Iterator[list[Pair | Rejected]]:
-    """What these units of a file give; `rows` are theirs, in order."""
+def _read(dataset: Dataset, file: DataFile, units: Sequence[int]) -> Iterator[list[Pair | Rejected]]:
+    """What these units of a file give; `units` ascend."""
     reader = dataset.reader_of(file)
     prose = [name for name in reader.columns.values() if dataset.schema[name] == Shape("text")]
-    for unit in units:
-        numbers = file.rows_of(unit)
-        raw = list(islice(rows, len(numbers)))
-        if not raw:
-            raise DataError(f"{file.path} ended before row {numbers.start}: it changed while it was read")
-        source = partial(Source, dataset.spec.name, file.name, file.index, numbers.start)
+    for unit, raw in zip(units, _raw_units(dataset, file, units), strict=True):
+        source = partial(Source, dataset.spec.name, file.name, file.index, file.first_row(unit))
         problems = (row if isinstance(row, Problem) else _problem_of(row, dataset, prose) for row in raw)
         problem = next((problem for problem in problems if problem is not None), None)
         yield [rejected(source(None), problem)] if problem is not None else reader.read(raw, source)  # type: ignore[arg-type]
+
+
+def _raw_units(dataset: Dataset, file: DataFile, units: Sequence[int]) -> Iterator[list[RawRow]]:
+    """The rows of each unit, as the files hold them. Raises DataError where a file has become shorter."""
+    if file.groups is None:
+        stream = isinstance(units, range) and len(units) > 0
+        rows = file.content.stream(units[0], dataset.needed) if stream else file.content.picked(units, dataset.needed)
+        for unit in units:
+            row = next(rows, None)
+            if row is None:
+                raise DataError(f"{file.path} ended before row {unit}: it changed while it was read")
+            yield [row]
+        return
+    for at in range(0, len(units), GROUPS_AT_ONCE):
+        members = [file.groups.of(unit) for unit in units[at : at + GROUPS_AT_ONCE]]
+        wanted = sorted(chain.from_iterable(members))
+        found = dict(zip(wanted, _rows_of_set(dataset, wanted), strict=False))
+        if len(found) < len(wanted):
+            raise DataError(
+                f"{file.path}, or a file after it, has fewer rows than it had: it changed while it was read"
+            )
+        yield from ([found[row] for row in rows] for rows in members)
+
+
+def _rows_of_set(dataset: Dataset, wanted: Sequence[int]) -> Iterator[RawRow]:
+    """Rows by their numbers over the files of a set, which ascend: one pass over each file that holds any."""
+    before = 0
+    for file in dataset.files:
+        inside = wanted[bisect_left(wanted, before) : bisect_left(wanted, before + file.content.rows)]
+        if inside:
+            yield from file.content.picked([row - before for row in inside], dataset.needed)
+        before += file.content.rows
 
 
 def _problem_of(row: Mapping[str, Any], dataset: Dataset, prose: Sequence[str]) -> Problem | None:
     """What the decisions about the whole set got wrong for this row."""
     for name in prose:
         value = row.get(name)
-        if isinstance(value, str) and value[:1] in ("[", "{") and encoded_messages(value) is not None:
+        if not isinstance(value, str) or not value.startswith(("[", "{", "array(")):
+            continue
+        if encoded_messages(value) is not None:
             reason = f"{name} holds messages written as text, unlike most rows of the set, where it is plain text"
+            return Problem("encoded_text", reason, name, value)
+        if is_printed_by_numpy(value):
+            reason = f"{name} holds messages as numpy prints them, which cannot be read back: save JSON lines"
             return Problem("encoded_text", reason, name, value)
     return unread_context(row, dataset.columns) if dataset.columns.repeated else None
 
@@ -417,16 +513,10 @@ def read_rows_at(datasets: Sequence[Dataset], rows: Iterable[int]) -> list[Pair 
     for dataset in datasets:
         for file in dataset.files:
             inside = slice(bisect_left(wanted, before), bisect_left(wanted, before + file.rows))
-            for unit in _picked(dataset, file, [row - before for row in wanted[inside]]):
+            for unit in _read(dataset, file, [row - before for row in wanted[inside]]):
                 found += unit
             before += file.rows
     return found
-
-
-def _picked(dataset: Dataset, file: DataFile, units: Sequence[int]) -> Iterator[list[Pair | Rejected]]:
-    spans = (file.rows_of(unit) for unit in units)
-    rows = file.content.picked(list(chain.from_iterable(spans)), dataset.needed)
-    return _units(dataset, file, units, rows)
 
 
 def mean_text_bytes(dataset: Dataset) -> float:

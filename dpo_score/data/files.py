@@ -41,6 +41,14 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[^:/]+)?$")
 _BOM = b"\xef\xbb\xbf"
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 """What reading a file can raise, packed ones too."""
+_PACKED_HEADS = {
+    b"\x1f\x8b": "give it a name that ends in .gz, or unpack it with `gunzip`",
+    b"\x28\xb5\x2f\xfd": "unpack it with `unzstd`, or `pip install zstandard` and let its name end in .zst",
+    b"BZh": "give it a name that ends in .bz2, or unpack it with `bunzip2`",
+    b"\xfd7zXZ": "give it a name that ends in .xz, or unpack it with `unxz`",
+    b"PK\x03\x04": "unpack the archive (a table of a spreadsheet program: save it as CSV)",
+}
+"""How packed files begin that their names do not tell, or that no library here unpacks → the way out."""
 
 
 def locate(spec: DataSpec) -> list[Located]:
@@ -191,11 +199,14 @@ def _refuse_cut_parquet(handle: Any, file: Located) -> None:
 
 def _refuse_other(head: bytes, file: Located) -> None:
     if not head.strip(b"\0 \t\r\n"):
-        raise DataError(f"{file.path} is empty ({file.size} bytes). Copy or download it again.")
+        raise DataError(f"{file.path} is empty ({file.size} bytes). Copy or download it again, or take it away.")
     if head.startswith(b"version https://git-lfs"):
         raise DataError(f"{file.path} is a Git LFS pointer, not the data. Fetch the file itself (`git lfs pull`).")
     if head[:4] == b"PARE":
         raise DataError(f"{file.path} is an encrypted Parquet file, which cannot be read. Decrypt it first.")
+    packed = next((way for magic, way in _PACKED_HEADS.items() if head.startswith(magic)), None)
+    if packed is not None:
+        raise DataError(f"{file.path} is packed: {packed}.")
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{file.path} is UTF-16 text. Convert it: `iconv -f UTF-16 -t UTF-8 IN > OUT`.")
     if without_packing(file.name).endswith((".parquet", ".pq")):

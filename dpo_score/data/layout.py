@@ -11,7 +11,7 @@ series of shards with one missing, are a `DataError` that lists them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal, TypeAlias
@@ -21,11 +21,12 @@ from fsspec.utils import glob_translate
 
 from dpo_score.config.schema import DataSpec
 from dpo_score.errors import DataError
+from dpo_score.escape import seen
 
 CONVERTED = "refs/convert/parquet"
 """The branch where the hub keeps its own Parquet copy of a data set, as CONFIG/SPLIT/0000.parquet."""
-SHARD = re.compile(r"^(?P<split>.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?$")
-KNOWN_SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+SHARD = re.compile(r"^(?P<split>.+)[-_]\d+[-_]of[-_]\d+(-[0-9a-f]+)?$")
+KNOWN_SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
 KINDS: Mapping[str, tuple[str, ...]] = {
     "Parquet": (".parquet", ".pq"),
     "JSON": (".jsonl", ".ndjson", ".json"),
@@ -37,11 +38,16 @@ HUB_KINDS = ("Parquet", "JSON")
 """Kinds read from the hub; for a set of any other kind its own Parquet copy is read."""
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
 _METADATA = frozenset(
-    {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json", "manifest.json"}
+    {
+        *("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json", "manifest.json"),
+        *("croissant.json", "package.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    }
 )
 Place: TypeAlias = Literal["hub", "folder", "glob", "file"]
 """What a path is: a data set of the hub, a folder, a pattern that chose the folders already, or one file."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+MAX_SHARDS = 100_000
+"""More files than that in a series are not looked for: the number in the name is something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +156,7 @@ def split_names(name: str) -> list[str]:
         return [shard["split"]]
     keyed = [part.removeprefix("split=") for part in path.parts[:-1] if part.startswith("split=")]
     folders = [part for part in path.parts[:-1] if "=" not in part]
-    words = [word for word in re.split(r"[-._ ]", stem) if word in KNOWN_SPLITS]
+    words = [word for word in re.split(r"[-._ \d]", stem) if word in KNOWN_SPLITS]
     return [*keyed, stem, *words, *(folder for folder in reversed(folders))]
 
 
@@ -166,12 +172,21 @@ def _split(name: str) -> str | None:
     return next((found for found in split_names(name) if found in KNOWN_SPLITS), None)
 
 
-def shards(name: str) -> list[str]:
-    """All names of the series that `NAME-00000-of-00003.parquet` belongs to; itself where there is none."""
-    match = re.fullmatch(r"(.*-)\d{5}(-of-(\d{5}).*)", name)
-    if match is None or re.search(r"-of-\d{5}-[0-9a-f]+\.", name):
-        return [name]
-    return [f"{match[1]}{index:05d}{match[2]}" for index in range(int(match[3]))]
+def missing_shards(names: Collection[str]) -> dict[str, list[str]]:
+    """A file of a series such as `NAME-00000-of-00003.parquet` → the names that `names` lacks of that series.
+
+    Series count from 0 or from 1. Names with a digest behind the number cannot be made up, and are passed over.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        match = re.fullmatch(r"(.*[-_])(\d+)([-_]of[-_](\d+)(?!-[0-9a-f]+\.)\b.*)", name)
+        if match is None or not 0 < int(match[4]) <= MAX_SHARDS:
+            continue
+        count, width = int(match[4]), len(match[2])
+        first = int(f"{match[1]}{count:0{width}d}{match[3]}" in names)
+        series = [f"{match[1]}{index:0{width}d}{match[3]}" for index in range(first, first + count)]
+        found[name] = [other for other in series if other not in names]
+    return found
 
 
 def is_commit(revision: str | None) -> bool:
@@ -216,6 +231,16 @@ def _by_card(listing: Listing, config: str | None, spec: DataSpec, skipped: dict
         matching = _matching(listing.entries, f"{folder}/{pattern}" if folder else pattern)
         for entry in _rows_of_one_kind(matching, listing.place != "hub", skipped):
             found.setdefault(split or _split(entry.name) or "", []).append(entry)
+    if not found and listing.place != "hub":
+        asked = chosen.get("data_files") or f"{folder}/**"
+        raise DataError(
+            f"data set {spec.name!r}: the README.md of {spec.path} names the files {seen(asked, 120)}, and none of "
+            "them is there. Copy or download them, or name the files to read yourself (a file, or a glob)"
+        )
+    read = {entry.name for entries in found.values() for entry in entries}
+    for entry in listing.entries:
+        if entry.name not in read and kind_of_name(entry.name) and not is_hidden(entry.name):
+            skipped.setdefault(entry.name, "the card does not name it for this configuration")
     return found
 
 
@@ -312,21 +337,25 @@ def _rows_of_one_kind(entries: Iterable[Entry], local: bool, skipped: dict[str, 
     for other, left in by_kind.items():
         if other and kind and other != kind:
             skipped.update({entry.name: f"{other}, where {kind} files are read" for entry in left})
-    return _without_packed_copies(by_kind[kind], skipped) if kind else []
+    return _without_copies(by_kind[kind], kind, skipped) if kind else []
 
 
-def _without_packed_copies(entries: Sequence[Entry], skipped: dict[str, str]) -> list[Entry]:
-    """`a.jsonl.gz` beside `a.jsonl` is the same rows twice."""
-    names = {entry.name for entry in entries}
-    kept = []
-    for entry in entries:
-        stem = next((entry.name[: -len(end)] for end in _PACKED if entry.name.lower().endswith(end)), None)
-        first = next((f"{stem}{end}" for end in ("", *_PACKED) if f"{stem}{end}" in names), entry.name)
-        if stem is None or first == entry.name:
-            kept.append(entry)
-        else:
-            skipped[entry.name] = f"a packed copy of {first}"
-    return kept
+def _without_copies(entries: Sequence[Entry], kind: str, skipped: dict[str, str]) -> list[Entry]:
+    """`a.jsonl.gz` or `a.json` beside `a.jsonl` is the same rows twice: the first ending of its kind is read."""
+    endings = [f"{ending}{packed}" for packed in ("", *_PACKED) for ending in KINDS[kind]]
+
+    def stem_and_ending(entry: Entry) -> tuple[str, str]:
+        ending = next(ending for ending in endings if entry.name.lower().endswith(ending))
+        return entry.name[: -len(ending)], ending
+
+    first: dict[str, Entry] = {}
+    for entry in sorted(entries, key=lambda entry: endings.index(stem_and_ending(entry)[1])):
+        known = first.setdefault(stem_and_ending(entry)[0], entry)
+        if known is not entry:
+            packed = without_packing(entry.name) != entry.name.lower()
+            what = "a packed copy of" if packed else "it has the name of"
+            skipped[entry.name] = f"{what} {known.name}"
+    return [entry for entry in entries if entry.name not in skipped]
 
 
 # --- splits -------------------------------------------------------------------------------------------------------
@@ -361,9 +390,7 @@ def _refuse_partial(entries: Sequence[Entry], spec: DataSpec) -> None:
                 f"data set {spec.name!r}: the hub's own Parquet copy of {spec.path} holds only the first part of it "
                 f"({entry.name}). Convert the whole set to Parquet yourself and give its folder"
             )
-    names = {entry.name for entry in entries}
-    for name in names:
-        missing = [other for other in shards(name) if other not in names]
+    for name, missing in missing_shards({entry.name for entry in entries}).items():
         if missing:
             raise DataError(
                 f"data set {spec.name!r}: {spec.path} lacks {missing[0]}, of which {name} is a part. Copy or download "

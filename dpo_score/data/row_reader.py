@@ -474,6 +474,8 @@ _TEXT_COLUMNS = re.compile(
 class CsvRows:
     """CSV or TSV in UTF-8 with a line of column names. An empty cell is null.
 
+    A column without a name, as pandas leaves over its index, is called by its number.
+
     A column in which every value is a number is one of numbers, unless its name is that of a text (a prompt may be
     "12"); every other column is text. TSV is separated by tabs, CSV by commas, or by semicolons or tabs where the line
     of column names has more of them.
@@ -489,9 +491,10 @@ class CsvRows:
             head = (next(_lines(handle), b"") or b"").decode("utf-8", "replace")
         if self._delimiter == ",":
             self._delimiter = max(",;\t", key=head.count)
-        self._names = next(csv.reader([head], delimiter=self._delimiter), [])
-        if len(set(self._names)) < len(self._names) or not all(self._names):
-            raise DataError(f"{path}: its first line must name every column, each name once: {seen(head, 120)!r}")
+        named = next(csv.reader([head], delimiter=self._delimiter), [])
+        self._names = [name or f"column {number}" for number, name in enumerate(named, 1)]
+        if len(set(self._names)) < len(self._names) or not any(named):
+            raise DataError(f"{path}: its first line must name the columns, each name once: {seen(head, 120)!r}")
         self._kinds: dict[str, str] = {}
         numbers = {column: "int" for column in self._names if not _TEXT_COLUMNS.search(column)}
         filled: set[str] = set()
@@ -530,7 +533,11 @@ class CsvRows:
             ) as text:
                 reader = csv.reader(self._lines(text), delimiter=self._delimiter)
                 next(reader, None)
-                yield from (self._row(cells, reader.line_num) for cells in reader if cells)
+                last = reader.line_num
+                for cells in reader:
+                    if cells:
+                        yield self._row(cells, last + 1, reader.line_num)
+                    last = reader.line_num
         except csv.Error as error:
             raise DataError(
                 f"{self.path}: line {reader.line_num} is not CSV: {error}. Look for a quote that is never closed"
@@ -547,9 +554,11 @@ class CsvRows:
                 raise DataError(f"{self.path}: line {number} has more than {MAX_LINE:,} characters: it is not CSV")
             yield line
 
-    def _row(self, cells: list[str], line: int) -> RawRow:
+    def _row(self, cells: list[str], first: int, last: int) -> RawRow:
+        """The row that the lines from `first` to `last` of the file hold."""
         if len(cells) != len(self._names):
-            reason = f"line {line} has {len(cells)} cells, but there are {len(self._names)} columns"
+            where = f"line {first} has" if first == last else f"lines {first} to {last} (a quote is never closed?) have"
+            reason = f"{where} {len(cells)} cells, but there are {len(self._names)} columns"
             return Problem("invalid_csv", reason, None, self._delimiter.join(cells)[:200])
         row: dict[str, Any] = {}
         for column, cell in zip(self._names, cells, strict=True):

@@ -77,6 +77,7 @@ MARKS: Mapping[str, str] = {
     "empty_answer": "an answer is empty",
     "empty_prompt": "the prompt, or a message of it, is empty",
     "tools_unseen": "the row has tools, but its rendered text is the same without them",
+    "prompt_unread": "the prompt column says what the conversation does not hold; the conversation is scored",
     "prompt_in_answer": "answers begin with the prompt, or with something like it, which is scored as part of them",
 }
 """Findings on a scored pair, and what each means. Trainers train on such pairs, so they are marked, not rejected."""
@@ -208,6 +209,8 @@ class Pair:
     """The row has no prompt of its own: `prompt` is empty, both sides are whole; `text.prompt_split` divides them."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Columns carried to the output: id, subset, group_id, and those of --keep-columns."""
+    marks: tuple[str, ...] = ()
+    """Names from MARKS that the reader of the format found; those of the rendering are beside the token ids."""
     pair_id: str = ""
     """blake2b-128 of the source messages, hexadecimal: stable across re-export, order and renaming of files."""
     pictures: tuple[Picture, ...] | None = None

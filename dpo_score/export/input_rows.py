@@ -71,7 +71,7 @@ class OriginalRows:
         """One row for each of `rows` (ascending, all of this set); where several are read together, the first."""
         parts = []
         for index, (file, start, stop) in enumerate(self._places):
-            wanted = [file.rows_of(row - start).start for row in rows if start <= row < stop]
+            wanted = [file.first_row(row - start) for row in rows if start <= row < stop]
             if wanted:
                 found = self._cursor(index, file, wanted[0]).take(wanted)
                 parts.append(fitted(readable(found), self._schema))

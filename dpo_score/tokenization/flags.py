@@ -22,6 +22,9 @@ EXAMPLE = 80
 """Characters of a text that a warning shows."""
 LEAD, LONG = 32, 16
 """Characters of a speaker's name before a repeated question, and of a question that is not repeated by chance."""
+HEADER = 80
+"""Characters of what a chat template writes there."""
+_HEADER = re.compile(r"(?:<[^<>]*>|\[/?\w+\]|[\W_]|\b(?:user|human|question|instruction|prompt|q)\b)*+", re.IGNORECASE)
 ASKING = (*SYSTEM_ROLES, "user")
 _USUAL_KEYS = {"role", "content"}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -130,8 +133,8 @@ def repeats_prompt(pair: Pair) -> bool:
     """Whether answers begin with what was asked, or with a turn that is not the assistant's.
 
     Both answers have to begin with the last question; one alone counts where the question is at least LONG characters
-    long, which no answer repeats by chance. White space and a speaker's name before it (at most LEAD characters that
-    do not end in a word) make no difference.
+    long, which no answer repeats by chance. White space and what names the speaker before it (a few words that
+    do not end in one, or what a chat template writes) make no difference.
     """
     sides = (pair.chosen, pair.rejected)
     if any(not isinstance(side, str) and side and side[0].get("role") in ASKING for side in sides):
@@ -143,9 +146,10 @@ def repeats_prompt(pair: Pair) -> bool:
 
 def _begins_with(side: Text, question: str) -> bool:
     first = side if isinstance(side, str) else text_of(side[0].get("content")) if side else ""
-    begun = " ".join(first[: 2 * (len(question) + LEAD)].split())[: len(question) + LEAD]
+    begun = " ".join(first[: 2 * (len(question) + HEADER)].split())[: len(question) + HEADER]
     at = begun.find(question)
-    return at == 0 or (at > 0 and not begun[:at].rstrip()[-1].isalnum())
+    lead = begun[:at].rstrip() if at > 0 else ""
+    return at >= 0 and (not lead or (at <= LEAD and not lead[-1].isalnum()) or _HEADER.fullmatch(lead) is not None)
 
 
 def has_empty_turn(prompt: Text) -> bool:

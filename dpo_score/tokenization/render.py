@@ -246,7 +246,7 @@ class Renderer:
             "empty_prompt": marks.has_empty_turn(pair.prompt),
             "tools_unseen": bool(pair.tools) and not self._shows_tools(pair, item.prompt),
         }
-        return [mark for mark, found in seen.items() if found]
+        return [*pair.marks, *(mark for mark, found in seen.items() if found)]
 
     def _shows_tools(self, pair: Pair, prompt_text: str) -> bool:
         """Whether the text of the prompt depends on the tools of the row."""

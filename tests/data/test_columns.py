@@ -70,6 +70,11 @@ def test_a_column_that_comes_after_a_thousand_rows_is_read(tmp_path: Path) -> No
     [
         ("background_documents", ["The sky is green."]),
         ("prior_turns", "We spoke of the sea."),
+        ("background", "The sky is green."),
+        ("few_shot_examples", "Q: 1 + 1? A: 2"),
+        ("user_persona", "A pirate of seventy."),
+        ("context", "Na"),
+        ("developer", "s"),
         ("anything", [user("earlier"), bot("before")]),
         ("page_screenshot", "file.png"),
         ("audio", {"bytes": b"\x89PNG", "path": None}),

@@ -270,3 +270,24 @@ def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="more than one column called prompt"):
         open_datasets([spec(tmp_path)])
+
+
+def test_rows_of_a_prompt_are_found_in_every_file_of_the_set_and_from_any_row_on(tmp_path: Path) -> None:
+    """A unit belongs to the file of its first row; reading in parts gives what reading at once gives."""
+    answers = [(f"p{n % 7}", n) for n in range(40)] + [(None, 1), ("alone", 2)]
+    for name, part in (("a.jsonl", answers[:15]), ("b.jsonl", answers[15:20]), ("c.jsonl", answers[20:])):
+        rows = [{"prompt": prompt, "response": f"r{score}", "helpfulness": score} for prompt, score in part]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [dataset] = open_datasets([DataSpec(name="set", path=str(tmp_path))])
+    assert [file.rows for file in dataset.files] == [7, 0, 2]
+    whole = list(read_pairs([dataset], 0, 9))
+    assert [item.source.row_id for item in whole] == [*(f"0:{n}" for n in range(7)), "2:20", "2:21"]
+    assert [(pair.chosen, pair.rejected) for pair in whole[:2] if isinstance(pair, Pair)] == [
+        (({"role": "assistant", "content": f"r{high}"},), ({"role": "assistant", "content": f"r{low}"},))
+        for low, high in ((0, 35), (1, 36))
+    ]
+    assert [getattr(item, "code", "pair") for item in whole[7:]] == ["null_field", "context_mismatch"]
+    parts = [item for start in range(0, 9, 2) for item in read_pairs([dataset], start, start + 2)]
+    assert parts == whole
+    assert read_rows_at([dataset], [1, 6, 8]) == [whole[1], whole[6], whole[8]]
+    assert [dataset.files[2].unit_of(dataset.files[2].first_row(unit)) for unit in (0, 1)] == [0, 1]

@@ -91,6 +91,8 @@ def test_several_splits_are_not_mixed_unasked(tmp_path: Path) -> None:
         (b"PAR1" + b"\0" * 100, "is cut off"),
         (b"PAR1" + b"\0" * 100 + b"PAR1", "cannot be read as Parquet"),
         (b"PARE" + b"\0" * 100 + b"PARE", "encrypted"),
+        (b"\x1f\x8b\x08", "is packed: give it a name that ends in .gz"),
+        (b"PK\x03\x04", "is packed: unpack the archive"),
         (b"\x1b]8;;evil\x07", r"begins with '\\\\x1b\]8"),
     ],
 )
@@ -144,12 +146,13 @@ def test_a_json_file_without_objects_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "glob"])
-def test_a_local_path_keeps_its_splits_apart(kind: str, tmp_path: Path) -> None:
-    make(tmp_path, "train.parquet", "test.parquet")
+@pytest.mark.parametrize("words", [("test", "train"), ("testing", "training"), ("evaluation", "train2")])
+def test_a_local_path_keeps_its_splits_apart(words: tuple[str, str], kind: str, tmp_path: Path) -> None:
+    make(tmp_path, *(f"{word}.parquet" for word in words))
     path = tmp_path if kind == "folder" else tmp_path / "*.parquet"
-    with pytest.raises(DataError, match="holds the splits test, train; say --split NAME"):
+    with pytest.raises(DataError, match=f"holds the splits {words[0]}, train(ing)?; say --split NAME"):
         locate(spec(path))
-    assert names(path, "test") == ["test.parquet"]
+    assert names(path, words[0]) == [f"{words[0]}.parquet"]
 
 
 def test_configurations_of_a_local_folder_are_chosen_by_name(tmp_path: Path) -> None:
@@ -167,13 +170,42 @@ def test_a_card_of_a_local_folder_decides(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="several configurations: one, two"):
         locate(spec(tmp_path))
     assert names(f"{tmp_path}:two") == ["two/x-0.parquet"]
+    [dataset] = open_datasets([spec(f"{tmp_path}:two")])
+    assert dataset.skipped == {"one/x-0.parquet": "the card does not name it for this configuration"}
 
 
-def test_a_missing_shard_is_refused_but_for_a_file_named_alone(tmp_path: Path) -> None:
-    make(tmp_path, "train-00000-of-00002.parquet")
-    with pytest.raises(DataError, match="lacks train-00001-of-00002"):
+def test_a_card_that_names_files_which_are_not_there_is_not_passed_over(tmp_path: Path) -> None:
+    make(tmp_path, "one/x-0.parquet")
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: one\n  data_files: parts/*\n---\n")
+    with pytest.raises(DataError, match=r"names the files parts/\*, and none of them is there"):
         locate(spec(tmp_path))
-    assert names(tmp_path / "train-00000-of-00002.parquet") == ["train-00000-of-00002.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        ("train-00000-of-00002", "train-00001-of-00002"),
+        ("train-1-of-2", "train-2-of-2"),
+        ("p_000_of_003", "p_001_of_003"),
+    ],
+)
+def test_a_missing_shard_is_refused_but_for_a_file_named_alone(first: str, other: str, tmp_path: Path) -> None:
+    make(tmp_path, f"{first}.parquet")
+    with pytest.raises(DataError, match=f"lacks {other}|lacks train-0-of-2"):
+        locate(spec(tmp_path))
+    assert names(tmp_path / f"{first}.parquet") == [f"{first}.parquet"]
+    make(tmp_path, f"{other}.parquet", "p_002_of_003.parquet")
+    assert names(tmp_path / f"{first[0]}*.parquet")[:2] == [f"{first}.parquet", f"{other}.parquet"]
+
+
+def test_one_name_with_two_endings_is_one_file_and_files_of_the_same_content_are_named(tmp_path: Path) -> None:
+    row = '{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
+    for name, text in (("a.jsonl", row), ("a.json", f"[{row}]"), ("b.jsonl", row + row), ("c.jsonl", row)):
+        (tmp_path / name).write_text(text)
+    [dataset] = open_datasets([spec(tmp_path)])
+    assert dataset.skipped == {"a.json": "it has the name of a.jsonl"}
+    assert "4 rows in 3 files" in dataset.summary()
+    assert "files of the same content, each of which is read: a.jsonl = c.jsonl" in dataset.summary()
 
 
 def test_files_that_are_left_out_are_named(tmp_path: Path) -> None:

@@ -88,6 +88,23 @@ def test_a_cell_too_few_is_one_rejected_row_and_a_lone_quote_names_its_line(tmp_
     assert codes(tmp_path / "a.csv") == ["pair", "invalid_csv", "null_field"]
 
 
+def test_a_lone_quote_is_said_with_the_lines_that_it_swallows_and_an_index_needs_no_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(',prompt,chosen,rejected\n0,q,a,b\n1,"q,a,b\n2,q,a,b\n')
+    dataset = opened(tmp_path / "a.csv")
+    assert "columns not read: column 1" in dataset.summary()
+    _, lost = read_pairs([dataset], 0, 9)
+    assert getattr(lost, "reason", "").startswith("lines 3 to 4 (a quote is never closed?) have 2 cells")
+
+
+def test_messages_that_numpy_printed_are_no_prose(tmp_path: Path) -> None:
+    turn = "{'role': 'user', 'content': 'q'}"
+    cells = [f"[{turn}\n {turn}]", f"array([{turn}], dtype=object)", f"[{turn}]"]
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"prompt": c, "chosen": "a", "rejected": "b"}) + "\n" for c in cells)
+    )
+    assert codes(tmp_path / "a.jsonl") == ["encoded_text"] * 3
+
+
 def test_numbers_in_a_text_column_of_csv_stay_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n007,12,13\n")
     dataset = opened(tmp_path / "a.csv")

@@ -140,6 +140,22 @@ def test_a_repeated_prompt_is_marked_on_the_scored_row() -> None:
     assert "prompt_in_answer" not in marks_of(pair(ASKED, "yes"))
 
 
+@pytest.mark.parametrize(
+    ("lead", "seen"),
+    [
+        ("<|im_start|>user\n", True),
+        ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n", True),
+        ("<s>[INST] ", True),
+        ("### Instruction:\n", True),
+        ("You ask ", False),
+        ("#" * 70 + "a", False),
+    ],
+)
+def test_a_prompt_behind_the_marks_of_a_chat_template_is_found(lead: str, seen: bool) -> None:
+    doubled = Pair(HERE, ASKED_LONG, f"{lead}{ASKED_LONG} Paris", f"{lead}{ASKED_LONG} London")
+    assert ("prompt_in_answer" in marks_of(doubled)) is seen
+
+
 @pytest.mark.parametrize("answer", ["yes", "yes, it is", " "])
 def test_no_eos_is_not_hidden_by_a_token_that_opens_the_turn(answer: str) -> None:
     opened = "{% if add_generation_prompt %}<|im_start|>{% endif %}"

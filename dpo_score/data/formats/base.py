@@ -104,8 +104,8 @@ class Format:
     beside: columns that public sets have next to these and that are no part of the question; a set is not refused
     for leaving them unread.
     categories: the reader itself gives each pair a subset.
-    grouped_by: where consecutive rows are the answers to one prompt: the name of the column that they share. The
-    reader then gets them together, as `row["rows"]`.
+    grouped_by: where several rows are the answers to one prompt: the name of the column that they share. The reader
+    then gets them together, as `row["rows"]`.
     """
 
     name: str

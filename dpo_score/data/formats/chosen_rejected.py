@@ -44,7 +44,7 @@ from dpo_score.data.formats.cells import (
     text_cell,
     text_inside,
 )
-from dpo_score.data.formats.transcripts import ASSISTANT
+from dpo_score.data.formats.transcripts import ASSISTANT, hh_messages
 from dpo_score.data.types import Message, Pair, Unusable
 
 _SIDE_ENDINGS = (
@@ -75,8 +75,11 @@ TURN_NAMES = ("messages", "trajectory", "context", "conversation", "conversation
 """Columns of earlier messages that are the prompt where no column is called prompt."""
 PROMPT_LIKE = (*PROMPT_NAMES, *TURN_NAMES, "conversations", "dialogue", "dialog", "problem")
 """Columns that say what was asked: two texts beside one of them are not whole conversations."""
-ALIKE, BOTH = 0.9, 0.95
-"""Shares of the sampled rows that must begin alike, and that must hold a marker or the prompt on both sides."""
+ALIKE, BOTH, PART = 0.9, 0.95, 0.05
+"""Shares of the sampled rows that must begin alike, that must hold a marker or the prompt on both sides, and that may
+do so in a set which other rows were mixed into."""
+SEVERAL_WORDS = 3
+"""Two answers do not begin with so many words of their prompt by chance."""
 
 is_turns = either(is_messages, is_message)
 is_answer = either(is_messages, is_message, is_text)
@@ -154,8 +157,13 @@ def pair_text(row: Row, options: ReadOptions) -> Found:
 
 
 def _repeat_the_prompt(rows: Sequence[Row]) -> bool:
-    hits = sum(_begins_with(row.get("prompt"), *sides) for row, sides in zip(rows, _sampled_sides(rows), strict=True))
-    return bool(rows) and hits >= BOTH * len(rows)
+    """Whether both sides begin with the prompt in nearly all rows, or with a prompt of several words in some.
+
+    A single short prompt that an answer begins with by chance ("Hi", "Hi there") does not make a set one that repeats.
+    """
+    hits = [row["prompt"] for row in rows if _begins_with(*(row.get(key) for key in ("prompt", "chosen", "rejected")))]
+    long = sum(len(prompt.split()) >= SEVERAL_WORDS for prompt in hits)
+    return len(hits) >= BOTH * len(rows) > 0 or long >= max(PART * len(rows), 1)
 
 
 def _begins_with(prompt: Any, chosen: Any, rejected: Any) -> bool:
@@ -172,8 +180,8 @@ def _begins_with(prompt: Any, chosen: Any, rejected: Any) -> bool:
     needs=(PROMPT, *_sides(is_text), HISTORY),
     unless=lambda shapes: _is_alpaca(shapes) or _has_steps(shapes),
     sample_fits=_repeat_the_prompt,
-    columns="prompt, chosen, rejected: strings; in (nearly) every row both answers begin with the prompt",
-    polarity=f"{CHOSEN_IS_BETTER}; the prompt that both begin with is cut off from them",
+    columns="prompt, chosen, rejected: strings; in every row, or in a part of them, both answers begin with the prompt",
+    polarity=f"{CHOSEN_IS_BETTER}; where both begin with the prompt it is cut off from them",
     beside=_BESIDE,
 )
 def pair_text_repeated(row: Row, options: ReadOptions) -> Found:
@@ -316,11 +324,24 @@ def hh_transcript(row: Row, options: ReadOptions) -> Found:
     beside=("messages", "question", "conversation", "generation_prompt", "all_generated_responses"),
 )
 def messages_full(row: Row, options: ReadOptions) -> Found:
-    """The context is what comes before the answer; a prompt column serves only where there is nothing before it."""
+    """The context is what comes before the answer; a prompt column is taken only where there is nothing before it."""
     chosen, rejected = answer(row, "chosen"), answer(row, "rejected")
-    if len(chosen) == len(rejected) == 1 and row.get("prompt"):
+    prompt = row.get("prompt")
+    if len(chosen) == len(rejected) == 1 and prompt:
         return [pair(user_prompt(text_cell(row, "prompt")), chosen, rejected)]
-    return [whole_conversations(chosen, rejected)]
+    marks = () if not isinstance(prompt, str) or _says_the_same(prompt, chosen) else ("prompt_unread",)
+    return [replace(whole_conversations(chosen, rejected), marks=marks)]
+
+
+def _says_the_same(prompt: str, turns: Sequence[Message]) -> bool:
+    """Whether a prompt is a part of a conversation, or holds its last question; white space makes no difference."""
+    texts = [str(turn.get("content") or "") for turn in turns]
+    if not prompt.strip() or prompt in texts:
+        return True
+    said = [" ".join(text.split()) for text in texts]
+    asked = [" ".join(str(turn["content"]).split()) for turn in hh_messages(prompt) or user_prompt(prompt)]
+    question = next((text for text, turn in zip(said[::-1], turns[::-1], strict=True) if turn["role"] == "user"), "")
+    return all(text in " ".join(said) for text in asked) or (bool(question) and question in asked[-1])
 
 
 @preference_format(

@@ -12,10 +12,11 @@ from itertools import chain
 from typing import Any
 
 from dpo_score.config.schema import DataSpec
-from dpo_score.data.column_types import Shapes, either, is_message, is_messages, is_text
+from dpo_score.data.column_types import Shape, Shapes, ShapeTest, either, is_message, is_messages, is_number, is_text
 from dpo_score.data.formats.base import Column, ColumnMap, Format
 from dpo_score.data.formats.cells import Row, plain
 from dpo_score.data.formats.chosen_rejected import (
+    HISTORY,
     PROMPT_LIKE,
     PROMPT_NAMES,
     SIDE_NAMES,
@@ -44,6 +45,9 @@ KEYS = frozenset(
 )
 """What --map can name a column as; a column that it names so has no other name."""
 
+READ_IN_ANY_SPELLING = frozenset((*PROMPT_LIKE, *SYSTEM.also, "system", "chosen", "rejected", "tools"))
+"""Names that mean the same with capitals, blanks or hyphens."""
+
 Sample = Callable[[Sequence[str]], Sequence[Mapping[str, Any]]]
 """The given columns of the first rows of the set, at most SAMPLE_ROWS: called where the schema cannot decide."""
 
@@ -70,6 +74,19 @@ def detect(shapes: Shapes, spec: DataSpec, sample: Sample) -> tuple[Format, dict
     return format_, columns
 
 
+def structured_test(names: Sequence[str]) -> ShapeTest | None:
+    """Which lists or structs a column of one of these names is to hold, that may then be written as JSON text.
+
+    None where a text is meant: a format reads a text of that name. An earlier history is the exception, as lists of
+    two texts are no text that people write.
+    """
+    columns = [column for format_ in FORMATS for column in format_.needs if {column.name, *column.also} & set(names)]
+    if HISTORY in columns:
+        return HISTORY.fits
+    texts = any(column.fits(Shape("text")) for column in columns) or any(set(two) & set(names) for two in SIDE_NAMES)
+    return either(*(column.fits for column in columns)) if columns and not texts else None
+
+
 def carried_columns(shapes: Shapes, spec: DataSpec) -> dict[str, str]:
     """The columns that go along with a pair: id, subset, group_id, tools, chat_template_kwargs."""
     names = reader_names(shapes, spec)
@@ -86,12 +103,19 @@ def replaced_names(spec: DataSpec) -> set[str]:
 def reader_names(shapes: Shapes, spec: DataSpec) -> dict[str, str]:
     """Name that a reader may ask for → column of the file.
 
-    Hyphens read as underscores, the two sides are called chosen and rejected whatever SIDE_NAMES calls them, and a
-    key of --map hides the other names of what it replaces.
+    Hyphens read as underscores, capitals and blanks as others spell the name, the two sides are called chosen and
+    rejected whatever SIDE_NAMES calls them, and a key of --map hides the other names of what it replaces.
     """
+    given = {key: column for key, column in spec.map.items() if column}
+    if "chosen" in given and given["chosen"] == given.get("rejected"):
+        raise DataError(f"data set {spec.name!r}: --map says that {given['chosen']} is both chosen and rejected")
     names: dict[str, str] = {}
     for column in shapes:
         names.setdefault(column.replace("-", "_"), column)
+    for column in shapes:
+        plain_name = column.strip().replace("-", "_").replace(" ", "_").lower()
+        if plain_name in READ_IN_ANY_SPELLING and plain_name not in names and column not in given.values():
+            names[plain_name] = names.pop(column.replace("-", "_"))
     for key, column in spec.map.items():
         if column and column not in shapes:
             raise DataError(
@@ -102,7 +126,6 @@ def reader_names(shapes: Shapes, spec: DataSpec) -> dict[str, str]:
         hidden = {"prompt": PROMPT_NAMES, **others, **_CARRIED_ALSO}.get(key, (key,))
         for name in hidden:
             names.pop(name, None)
-    given = {key: column for key, column in spec.map.items() if column}
     taken = {column for key, column in given.items() if key in KEYS}
     names = {name: column for name, column in names.items() if column not in taken} | given
     sides = next((two for two in SIDE_NAMES if all(name in names for name in two)), None)
@@ -159,6 +182,10 @@ ANSWER_NAMES = (
 LABEL_NAMES = ("winner", "label", "labels", "preference", "preferred", "choice", "better", "best", "score", "vote")
 
 
+ONE_ANSWER = ("response", "completion", "answer", "output", "generation")
+SCORE_NAMES = ("score", "rating", "reward", "helpfulness", "overall_score", "quality")
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +204,9 @@ def _refusal(
         options = " or ".join(f"--format {format_.full_name}" for format_ in matches)
         return f"{head}More than one format fits: say {options}."
     if by_columns:
+        turns = [name for name in view if name not in ("chosen", "rejected") and is_messages(view[name])]
+        if turns:
+            return f"{head}Column {names[turns[0]]!r} looks like the prompt: say --map prompt={names[turns[0]]}."
         options = " or ".join(f"--format {format_.full_name}" for format_ in by_columns)
         needed = "; or ".join(format_.columns for format_ in by_columns)
         return (
@@ -223,6 +253,14 @@ def _way_out(view: Shapes, names: ColumnMap) -> str:
             f"history={prompt},human_ref_A={first},human_ref_B={second},labels={label}. "
             "--map help names the keys of every format."
         )
+    score = next((names[name] for name in SCORE_NAMES if name in view and is_number(view[name])), None)
+    response = next((names[name] for name in ONE_ANSWER if is_text(view.get(name))), None)
+    if score is not None and response is not None and prompts:
+        return (
+            f"If the rows of one prompt are its answers, and a higher {score} is better: "
+            f"--map prompt={names[prompts[0]]},response={response},helpfulness={score}. "
+            "--map help names the keys of every format."
+        )
     return (
         "Say which columns to read, for instance --map prompt=COLUMN,chosen=COLUMN,rejected=COLUMN; "
         "--map help names the keys of every format."
@@ -239,7 +277,8 @@ def _refuse_two_prompts(format_: Format, found: ColumnMap, view: Shapes, spec: D
         and "prompt" not in spec.map
     ):
         options = " or ".join(f"--map prompt={name}" for name in prompts)
-        raise DataError(f"data set {spec.name!r} ({spec.path}) has {len(prompts)} prompt columns: say {options}.")
+        join = f", or --map instruction={prompts[0]},input={prompts[1]} to join them" if len(prompts) == 2 else ""
+        raise DataError(f"data set {spec.name!r} ({spec.path}) has {len(prompts)} prompt columns: say {options}{join}.")
 
 
 def _refuse_labels_as_answers(found: ColumnMap, view: Shapes, names: ColumnMap, spec: DataSpec, sample: Sample) -> None:

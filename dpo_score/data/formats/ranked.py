@@ -208,7 +208,7 @@ def lists(row: Row, options: ReadOptions) -> Found:
     return expand(text_cell(row, "prompt"), items, options, "scores")
 
 
-# --- ranked: consecutive rows of one prompt -------------------------------------------------------------------------
+# --- ranked: rows of one prompt -------------------------------------------------------------------------------------
 
 
 @preference_format(
@@ -217,19 +217,19 @@ def lists(row: Row, options: ReadOptions) -> Found:
     code="F8",
     needs=(Column("prompt", is_text), Column("response", is_text), Column("helpfulness", is_number)),
     unless=names_its_sides,
-    columns="prompt, response: strings; helpfulness: number; two or more consecutive rows for each prompt",
-    polarity="of the consecutive rows of one prompt those with the higher helpfulness are better; equal ones are a tie",
+    columns="prompt, response: strings; helpfulness: number; two or more rows for each prompt, wherever they are",
+    polarity="of the rows of one prompt those with the higher helpfulness are better; equal ones are a tie",
     content=Content.CONVERSATION,
     answers=Answers.RANKED,
     grouped_by="prompt",
     version=2,
 )
 def rows_of_prompt(row: Row, options: ReadOptions) -> Found:
-    """`row["rows"]` holds the consecutive rows of the file that have one prompt. A bad row leaves the others alone."""
+    """`row["rows"]` holds all rows of the set that have one prompt. A bad row leaves the others alone."""
     rows: list[Any] = list_cell(row, "rows")
     prompt = text_cell(rows[0], "prompt")
     if len(rows) < 2:
-        raise Unusable("context_mismatch", "no row before or after this one has its prompt", "prompt", prompt)
+        raise Unusable("context_mismatch", "no other row of the set has this prompt", "prompt", prompt)
     answers: list[Scored] = []
     problems: list[Problem] = []
     for item in rows:

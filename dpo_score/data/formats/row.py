@@ -57,7 +57,7 @@ class RowReader:
         return list(dict.fromkeys([*self.columns.values(), *self.carried.values(), *self.kept]))
 
     def read(self, raw: Sequence[Mapping[str, Any]], source: Callable[[int | None], Source]) -> list[Pair | Rejected]:
-        """`raw`: the rows of one unit (one, or the consecutive ones of a prompt). `source(part)` names each result."""
+        """`raw`: the rows of one unit (one, or all of a prompt). `source(part)` names each result."""
         try:
             rows = [self._cells(row, self.columns) for row in raw]
             row: Row = {"rows": rows} if self.format.grouped_by else rows[0]

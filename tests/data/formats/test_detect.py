@@ -99,11 +99,11 @@ def test_a_transcript_needs_95_percent_of_rows_with_markers(marked: int, expecte
 
 def test_a_prompt_string_beside_whole_conversations_is_not_read(tmp_path: Path) -> None:
     """Such columns often lack the system turn or the later turns."""
-    rows = [{"prompt": "something else", "chosen": chat("a"), "rejected": chat("b")}]
-    [pair] = read(tmp_path, table(rows, prompt=TEXT, chosen=MSG, rejected=MSG))
-    assert isinstance(pair, Pair)
-    assert pair.implicit
-    assert pair.chosen == tuple(chat("a"))
+    prompts = {"something else": ("prompt_unread",), "Capital of\nFrance?": (), "Human: Capital of France?": ()}
+    rows = [{"prompt": prompt, "chosen": chat("a"), "rejected": chat("b")} for prompt in prompts]
+    pairs = read(tmp_path, table(rows, prompt=TEXT, chosen=MSG, rejected=MSG))
+    assert [pair.marks for pair in pairs if isinstance(pair, Pair)] == list(prompts.values())
+    assert all(isinstance(pair, Pair) and pair.implicit and pair.chosen == tuple(chat("a")) for pair in pairs)
 
 
 def test_a_prompt_string_serves_where_the_conversations_hold_only_the_answer(tmp_path: Path) -> None:

@@ -80,6 +80,9 @@ CONTEXT = [
     Case("a system text and a history", "pair-text",
          [{"system": "Be kind", "prompt": "q2", **SIDES, "history": [["q1", "a1"]]}],
          [("system Be kind|user q1|assistant a1|user q2", YES, NO)]),
+    Case("question and answer lists as JSON text", "pair-text",
+         [{"prompt": "q2", **SIDES, "history": json.dumps(turns)} for turns in ([["q1", "a1"]], [])],
+         [("user q1|assistant a1|user q2", YES, NO), ("user q2", YES, NO)]),
     Case("steps before the judged step", "pair-text/steps",
          [{"prompt": "1 + 1?", "initial_reason_steps": "Step 1: add.\nStep 2:", **SIDES},
           {"prompt": "1 + 1?", "initial_reason_steps": "", **SIDES}],
@@ -101,6 +104,10 @@ REPEATED = [
     Case("a few answers begin like their prompt", "pair-text",
          [{"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi you"}, *[{"prompt": "q", **SIDES}] * 5],
          [("Hi", "Hi there", "Hi you"), *[("q", "yes", "no")] * 5]),
+    Case("one row in ten repeats a prompt of several words", "pair-text/repeated",
+         [{"prompt": "Is it so? A:", "chosen": "Is it so? A: yes", "rejected": "Is it so? A: no"},
+          *[{"prompt": "Is it so? A:", **SIDES}] * 9],
+         [("Is it so? A:", " yes", " no"), *[("Is it so? A:", "yes", "no")] * 9]),
     Case("transcripts beside the prompt that begins them", "pair-text/repeated",
          [{"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "\n\nHuman: q\n\nAssistant: yes",
            "rejected": "\n\nHuman: q\n\nAssistant: no"}],
@@ -187,6 +194,10 @@ LABELS = [
           for score in scores],
          [("user a", "assistant a4", "assistant a0"), ("user b", "assistant b3", "assistant b1"), "context_mismatch",
           ("user d", "assistant d4", "assistant d0")]),
+    Case("rows of one prompt that do not stand together", "ranked/two-rows",
+         [{"prompt": prompt, "response": f"{prompt}{score}", "helpfulness": score}
+          for score in (2, 0, 4) for prompt in ("a", "b")] + [{"prompt": "c", "response": "c", "helpfulness": 1}],
+         [("user a", "assistant a4", "assistant a0"), ("user b", "assistant b4", "assistant b0"), "context_mismatch"]),
     *(Case(f"the roles {human} and {answerer}", "messages-full",
            [{side: [{"role": human, "content": "q"}, {"role": answerer, "content": text}]
              for side, text in SIDES.items()}], [("user q", YES, NO)])
@@ -232,6 +243,30 @@ FORMS = [
          [{"prompt": "q", "completions": [{"rank": rank, "completion": text}
                                           for rank, text in ((2, "no"), (1, "hm"), (0, "yes"))]}],
          [("user q", YES, NO)]),
+    Case("NeMo-RL as JSON text", "ranked/ranked-completions",
+         [{"context": json.dumps([user("q")]),
+           "completions": json.dumps([{"rank": rank, "completion": [bot(text)]}
+                                      for rank, text in ((1, "no"), (0, "yes"))])}],
+         [("user q", YES, NO)]),
+    Case("scored answers as JSON text", "ranked/lists",
+         [{"question": "q", "responses": json.dumps(["no", "yes"]), "ratings": "[1, 5]"},
+          {"question": "q", "responses": "no, yes", "ratings": "[1, 5]"}], [("q", "yes", "no"), "invalid_json"]),
+    Case("completions as Python prints them", "ranked/completions",
+         [{"instruction": "q", "completions": str([{"response": "no", "score": 1}, {"response": "yes", "score": 2}])}],
+         [("q", "yes", "no")]),
+    Case("ranked answers as JSON text", "ranked/answers",
+         [{"prompt": "q", "answers": json.dumps([{"answer": "no", "rank": 2.0}, {"answer": "yes", "rank": 1.0}])}],
+         [("q", "yes", "no")]),
+    Case("answers that happen to be JSON", "pair-text",
+         [{"prompt": "q", "chosen": "[1, 2]", "rejected": '{"a": "b"}'}], [("q", "[1, 2]", '{"a": "b"}')]),
+    Case("names in another spelling", "pair-text",
+         [{"Prompt": "q", " chosen": "yes", "REJECTED": "no", "System Prompt": "Be kind"}],
+         [("system Be kind|user q", YES, NO)]),
+    Case("rows of one prompt with a score, by --map", "ranked/two-rows",
+         [{"prompt": "q", "completion": text, "reward": reward} for text, reward in (("no", 0.1), ("yes", 0.3))],
+         [("user q", YES, NO)], {"map": {"response": "completion", "helpfulness": "reward"}}),
+    Case("two prompt columns, joined by --map", "pair-text/alpaca", [{"prompt": "q", "query": "more", **SIDES}],
+         [("q\nmore", "yes", "no")], {"map": {"instruction": "prompt", "input": "query"}}),
     Case("axolotl: messages and single messages", "messages-explicit/other-name",
          [{"messages": [user("q")], "chosen": bot("yes"), "rejected": bot("no")}], [("user q", YES, NO)]),
     Case("axolotl: messages and strings", "messages-explicit/other-name",
@@ -362,6 +397,13 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
         "holds neither of them"),
     "a side that names the better answer": (
         {**AB, "chosen": "A", "rejected": "B"}, {}, "holds neither of them.*winner=chosen"),
+    "one column for both sides": (
+        {"prompt": "q", **SIDES}, {"chosen": "chosen", "rejected": "chosen"}, "chosen is both chosen and rejected"),
+    "messages under a name of their own": (
+        {"context_messages": [user("q")], **SIDES}, {}, "'context_messages' looks like the prompt: say --map prompt="),
+    "rows of one prompt with a score": (
+        {"prompt": "q", "completion": "a", "reward": 1.5}, {}, "response=completion,helpfulness=reward"),
+    "two prompts": ({"prompt": "q", "query": "more", **SIDES}, {}, "--map instruction=prompt,input=query to join them"),
     "KTO": ({"prompt": "q", "completion": "a", "label": True}, {}, "DPO needs pairs"),
     "KTO in LLaMA-Factory's words": (
         {"instruction": "q", "input": "", "output": "a", "kto_tag": True}, {}, "DPO needs pairs"),
