@@ -18,6 +18,7 @@ import pyarrow as pa
 
 Kind: TypeAlias = Literal["text", "int", "float", "bool", "list", "struct", "map", "json", "null", "other"]
 
+_BEGINS_CODE = re.compile(r"\s{0,20}(\[|\{|\"\s{0,20}(\[|\{))")
 _PRINTED_MESSAGE = re.compile(r"(array\()?\s*\[\s*\{['\"](role|from|content|value)['\"]:\s*['\"]")
 MAX_LITERAL = 1 << 20
 """Characters of a Python literal that is decoded; Python's own parser takes far more memory than JSON's."""
@@ -225,7 +226,7 @@ def refined(shape: Shape, values: Iterable[Any], structured: ShapeTest | None = 
     prints them; the rows that differ are for the row checks. An answer that merely happens to be JSON stays text.
     structured: for a column whose name is that of lists or structs: which of their shapes are meant.
     """
-    values = [value for value in values if value is not None]
+    values = [as_text(value) if shape.binary else value for value in values if value is not None]
     if shape.kind == "json":
         found = from_values(decoded_or_text(value) for value in values)
         return Shape(found.kind, found.item, found.fields, encoded=True)
@@ -235,23 +236,19 @@ def refined(shape: Shape, values: Iterable[Any], structured: ShapeTest | None = 
         encoded = [decoded for value in values if (decoded := encoded_messages(value)) is not None]
         if encoded and 2 * len(encoded) >= len(values):
             found = from_values(encoded)
-            return Shape(found.kind, found.item, found.fields, encoded=True)
+            return Shape(found.kind, found.item, found.fields, encoded=True, binary=shape.binary)
         decoded_ = [] if structured is None else [decoded_or_text(value) for value in values]
         parts = [value for value in decoded_ if isinstance(value, list | dict)]
         found = from_values(parts)
         if structured is not None and parts and 2 * len(parts) >= len(values) and structured(found):
-            return Shape(found.kind, found.item, found.fields, encoded=True)
+            return Shape(found.kind, found.item, found.fields, encoded=True, binary=shape.binary)
     return shape
 
 
 def encoded_messages(value: Any) -> Any:
     """The messages that a text holds in JSON or as Python prints them: a list, one message, or an object with
     `messages`. None for any other text, and for what is no text."""
-    if (
-        not isinstance(value, str)
-        or value[:20].lstrip()[:1] not in ("[", "{")
-        or ('"' not in value and "'" not in value)
-    ):
+    if not isinstance(value, str) or not _BEGINS_CODE.match(value) or ('"' not in value and "'" not in value):
         return None
     decoded = decoded_or_text(value)
     if isinstance(decoded, str):
@@ -259,6 +256,14 @@ def encoded_messages(value: Any) -> Any:
     shape = from_values([decoded])
     holds = is_messages(shape) or is_message(shape) or is_messages(shape.fields.get("messages"))
     return decoded if holds else None
+
+
+def as_text(value: Any) -> Any:
+    """Bytes as the UTF-8 text that they are; what is no UTF-8, and any other value, as it is."""
+    try:
+        return value.decode("utf-8") if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return value
 
 
 def is_printed_by_numpy(text: str) -> bool:
@@ -270,13 +275,18 @@ def is_printed_by_numpy(text: str) -> bool:
 
 
 def decoded_or_text(value: Any) -> Any:
-    """A JSON text decoded, or else a Python literal, as `str()` of a list prints it; any other value as it is."""
+    """A JSON text decoded, or else a Python literal, as `str()` of a list prints it; any other value as it is.
+
+    A list or object that was encoded twice is decoded twice.
+    """
     if not isinstance(value, str | bytes):
         return value
     try:
-        return json.loads(value)
+        decoded = json.loads(value)
     except (ValueError, RecursionError):
         pass
+    else:
+        return decoded_or_text(decoded) if isinstance(decoded, str) and decoded[:1] in ("[", "{") else decoded
     if isinstance(value, str) and value[:20].lstrip()[:1] in ("[", "{") and len(value) <= MAX_LITERAL:
         try:
             return ast.literal_eval(value.strip())
@@ -290,6 +300,8 @@ def united(shapes: Iterable[Shape]) -> Shape:
     known = [shape for shape in shapes if shape.kind != "null"] or [Shape("null")]
     first = next((shape for shape in known if shape.kind == "float"), known[0])
     alike = [shape for shape in known if shape.kind == first.kind and shape.encoded == first.encoded]
+    if first.kind == "text":
+        return Shape("text", binary=any(shape.binary for shape in alike), encoded=first.encoded)
     if first.kind == "list":
         items = [shape.item for shape in alike if shape.item is not None]
         return Shape("list", item=united(items) if items else None, encoded=first.encoded)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_score.config.schema import DataSpec
-from dpo_score.data.column_types import Shape, Shapes, encoded_messages, is_messages
+from dpo_score.data.column_types import Shape, Shapes, as_text, encoded_messages, is_messages
 from dpo_score.data.types import Problem
 from dpo_score.errors import DataError
 from dpo_score.escape import seen
@@ -175,13 +175,6 @@ def _holds_media(name: str, shape: Shape, values: Sequence[Any]) -> bool:
     return bool(words & _MEDIA_WORDS) and not words & _NOT_CONTEXT_WORDS and item.kind not in ("int", "float", "bool")
 
 
-def _as_text(value: bytes) -> str | None:
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-
-
 def _is_empty(value: Any) -> bool:
     return value is None or value in ("", [], {}, "[]", "{}") or not any(text.strip() for text in _texts(value))
 
@@ -216,6 +209,7 @@ def _texts(value: Any, depth: int = 0) -> Iterator[str]:
         for part in value:
             yield from _texts(part, depth + 1)
     elif isinstance(value, bytes):
-        yield _as_text(value) or repr(value[:40])
+        text = as_text(value)
+        yield text if isinstance(text, str) else repr(value[:40])
     elif value is not None:
         yield str(value)

@@ -25,6 +25,7 @@ from dpo_score.data.column_types import (
     Shape,
     Shapes,
     agree,
+    as_text,
     encoded_messages,
     is_plain,
     is_printed_by_numpy,
@@ -380,7 +381,7 @@ def _unpacked(content: RowFile, decided: Shapes) -> dict[str, Shape]:
     for name, own in content.shapes.items():
         known = decided.get(name, own)
         if own.kind == "text" and known.encoded:
-            shapes[name] = known
+            shapes[name] = replace(known, binary=own.binary)
         elif content.padded and not is_plain(own):
             shapes[name] = own
     return shapes
@@ -445,7 +446,8 @@ class PairReader:
 def _read(dataset: Dataset, file: DataFile, units: Sequence[int]) -> Iterator[list[Pair | Rejected]]:
     """What these units of a file give; `units` ascend."""
     reader = dataset.reader_of(file)
-    prose = [name for name in reader.columns.values() if dataset.schema[name] == Shape("text")]
+    shapes = {name: dataset.schema[name] for name in reader.columns.values()}
+    prose = [name for name, shape in shapes.items() if shape.kind == "text" and not shape.encoded]
     for unit, raw in zip(units, _raw_units(dataset, file, units), strict=True):
         source = partial(Source, dataset.spec.name, file.name, file.index, file.first_row(unit))
         problems = (row if isinstance(row, Problem) else _problem_of(row, dataset, prose) for row in raw)
@@ -488,8 +490,8 @@ def _rows_of_set(dataset: Dataset, wanted: Sequence[int]) -> Iterator[RawRow]:
 def _problem_of(row: Mapping[str, Any], dataset: Dataset, prose: Sequence[str]) -> Problem | None:
     """What the decisions about the whole set got wrong for this row."""
     for name in prose:
-        value = row.get(name)
-        if not isinstance(value, str) or not value.startswith(("[", "{", "array(")):
+        value = as_text(row.get(name))
+        if not isinstance(value, str) or value[:20].lstrip()[:1] not in ("[", "{", '"', "a"):
             continue
         if encoded_messages(value) is not None:
             reason = f"{name} holds messages written as text, unlike most rows of the set, where it is plain text"

@@ -111,7 +111,9 @@ def test_a_column_that_repeats_the_conversation_is_no_context_but_for_a_row_that
     ]
 
 
-@pytest.mark.parametrize("write", [json.dumps, repr])
+@pytest.mark.parametrize(
+    "write", [json.dumps, repr, lambda turns: json.dumps(json.dumps(turns)), lambda turns: f" \n{turns}"]
+)
 def test_messages_in_text_are_decided_over_the_set_and_checked_in_each_row(write: Any, tmp_path: Path) -> None:
     encoded = {side: write(turns) for side, turns in CHAT.items()}
     plain = {"chosen": "2+2? It is four", "rejected": "2+2? It is five"}
@@ -121,6 +123,17 @@ def test_messages_in_text_are_decided_over_the_set_and_checked_in_each_row(write
     lines(tmp_path / "seldom.jsonl", [plain] * 90 + [encoded])
     found = read(opened(tmp_path / "seldom.jsonl"))
     assert [getattr(item, "code", "pair") for item in found] == ["pair"] * 90 + ["encoded_text"]
+
+
+def test_messages_in_text_that_is_stored_as_bytes(tmp_path: Path) -> None:
+    """Spark writes a column of JSON text as binary; another file of the set holds the same as text."""
+    encoded = {side: json.dumps(turns) for side, turns in CHAT.items()}
+    pq.write_table(
+        pa.table({side: pa.array([text.encode()] * 2) for side, text in encoded.items()}), tmp_path / "a.parquet"
+    )
+    pq.write_table(pa.Table.from_pylist([encoded]), tmp_path / "b.parquet")
+    found = read(opened(tmp_path))
+    assert [pair.chosen for pair in found if isinstance(pair, Pair)] == [tuple(CHAT["chosen"])] * 3
 
 
 def test_values_that_no_arrow_column_holds_are_carried_as_text(tmp_path: Path) -> None:

@@ -168,7 +168,9 @@ def message(value: Any, column: str) -> Message:
         return value
     item = struct_item(value, f"a message of {column}")
     speaker = item.get("role") if item.get("role") is not None else item.get("from")
-    role = checked_text(speaker, f"the role of a message of {column}")
+    role = checked_text(speaker, f"the role of a message of {column}").strip()
+    if not role:
+        raise Unusable("null_field", f"the role of a message of {column} is empty", column)
     role = ROLES.get(role.lower(), role)
     rest = {key: part for key, part in item.items() if key not in ("role", "from", "content", "value")}
     content = item.get("content", item.get("value"))
@@ -246,12 +248,12 @@ def decoded_json(value: Any, column: str) -> Any:
     """A JSON string, or a list or object as Python prints it, decoded; anything else as it is."""
     if not isinstance(value, str):
         return value
+    decoded = decoded_or_text(value)
+    if decoded != value:
+        return decoded
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        decoded = decoded_or_text(value)
-        if not isinstance(decoded, str):
-            return decoded
         raise Unusable("invalid_json", f"{column} is not JSON: {seen(str(error), 80)}", column, value) from None
 
 

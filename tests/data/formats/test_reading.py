@@ -203,6 +203,9 @@ LABELS = [
              for side, text in SIDES.items()}], [("user q", YES, NO)])
       for human, answerer in (("human", "gpt"), ("Human", "Assistant"), ("user", "model"), ("user", "ai"),
                               ("prompter", "assistant"), ("USER", "Chatbot"))),
+    Case("roles with blanks, and without a word", "messages-full",
+         [{side: [{**user("q"), "role": role}, bot(text)] for side, text in SIDES.items()} for role in (" User", " ")],
+         [("user q", YES, NO), "null_field"]),
     Case("other roles stay as they are", "messages-full",
          [{side: [user("q"), {"role": "critic", "content": "c"}, bot(text)] for side, text in SIDES.items()}],
          [("user q|critic c", YES, NO)]),
