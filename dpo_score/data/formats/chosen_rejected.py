@@ -45,7 +45,7 @@ from dpo_score.data.formats.cells import (
     text_inside,
 )
 from dpo_score.data.formats.transcripts import ASSISTANT, hh_messages
-from dpo_score.data.types import Message, Pair, Unusable
+from dpo_score.data.types import Message, Pair, Unusable, text_of
 
 _SIDE_ENDINGS = (
     "response",
@@ -335,11 +335,11 @@ def messages_full(row: Row, options: ReadOptions) -> Found:
 
 def _says_the_same(prompt: str, turns: Sequence[Message]) -> bool:
     """Whether a prompt is a part of a conversation, or holds its last question; white space makes no difference."""
-    texts = [str(turn.get("content") or "") for turn in turns]
+    texts = [text_of(turn.get("content")) for turn in turns]
     if not prompt.strip() or prompt in texts:
         return True
     said = [" ".join(text.split()) for text in texts]
-    asked = [" ".join(str(turn["content"]).split()) for turn in hh_messages(prompt) or user_prompt(prompt)]
+    asked = [" ".join(text_of(turn["content"]).split()) for turn in hh_messages(prompt) or user_prompt(prompt)]
     question = next((text for text, turn in zip(said[::-1], turns[::-1], strict=True) if turn["role"] == "user"), "")
     return all(text in " ".join(said) for text in asked) or (bool(question) and question in asked[-1])
 
