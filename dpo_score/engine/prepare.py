@@ -266,7 +266,7 @@ def check_placement(compute: ComputeSpec, models: RunModels, context: RunContext
             )
         context.progress.say(
             f"--device-map {compute.device_map}: the layers of a model are spread over the GPUs, of which one computes "
-            "at a time; it makes room, not speed"
+            "at a time; it saves memory, not time"
         )
 
 

@@ -45,6 +45,7 @@ def warm_up() -> None:
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     from dpo_score.cli import main as cli  # noqa: F401
+    from dpo_score.cli import run as commands  # noqa: F401
     from dpo_score.engine import prepare
     from dpo_score.engine import run as local
     from dpo_score.logprobs import scorer  # noqa: F401

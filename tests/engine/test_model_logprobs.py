@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from dpo_score.config.schema import ComputeSpec
+from dpo_score.engine import model_logprobs
 from dpo_score.engine.context import RunContext
 from dpo_score.engine.model_logprobs import CachedLogprobs, checked_numerics, continued_numerics, on_device
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.logprobs import matmul as gemm
-from dpo_score.logprobs import numerics as settings
 from dpo_score.models.loader import ModelLoader
 from dpo_score.models.numerics import Kernel, Numerics
 from dpo_score.models.resolve import Resolver
@@ -90,7 +90,7 @@ def test_the_model_is_loaded_on_the_gpu_that_is_asked_for(
         raise Loaded(numerics.device)
 
     monkeypatch.setattr(ModelLoader, "load", load)
-    monkeypatch.setattr(settings, "present", lambda _: True)
+    monkeypatch.setattr(model_logprobs, "present", lambda _: True)
     with pytest.raises(Loaded, match="cuda:1"):
         scorer_of(runner, tmp_path, "cuda:1")
     with pytest.raises(Loaded, match="cuda:0"):
