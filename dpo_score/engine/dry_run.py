@@ -44,15 +44,15 @@ def dry_run(config: RunConfig, progress: Progress) -> dict[str, Any]:
         plan = resolve_plan(config, context)
         sample, rows = _sampled(plan)
         encoded = [item for item in sample if isinstance(item, EncodedPair)]
-        due = _due(context, plan, encoded)
+        work = _model_work(context, plan, encoded)
         found: dict[str, Any] = {"data": [dataset.summary() for dataset in plan.datasets]}
         found["rows"] = f"{plan.rows.wanted:,} in {len(list(plan.rows))} blocks of {plan.rows.block_rows:,}"
         found["sampled"] = f"{rows:,} rows; {_rejects(sample)}"
         if plan.unloadable:
             found["not scored"] = [f"{name}: {failure.reason}" for name, failure in plan.unloadable.items()]
         found |= _lengths(encoded, plan.rows.wanted / max(rows, 1))
-        found |= _cost(plan, due, encoded, rows)
-        found["cache"] = [item.line for item in due]
+        found |= _cost(plan, work, encoded, rows)
+        found["cache"] = [item.line for item in work]
         found["identities"] = [f"text {plan.identities.text_digest}", f"reference {plan.identities.reference_digest}"]
         found["text"] = text_notice(plan)
         return found
@@ -68,9 +68,9 @@ def probe(config: RunConfig, progress: Progress, price_per_hour: float | None) -
         encoded = [item for item in sample if isinstance(item, EncodedPair)]
         if not encoded:
             raise DataError(f"nothing to probe: no pair of {rows:,} sampled rows can be scored; {_rejects(sample)}")
-        due = _due(context, plan, encoded)
-        speeds = _speeds(context, plan, [item for item in due if item.tokens], encoded)
-        return _forecast(due, speeds, plan.rows.wanted, rows, price_per_hour)
+        work = _model_work(context, plan, encoded)
+        speeds = _speeds(context, plan, [item for item in work if item.tokens], encoded)
+        return _forecast(work, speeds, plan.rows.wanted, rows, price_per_hour)
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def histogram(lengths: Any, bins: int = 8) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Due:
+class ModelWork:
     """What a run computes with one model. `tokens`: unique ones of the sample that the cache lacks; `line` says it."""
 
     label: str
@@ -139,14 +139,14 @@ class Due:
         return self.source.config.get("model_type"), parameters(self.source), beside, self.numerics
 
 
-def _due(context: RunContext, plan: RunPlan, encoded: Sequence[EncodedPair]) -> list[Due]:
+def _model_work(context: RunContext, plan: RunPlan, encoded: Sequence[EncodedPair]) -> list[ModelWork]:
     """As a run decides: the cache first, and nothing for a policy that equals its reference."""
     sequences = {sequence.key: sequence for sequence in _sequences(encoded)}
     models = [(r.label, r.source, r.numerics, False) for r in plan.references]
     models += [(p.name, p.source, p.numerics, p.equals_reference) for p in plan.policies]
     there = ((label, s, n, same) for label, s, n, same in models if s is not None and n is not None)
     return [
-        Due(label, source, numerics, 0, f"{label}: equals its reference, whose values it takes over")
+        ModelWork(label, source, numerics, 0, f"{label}: equals its reference, whose values it takes over")
         if same
         else _looked_up(context, plan, (label, source, numerics), sequences)
         for label, source, numerics, same in there
@@ -158,7 +158,7 @@ def _looked_up(
     plan: RunPlan,
     model: tuple[str, ModelSource, Numerics],
     sequences: Mapping[bytes, TokenSequence],
-) -> Due:
+) -> ModelWork:
     from dpo_score.logprobs.scorer import token_costs
 
     label, source, numerics = model
@@ -166,30 +166,30 @@ def _looked_up(
     hits = space.view(space.snapshot()).lookup(list(sequences), wanted=[STATS[name] for name in plan.stats])
     tokens = sum(token_costs([sequence for key, sequence in sequences.items() if key not in hits]))
     line = f"{label}: {len(hits):,} of {len(sequences):,} sampled sequences are known"
-    return Due(label, source, numerics, tokens, line)
+    return ModelWork(label, source, numerics, tokens, line)
 
 
-def _cost(plan: RunPlan, due: Sequence[Due], encoded: Sequence[EncodedPair], rows: int) -> dict[str, str]:
-    if not due:
+def _cost(plan: RunPlan, work: Sequence[ModelWork], encoded: Sequence[EncodedPair], rows: int) -> dict[str, str]:
+    if not work:
         return {"models": "none is needed"}
-    numerics, scale = due[0].numerics, plan.rows.wanted / max(rows, 1)
-    seconds = sum(2.0 * parameters(d.source) * d.tokens * scale / SPEED[d.numerics.device_kind] for d in due)
+    numerics, scale = work[0].numerics, plan.rows.wanted / max(rows, 1)
+    seconds = sum(2.0 * parameters(d.source) * d.tokens * scale / SPEED[d.numerics.device_kind] for d in work)
     longest = max(
         (len(e.tokens.prompt) + max(len(e.tokens.chosen), len(e.tokens.rejected)) for e in encoded), default=0
     )
     pack = f"{numerics.batch_tokens:,} tokens a pack"
     return {
         "numerics": f"{numerics.dtype} on {numerics.device}, {numerics.path} path, {pack}",
-        "memory": _memory(due, longest),
+        "memory": _memory(work, longest),
         "time": f"about {seconds:,.0f} s for what is to be computed (estimate; --probe measures)",
     }
 
 
-def _memory(due: Sequence[Due], longest: int) -> str:
+def _memory(work: Sequence[ModelWork], longest: int) -> str:
     """The bound of the largest model. What adapters are merged into is cloned in host memory, on a CPU the same."""
-    clones = [_clones(item, due) for item in due]
-    here = due[0].numerics.device_kind == "cpu"
-    peaks = [peak_bytes(d.source.config, d.numerics, parameters(d.source), longest) for d in due]
+    clones = [_clones(item, work) for item in work]
+    here = work[0].numerics.device_kind == "cpu"
+    peaks = [peak_bytes(d.source.config, d.numerics, parameters(d.source), longest) for d in work]
     bound = max(peak + (clone if here else 0) for peak, clone in zip(peaks, clones, strict=True))
     said = f"at most {bound / 2**30:.2f} GiB beside the program itself: weights, one pack, scratch"
     if not any(clones):
@@ -198,9 +198,9 @@ def _memory(due: Sequence[Due], longest: int) -> str:
     return f"{said}, {what}" if here else f"{said}; {max(clones) / 2**30:.2f} GiB on the host: {what}"
 
 
-def _clones(item: Due, due: Sequence[Due]) -> int:
+def _clones(item: ModelWork, work: Sequence[ModelWork]) -> int:
     """Bytes of a model's weights that all adapters over the same base have cloned in the end."""
-    same = [d for d in due if d.source.base_digest == item.source.base_digest and d.numerics == item.numerics]
+    same = [d for d in work if d.source.base_digest == item.source.base_digest and d.numerics == item.numerics]
     files = [path for d in same for path in d.source.adapter_files]
     merged = item.numerics.dtype == "float32" and "quantization_config" not in item.source.config
     return clone_bytes(item.source.weights, files, parameters(item.source)) if files and merged else 0
@@ -235,15 +235,17 @@ class Speed:
     tokens: float
 
 
-def _speeds(context: RunContext, plan: RunPlan, due: Sequence[Due], encoded: Sequence[EncodedPair]) -> dict[Any, Speed]:
+def _speeds(
+    context: RunContext, plan: RunPlan, work: Sequence[ModelWork], encoded: Sequence[EncodedPair]
+) -> dict[Any, Speed]:
     """By kind of model, measured with the first of each."""
-    first: dict[Any, Due] = {}
-    for item in due:
+    first: dict[Any, ModelWork] = {}
+    for item in work:
         first.setdefault(item.kind, item)
     return {kind: _speed(item, _scorer(context, plan, item), encoded) for kind, item in first.items()}
 
 
-def _scorer(context: RunContext, plan: RunPlan, item: Due) -> PairScorer:
+def _scorer(context: RunContext, plan: RunPlan, item: ModelWork) -> PairScorer:
     stats = [STATS[name] for name in plan.stats]
     return with_slower_way(
         context.progress,
@@ -255,7 +257,7 @@ def _scorer(context: RunContext, plan: RunPlan, item: Due) -> PairScorer:
     )
 
 
-def _speed(item: Due, scorer: PairScorer, encoded: Sequence[EncodedPair]) -> Speed:
+def _speed(item: ModelWork, scorer: PairScorer, encoded: Sequence[EncodedPair]) -> Speed:
     from dpo_score.logprobs.scorer import token_costs
 
     few = _prefix(encoded, item.numerics.batch_tokens * PROBE_PACKS)
@@ -265,20 +267,20 @@ def _speed(item: Due, scorer: PairScorer, encoded: Sequence[EncodedPair]) -> Spe
 
 
 def _forecast(
-    due: Sequence[Due], speeds: Mapping[Any, Speed], rows: int, sampled: int, price_per_hour: float | None
+    work: Sequence[ModelWork], speeds: Mapping[Any, Speed], rows: int, sampled: int, price_per_hour: float | None
 ) -> dict[str, Any]:
-    hours = sum(d.tokens * rows / sampled / speeds[d.kind].tokens for d in due if d.tokens) / 3600.0
+
+    def measured(speed: Speed, kind: Any) -> str:
+        others = [d.label for d in work if d.tokens and d.kind == kind and d.label != speed.label]
+        alike = f"; taken to be the same: {', '.join(others)}" if others else ""
+        return f"{speed.pairs:,.1f} with {speed.label}{alike}"
+
+    hours = sum(d.tokens * rows / sampled / speeds[d.kind].tokens for d in work if d.tokens) / 3600.0
     found: dict[str, Any] = {
-        "cache": [item.line for item in due],
-        "rows/s": [_measured(speed, kind, due) for kind, speed in speeds.items()] or "nothing is left to compute",
+        "cache": [item.line for item in work],
+        "rows/s": [measured(speed, kind) for kind, speed in speeds.items()] or "nothing is left to compute",
         "hours": f"{hours:,.3f} for {rows:,} rows, without loading and reading",
     }
     if price_per_hour is not None:
         found["cost"] = f"{hours * price_per_hour:,.2f} at {price_per_hour:g} an hour"
     return found
-
-
-def _measured(speed: Speed, kind: Any, due: Sequence[Due]) -> str:
-    others = [d.label for d in due if d.tokens and d.kind == kind and d.label != speed.label]
-    alike = f"; taken to be the same: {', '.join(others)}" if others else ""
-    return f"{speed.pairs:,.1f} with {speed.label}{alike}"

@@ -41,21 +41,15 @@ def versions(numerics: Numerics | None) -> dict[str, str]:
     found = {name: version for name in LIBRARIES if (version := _version(name)) is not None}
     found["python"] = ".".join(map(str, sys.version_info[:3]))
     found["machine"] = platform.machine()
-    return found if numerics is None else {**found, **_computing(numerics)}
-
-
-def _computing(numerics: Numerics) -> dict[str, str]:
-    if not present(numerics.device):
-        return {}
-    return {"device": _device(numerics), "kernel": in_effect(numerics).kernel}
-
-
-def _device(numerics: Numerics) -> str:
+    if numerics is None or not present(numerics.device):
+        return found
     import torch
 
     if numerics.device_kind == "cuda":
-        return torch.cuda.get_device_name(numerics.device)
-    return f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+        device = torch.cuda.get_device_name(numerics.device)
+    else:
+        device = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {**found, "device": device, "kernel": in_effect(numerics).kernel}
 
 
 @cache
@@ -71,7 +65,10 @@ def compared_environment(
     begun: Mapping[str, str], here: Mapping[str, str], strict: bool, progress: Progress
 ) -> dict[str, str]:
     """`here`, as far as it can be compared with `begun`; each difference is a warning, or an error if `strict`."""
-    found = _comparable(begun, here)
+    found = {name: version for name, version in here.items() if name not in COMPUTING}
+    for name in COMPUTING:  # of what computes, `begun` answers where only one of the two can
+        if name in begun:
+            found[name] = here.get(name, begun[name])
     changes = diff(begun, found)
     if changes and strict:
         raise IdentityError(
@@ -81,12 +78,6 @@ def compared_environment(
     for change in changes:
         progress.warn(f"continued in another environment: {change}")
     return found
-
-
-def _comparable(begun: Mapping[str, str], here: Mapping[str, str]) -> dict[str, str]:
-    """`here`, with what `begun` says of what computes where only one of the two can tell."""
-    libraries = {name: version for name, version in here.items() if name not in COMPUTING}
-    return libraries | {name: here.get(name, begun[name]) for name in COMPUTING if name in begun}
 
 
 @cache

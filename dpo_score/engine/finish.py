@@ -32,7 +32,7 @@ from dpo_score.results import groups as slices
 from dpo_score.results import noise, rewardbench
 from dpo_score.results.card import README, SUMMARY, card, data_set
 from dpo_score.results.source_text import TextSource
-from dpo_score.storage.base import FileRecord, Store
+from dpo_score.storage.base import FileRecord, Store, json_bytes
 from dpo_score.storage.commits import CommitRecord, read_records, record_name
 from dpo_score.storage.manifest import Manifest, finish_manifest, read_manifest, reopen_manifest
 from dpo_score.storage.stage import REJECTED_ROWS, Stage, part_file
@@ -106,9 +106,9 @@ def finish(context: RunContext, plan: RunPlan, failures: Mapping[str, PolicyFail
     warn_of_noise(context, summary)
     reopen_manifest(context.store)
     outputs = [
-        _written(context.store, SUMMARY, summary),
-        _text(context.store, README, card(context.store)),
-        _text(context.store, "pipeline.yaml", dump_config(plan.config)),
+        _written(context.store, SUMMARY, json_bytes(summary)),
+        _written(context.store, README, card(context.store).encode()),
+        _written(context.store, "pipeline.yaml", dump_config(plan.config).encode()),
     ]
     beside = data_set(context.store)
     outputs += beside.files if beside is not None else ()
@@ -162,13 +162,10 @@ def warn_of_marks(context: RunContext, plan: RunPlan, found: Mapping[str, Any], 
         if mark in WORTH_A_WARNING and seen["pairs"] > MARKED_SHARE * pairs:
             share = f"{seen['pairs']:,} of {pairs:,} pairs"
             line = f"{mark}: {MARKS[mark]}: {share}, e.g. row {seen['first']}"
-            context.progress.warn(line, "".join(f": {text}" for text in _shown(plan, seen["first"])))
-
-
-def _shown(plan: RunPlan, row_id: str) -> Iterator[str]:
-    """A row's pair, read again: another process, or an earlier one, may have made its tokens."""
-    pairs = TextSource(plan.config, plan.datasets).pairs([row_id]).values()
-    return (example(item) for item in plan.renderer.encode(list(pairs)) if isinstance(item, EncodedPair))
+            # the row is read again: another process, or an earlier one, may have made its tokens
+            again = list(TextSource(plan.config, plan.datasets).pairs([seen["first"]]).values())
+            encoded = (item for item in plan.renderer.encode(again) if isinstance(item, EncodedPair))
+            context.progress.warn(line, "".join(f": {example(item)}" for item in encoded))
 
 
 def _data_summary(store: Store, plan: RunPlan) -> dict[str, Any]:
@@ -272,20 +269,9 @@ def _records(store: Store, plan: RunPlan, stage: Stage) -> Iterator[CommitRecord
     return (record for record in map_threads(records.get, names, store.width) if isinstance(record, CommitRecord))
 
 
-def _written(store: Store, name: str, summary: Mapping[str, Any]) -> FileRecord:
-    store.write_json(name, summary)
-    return _record(store, name)
-
-
-def _text(store: Store, name: str, text: str) -> FileRecord:
-    store.write_bytes(name, text.encode())
-    return _record(store, name)
-
-
-def _record(store: Store, name: str) -> FileRecord:
-    stat = store.stat(name)
-    assert stat is not None
-    return FileRecord(name, stat.size, 0, store.sha256(name))
+def _written(store: Store, name: str, content: bytes) -> FileRecord:
+    store.write_bytes(name, content)
+    return FileRecord(name, len(content), 0, store.sha256(name))
 
 
 # --- what people read -------------------------------------------------------------------------------------------------

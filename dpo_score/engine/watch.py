@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from dpo_score.config.schema import PolicySpec, RunConfig
@@ -58,7 +58,8 @@ def watch(
                 seen = now
                 outcome = choose.run(config, progress)
                 finished(outcome)
-                if until is not None and _reached(outcome, until):
+                steps = (re.search(r"(\d+)$", name) for name in outcome.summary["policies"])
+                if until is not None and any(int(step[1]) >= until for step in steps if step is not None):
                     return outcome
                 waits = f"for step {until}" if until is not None else "for more checkpoints"
                 progress.say(f"waiting {waits}: a look every {seconds:g} s, Ctrl-C ends")
@@ -95,12 +96,6 @@ def _files(policy: PolicySpec) -> Files:
             continue
         found.append((str(path), stat.st_size, stat.st_mtime_ns))
     return tuple(found)
-
-
-def _reached(outcome: Outcome, until: int) -> bool:
-    policies: Mapping[str, object] = outcome.summary["policies"]
-    steps = (re.search(r"(\d+)$", name) for name in policies)
-    return any(int(step[1]) >= until for step in steps if step is not None)
 
 
 def _slept(seconds: float) -> bool:
