@@ -317,7 +317,25 @@ def rescore(
     loss_param: Sequence[str] = (),
     reference_policy: str | None = None,
 ) -> dict[str, Any]:
-    """`dpo-score rescore`: every loss × beta over the log-probs that `out` holds, without a model."""
+    """`dpo-score rescore`: every loss × beta over the log-probs that `out` holds, without a model.
+
+    Args:
+        loss, beta: one or several; each loss is computed with each beta. label_smoothing, loss_param: of all of them.
+        reference_policy: a scored policy that takes the reference's place.
+
+    Returns: strict JSON; `rows` holds one dictionary per policy, loss and beta. The grid is also written to `out`.
+    Raises: UsageError and its kinds.
+
+    >>> import tempfile, transformers
+    >>> folder = tempfile.mkdtemp()
+    >>> shape = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    >>> transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).save_pretrained(f"{folder}/model")
+    >>> pairs = [{"prompt_input_ids": [1, 5], "chosen_input_ids": [7, 2], "rejected_input_ids": [9, 2]}]
+    >>> models = {"reference": f"{folder}/model", "policy": {"same": f"{folder}/model"}}
+    >>> result = run(data=pairs, out=f"{folder}/out", cache_dir=folder, **models)
+    >>> [(row["loss_name"], row["beta"]) for row in rescore(result.out, ["sigmoid", "ipo"], 0.5)["rows"]]
+    [('sigmoid', 0.5), ('ipo', 0.5)]
+    """
     from dpo_score.results import rescore as grid
 
     losses = loss if isinstance(loss, str) else ",".join(loss)

@@ -110,6 +110,10 @@ def get_batch_logps(
 
     Returns the summed, or averaged, log-probability of each row's labels, shape (batch,). DataError, a ValueError,
     where the shapes of `logits` (batch, length, vocabulary) and `labels` (batch, length) do not fit.
+
+    >>> import torch
+    >>> round(get_batch_logps(torch.zeros(1, 3, 4), torch.tensor([[-100, 1, 2]])).item(), 4)
+    -2.7726
     """
     from dpo_score.losses.torch import sequence_logps
 

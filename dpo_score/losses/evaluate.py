@@ -36,6 +36,10 @@ def evaluate_pairs(
     `grad_chosen`, `grad_rejected` (∂ of the mean loss by each policy log-probability) and `mean_logratio_margin` =
     mean(Δc − Δr), without β. `chosen_tokens`, `rejected_tokens`: scored tokens, for losses that read lengths.
     DataError: empty, unequal lengths, a value that is not finite. ConfigError: unknown loss, parameter out of range.
+
+    >>> found = evaluate_pairs([-2.0], [-3.0], [-2.5], [-2.5], beta=0.5)
+    >>> found["margins"], round(found["loss"], 4)
+    ([0.5], 0.4741)
     """
     resolved = parse_loss(LossSpec(name=loss, beta=beta, label_smoothing=label_smoothing, params=params or {}))
     arrays = _aligned(

@@ -7,10 +7,12 @@ L = log σ in its stable form. All values in nats, all arrays of shape (pairs,):
 To add a loss, write a function from (`FormulaInputs`, `LossSettings`) to one number a pair, and a row of `_TABLE`:
 
 >>> import numpy as np
->>> from dpo_score.losses.formulas import LOSSES, FormulaInputs, LossSettings
->>> x = FormulaInputs(chosen=np.array([-4.0]), rejected=np.array([-6.0]), nll=np.array([4.0]), chosen_tokens=8.0)
->>> float(LOSSES["sft"].formula(x, LossSettings(beta=0.1))[0])
-0.5
+>>> def squared_loss(x, settings):  # its docstring: the formula, and the paper it is from
+...     return (1.0 - settings.beta * (x.chosen - x.rejected)) ** 2
+>>> row = Loss("squared", squared_loss)
+>>> x = FormulaInputs(chosen=np.array([2.0]), rejected=np.array([-3.0]), nll=np.array([4.0]), chosen_tokens=8.0)
+>>> float(row.formula(x, LossSettings(beta=0.1))[0])
+0.25
 """
 
 from __future__ import annotations

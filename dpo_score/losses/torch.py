@@ -19,6 +19,10 @@ class DPOLoss(nn.Module):
     """−(1−ε)·log σ(βδ) − ε·log σ(−βδ), δ = (πc − πr) − (ρc − ρr). DPO, arXiv 2305.18290 eq. 7; ε: cDPO.
 
     `beta` > 0, 0 ≤ `label_smoothing` ≤ 0.5, else ConfigError.
+
+    >>> losses, chosen, rejected = DPOLoss(beta=0.5)(*torch.tensor([[-2.0], [-3.0], [-2.5], [-2.5]]))
+    >>> round(losses.item(), 4), chosen.item(), rejected.item()
+    (0.4741, 0.25, -0.25)
     """
 
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
@@ -70,6 +74,10 @@ def sequence_logps(
     out. In a decoder-only model position t predicts label t + 1, so the first label is never scored; an
     encoder-decoder model's labels line up with its logits. 16-bit logits are computed in float32. A row without a
     label sums to 0 and averages to NaN. Neither argument is changed. DataError when the shapes do not fit.
+
+    >>> logits = torch.zeros(1, 3, 4)  # three positions, at each of which four tokens are equally likely
+    >>> round(sequence_logps(logits, torch.tensor([[-100, 1, 2]])).item(), 4)
+    -2.7726
     """
     if logits.shape[:-1] != labels.shape:
         raise DataError(

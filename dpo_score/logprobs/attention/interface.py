@@ -6,7 +6,17 @@ does not know, so what the mask would have said is computed here: causality and 
 sinks and grouped heads are supported; anything else that a layer asks for raises `Unshareable`, and the model is
 scored on the plain path. The pack in use is process-wide state, set by `sharing`: one pack is computed at a time.
 
-A new kernel is a class with the two members of `PreparedPack`; `packed.prepared_pack` chooses among them.
+A new kernel is a class with the two members of `PreparedPack`; `packed.prepared_pack` chooses among them:
+
+    >>> class OneSequence:  # of three tokens
+    ...     tokens = 3
+    ...     def attend(self, query, key, value, sinks, scale, window, softcap):
+    ...         later = torch.ones(3, 3).triu(1).bool()
+    ...         weights = (query @ key.mT * scale).masked_fill(later, float("-inf")).softmax(-1)
+    ...         return (weights @ value).transpose(1, 2)
+    >>> ones = torch.ones(1, 2, 3, 4)
+    >>> OneSequence().attend(ones, ones, ones, None, 0.5, 0, 0.0).shape  # [1, T, Hq, E]
+    torch.Size([1, 3, 2, 4])
 
 Shapes: Hq, Hk query and key heads; T tokens of the pack; D, E head sizes of keys and values.
 """
