@@ -23,7 +23,7 @@ from dpo_score.logprobs.lengths import length_rules
 from dpo_score.logprobs.lm_head import token_values
 from dpo_score.logprobs.numerics import one_by_one
 from dpo_score.logprobs.packing import prompt_groups, response_inputs
-from dpo_score.logprobs.padded import PaddedPath
+from dpo_score.logprobs.padded import PaddedPath, is_worth_it
 from dpo_score.logprobs.transfer import split, to_device
 from dpo_score.logprobs.types import Values
 from dpo_score.models.numerics import Numerics
@@ -59,18 +59,20 @@ class ForkedPath:
         groups = [tuple(shared[i] for i in group) for group in prompt_groups([sequences[i] for i in shared])]
         groups.sort(key=lambda g: (-len(sequences[g[0]].prompt), g))
         batches: list[list[int]] = []
-        prompts, answers, longest, answer = 0, 0, 0, 0
+        prompts, answers, longest, answer, tokens = 0, 0, 0, 0, 0
         for group in groups:
             prompt = len(sequences[group[0]].prompt)
             own = max(len(sequences[i].response) for i in group)
             wider = max(answer, own)
+            real = prompt + sum(len(sequences[i].response) for i in group)
             size = (prompts + 1) * longest + (answers + len(group)) * wider
-            if batches and size <= self.numerics.batch_tokens and (prompt > 0) == (longest > 0):
+            fits = bool(batches) and is_worth_it(size, tokens + real, self.numerics.batch_tokens)
+            if fits and (prompt > 0) == (longest > 0):
                 batches[-1].extend(group)
-                prompts, answers, answer = prompts + 1, answers + len(group), wider
+                prompts, answers, answer, tokens = prompts + 1, answers + len(group), wider, tokens + real
             else:
                 batches.append(list(group))
-                prompts, answers, longest, answer = 1, len(group), prompt, own
+                prompts, answers, longest, answer, tokens = 1, len(group), prompt, own, real
         return [*map(tuple, batches), *((i,) for i in alone)]
 
     @contextmanager

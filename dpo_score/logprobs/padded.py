@@ -89,14 +89,30 @@ class PaddedPath:
 
 
 def microbatches(lengths: Sequence[int], budget: int) -> list[tuple[int, ...]]:
-    """Longest first; a batch holds rows × longest ≤ budget tokens (or one row)."""
+    """Longest first; a batch holds rows × longest ≤ budget tokens (or one row), little of it padding."""
     batches: list[list[int]] = []
+    tokens = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+        size = (len(batches[-1]) + 1) * lengths[batches[-1][0]] if batches else 0
+        if batches and is_worth_it(size, tokens + lengths[index], budget):
             batches[-1].append(index)
+            tokens += lengths[index]
         else:
             batches.append([index])
+            tokens = lengths[index]
     return [tuple(batch) for batch in batches]
+
+
+def is_worth_it(size: int, tokens: int, budget: int) -> bool:
+    """Whether a batch of `size` tokens, of which `tokens` are real, is better than two: in a small forward the calls
+    cost more than the padding, in a large one padding costs what tokens do."""
+    return size <= budget and (size <= SMALL_FORWARD or size - tokens <= size * PADDING)
+
+
+SMALL_FORWARD = 1024
+"""Tokens of a forward whose padding is cheaper than another forward."""
+PADDING = 0.125
+"""Largest share of padding in a forward that is not small."""
 
 
 def pad(rows: Sequence[np.ndarray[Any, Any]], device: torch.device) -> dict[str, Tensor]:

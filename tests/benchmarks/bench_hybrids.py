@@ -30,8 +30,8 @@ LARGE = {
                    "num_experts_per_tok": 2, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
                    "linear_num_value_heads": 8, "linear_num_key_heads": 4, "linear_key_head_dim": 64,
                    "linear_value_head_dim": 64},
-    "lfm2": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 49152,
-             "layer_types": ["conv", "conv", "conv", "full_attention"] * 2, "num_attention_heads": 12,
+    "lfm2": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "vocab_size": 49152,
+             "layer_types": ["conv", "conv", "conv", "full_attention"] * 3, "num_attention_heads": 12,
              "num_key_value_heads": 4},
 }  # fmt: skip
 

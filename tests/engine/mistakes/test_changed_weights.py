@@ -71,9 +71,8 @@ def test_a_newer_checkpoint_copied_over_the_one_that_is_scored(
     assert scores(out) == truth(runner, data, other, tmp_path)
 
 
-@pytest.mark.parametrize("what", ["weights", "config"])
 def test_a_change_between_two_blocks_takes_the_policy_out_again(
-    what: str, runner: Runner, data: Path, live: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runner: Runner, data: Path, live: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preparing, "block_rows", lambda *_: 24)
     real, out = running.commit, tmp_path / "out"
@@ -81,7 +80,7 @@ def test_a_change_between_two_blocks_takes_the_policy_out_again(
     def commit_then_change(store: Any, record: Any) -> None:
         real(store, record)
         if (record.stage, record.block) == ("scores/a", 0):
-            change(live, runner.models["worse"], what)
+            change(live, runner.models["worse"], "config")
 
     monkeypatch.setattr(running, "commit", commit_then_change)
     policies = [f"a={live}", f"b={runner.models['worse']}"]
