@@ -18,7 +18,7 @@ from rich.text import Text
 from dpo_score.cli.console import console, is_plain
 from dpo_score.config.load import load_config
 from dpo_score.data.dataset import Dataset, open_data, read_rows_at
-from dpo_score.data.types import EncodedPair, Pair, Rejected, Side, row_place
+from dpo_score.data.types import EncodedPair, Pair, Picture, Rejected, Side, row_place
 from dpo_score.errors import UsageError, nearest
 from dpo_score.escape import safe
 from dpo_score.losses.ops import Floats
@@ -83,6 +83,7 @@ def described(
     yield Text(f"marks: {', '.join(item.marks) or 'none'}")
     mask = item.tokens.prompt_mask
     prompt = tokens(reader.tokenizer, item.tokens.prompt, mask, default=False)
+    yield from pictures_of(item, reader)
     yield _heading("prompt", f"{len(prompt)} tokens, not scored" if mask is None else _counts(prompt))
     yield coloured(prompt, plain)
     for side in SIDES:
@@ -90,6 +91,20 @@ def described(
         cut = ", cut" if getattr(item.tokens, f"{side}_truncated") else ""
         yield _heading(f"{side} (begins at token {len(prompt)})", _counts(found) + cut)
         yield coloured(found, plain)
+
+
+def pictures_of(item: EncodedPair, reader: Reader) -> Iterator[Text]:
+    """One line a picture: its size, its tokens, and where its file is."""
+    processor = reader.renderer.processor
+    for number, picture in enumerate(item.pair.pictures or ()):
+        tokens_of = 0 if processor is None else processor.count(processor.ids(processor.replacement(*_size(picture))))
+        place = picture.path if picture.row is None else f"{picture.column} of row {picture.row}"
+        size = f"{picture.width} × {picture.height} pixels, {tokens_of} tokens"
+        yield Text(safe(f"picture {number + 1}: {size}; {place}, sha256 {picture.sha256[:12]}"))
+
+
+def _size(picture: Picture) -> tuple[int, int]:
+    return picture.width, picture.height
 
 
 def _counts(found: Sequence[Token]) -> str:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from dpo_score.config.schema import ComputeSpec, RunConfig
 from dpo_score.data.dataset import PairReader
+from dpo_score.data.pictures import with_files
 from dpo_score.data.types import TokenSequence, row_place
 from dpo_score.engine.block_inputs import BlockText, TextPlan, encoded_block
 from dpo_score.engine.context import RunContext
@@ -52,6 +53,9 @@ def written(pairs: Any, folder: Path) -> Path:
         pq.write_table(pairs, path)
     elif hasattr(pairs, "to_parquet"):  # datasets
         pairs.to_parquet(str(path))
+    elif isinstance(pairs, Sequence) and any(_has_picture(row) for row in pairs):
+        cells = [{name: with_files(value) for name, value in _row(row).items()} for row in pairs]
+        pq.write_table(pa.Table.from_pylist(cells), path)
     elif isinstance(pairs, Iterable) and not isinstance(pairs, str | bytes | Mapping):
         path = path.with_suffix(".jsonl")
         path.write_text("".join(f"{json.dumps(_row(row), default=_plain)}\n" for row in pairs), encoding="utf-8")
@@ -60,6 +64,13 @@ def written(pairs: Any, folder: Path) -> Path:
             f"pairs is a {type(pairs).__name__}: give a path, a table (pandas, polars, Arrow, datasets) or dicts"
         )
     return path
+
+
+def _has_picture(row: Any) -> bool:
+    """Whether a row holds a PIL image, or the bytes of a picture."""
+    values = [*row.values()] if isinstance(row, Mapping) else []
+    flat = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
+    return any(isinstance(item, bytes) or hasattr(item, "getexif") for item in flat)
 
 
 def _row(row: Any) -> Mapping[str, Any]:

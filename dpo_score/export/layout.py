@@ -29,6 +29,7 @@ import pyarrow as pa
 from dpo_score.config.schema import RunConfig, TextSpec
 from dpo_score.data.dataset import DataFile, Dataset, PairReader
 from dpo_score.data.layout import split_names
+from dpo_score.data.pictures import read_again
 from dpo_score.data.types import Pair, Problem, Rejected
 from dpo_score.engine.plan import SCHEMA_VERSION, RowBlocks, RunPlan
 from dpo_score.errors import ConfigError, nearest
@@ -208,8 +209,13 @@ MESSAGES = pa.list_(MESSAGE)
 JSON = pa.json_(pa.string())
 JSON_MESSAGES = pa.list_(JSON)
 """Messages with more than role and content: a struct would pad each with the keys of all others."""
-TOOLS, ARGUMENTS = "tools", "chat_template_kwargs"
-KINDS = {"string": pa.string(), "messages": MESSAGES, "json": JSON_MESSAGES}
+PART = pa.struct([("type", pa.string()), ("text", pa.string())])
+PARTED = pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(PART))]))
+"""Messages whose content is in parts, as sets about pictures have them: the text of a picture's place is null."""
+PICTURES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+"""Pictures as the datasets library stores them."""
+TOOLS, ARGUMENTS, IMAGES = "tools", "chat_template_kwargs", "images"
+KINDS = {"string": pa.string(), "messages": MESSAGES, "json": JSON_MESSAGES, "parts": PARTED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +253,7 @@ def survey(blocks: Iterable[tuple[Sequence[Pair | None], pa.Table]], text: TextS
         changed |= {name for name in TEXTS if name in source.column_names and _differs(name, pairs, source)}
         tools = tools or any(pair is not None and pair.tools for pair in pairs)
         arguments = arguments or any(pair is not None and pair.chat_template_kwargs for pair in pairs)
-    kind = next((name for name in ("json", "messages") if name in kinds), "string")
+    kind = next((name for name in ("parts", "json", "messages") if name in kinds), "string")
     given = kind != "string" and bool(text.chat_template_kwargs)
     return Survey(kind, frozenset(changed), tools, arguments or given)
 
@@ -256,8 +262,20 @@ def _kind(pair: Pair) -> str:
     if isinstance(pair.chosen, str):
         return "string"
     messages = [message for part in (pair.prompt, pair.chosen, pair.rejected) for message in part]
+    if pair.pictures is not None:
+        return _parted(pair, messages)
     plain = all(isinstance(m, Mapping) and m.keys() == {"role", "content"} for m in messages)
     return "messages" if plain else "json"
+
+
+def _parted(pair: Pair, messages: Iterable[Any]) -> str:
+    """The kind of a pair about pictures. ConfigError for what its columns have no room for."""
+    if pair.tools or any(message.keys() != {"role", "content"} for message in messages):
+        raise ConfigError(
+            f"row {pair.source.row_id} of {pair.source.file} has pictures beside tools or other keys of a message, "
+            "which are not written together yet: score such rows with `dpo-score run`, or leave the tools out"
+        )
+    return "parts"
 
 
 def _differs(name: str, pairs: Sequence[Pair | None], source: pa.Table) -> bool:
@@ -279,6 +297,8 @@ def columns_to_build(found: Survey, source: pa.Schema) -> BuiltColumns:
         built[TOOLS] = pa.string()
     if found.arguments or ARGUMENTS in source.names:
         built[ARGUMENTS] = JSON
+    if found.kind == "parts":
+        built[IMAGES] = PICTURES
     return BuiltColumns(built)
 
 
@@ -308,10 +328,22 @@ def built_columns(found: BuiltColumns, pairs: Sequence[Pair | None], text: TextS
 def _column(name: str, type_: pa.DataType, pairs: Sequence[Pair | None], text: TextSpec) -> pa.Array:
     if name == ARGUMENTS:
         return _json([_arguments(pair, text) for pair in pairs])
+    if name == IMAGES:
+        return _images(pairs)
     if name == TOOLS:
         return pa.array([_tools(pair) for pair in pairs], pa.string())
     values = [None if pair is None else _value(pair, name) for pair in pairs]
     return _json_lists(values) if type_ == JSON_MESSAGES else pa.array(values, type_)
+
+
+def _images(pairs: Sequence[Pair | None]) -> pa.Array:
+    """The files of the pictures of each pair, whether the data held them or named them."""
+    held = read_again(picture for pair in pairs if pair is not None for picture in pair.pictures or ())
+    cells = [
+        None if pair is None else [{"bytes": held[p.sha256], "path": None} for p in pair.pictures or ()]
+        for pair in pairs
+    ]
+    return pa.array(cells, PICTURES)
 
 
 def _tools(pair: Pair | None) -> str | None:
@@ -480,6 +512,11 @@ class SetPlan:
 def plan_set(plan: RunPlan, rows: RunRows, export: Export, index: int) -> SetPlan:
     """Reads the set once where texts are written; a consumer of ids needs no look at the rows."""
     source, added = source_schema(plan.datasets[index]), export.added()
+    media = plan.datasets[index].reader.media
+    if media is not None and not export.consumer.texts:
+        raise ConfigError("the data have pictures, which token ids alone do not hold: precompute for TRL")
+    if media is not None:  # written anew, with the bytes of pictures that the data name by path
+        source = pa.schema([field for field in source if field.name != media.column])
     found, texts = BuiltColumns({}), export.consumer.texts
     if texts:
         found = columns_to_build(survey(_surveyed(plan, rows, index, source), plan.renderer.text), source)

@@ -29,12 +29,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Image, load_dataset
 from trl import DPOConfig, DPOTrainer
 
 HERE = Path(__file__).parent
 CONTRACT = "dpo_score.json"
 VALUES = ("ref_chosen_logps", "ref_rejected_logps")
+IMAGES = "images"
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 NEEDED = ("chosen", "rejected", *VALUES, "pair_digest", "row_id")
 HALF_NOISE, FLOAT32_NOISE = 0.05, 1e-4
@@ -49,10 +50,22 @@ def load(folder: str | Path = HERE, **options: Any) -> Any:
     TRL's own DPOTrainer then takes its columns, too: see `teach_trl`.
     """
     teach_trl()
-    found = load_dataset(str(folder), **options)
+    found: Any = load_dataset(str(folder), **options)
+    if isinstance(found, dict):
+        for name, part in found.items():
+            found[name] = _with_pictures(part)
+    else:
+        found = _with_pictures(found)
     for part in found.values() if isinstance(found, Mapping) else [found]:
         part.info.description = _LOADED_FROM + str(Path(folder).absolute())
     return found
+
+
+def _with_pictures(dataset: Any) -> Any:
+    """Files of pictures as the pictures that a processor takes."""
+    if IMAGES not in (dataset.column_names or ()):
+        return dataset
+    return dataset.cast_column(IMAGES, [Image()])
 
 
 def read_contract(where: str | Path | Mapping[str, Any] | None, dataset: Any = None) -> dict[str, Any]:
@@ -120,10 +133,37 @@ class DPOTrainerWithRefLogps(DPOTrainer):  # type: ignore[misc]
         if differences:
             raise self.refusal(_not_of("this trainer", differences))
         args = copy.copy(args)
-        args.precompute_ref_log_probs = True  # TRL then takes the values from the data, and loads no reference
         self._unchecked = True
-        super().__init__(model, None, args, *more, train_dataset=train_dataset, **named)
+        if IMAGES in (getattr(train_dataset, "column_names", None) or ()):
+            self._begin_with_pictures(model, args, *more, train_dataset=train_dataset, **named)
+        else:
+            args.precompute_ref_log_probs = True  # TRL then takes the values from the data, and loads no reference
+            super().__init__(model, None, args, *more, train_dataset=train_dataset, **named)
         self._is_reference = has_weights(self.model, self.contract["reference"]["fingerprint"])
+
+    def _begin_with_pictures(self, model: Any, args: DPOConfig, *more: Any, train_dataset: Any, **named: Any) -> None:
+        """TRL refuses precompute_ref_log_probs for pictures and would load a reference: here it is given a second name
+        of the model in its place, which is dropped, and batches bring the values along."""
+        if args.truncation_mode != "keep_start" or named.get("data_collator") is not None:
+            raise self.refusal("pairs about pictures: leave data_collator out, and truncation_mode at keep_start")
+        args.precompute_ref_log_probs = False
+        args.dataloader_num_workers = 0  # a refusal of a row must end the training, not a worker
+        if isinstance(named.get("eval_dataset"), Dataset):
+            named["eval_dataset"] = self._usable(named["eval_dataset"], "eval")
+        data = self._usable(train_dataset, "train")
+        stand_in = None if isinstance(model, str) or hasattr(model, "peft_config") else copy.copy(model)
+        if named.get("peft_config") is not None:
+            stand_in = None
+        super().__init__(model, stand_in, args, *more, train_dataset=data, **named)
+        self.ref_model, self.precompute_ref_logps = None, True
+        self.data_collator = PictureBatches(getattr(self, "data_collator"), self.refusal)  # noqa: B009 - TRL has no types
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if not self._is_vision_dataset:
+            return
+        extra = [*VALUES, "pair_digest", "row_id"]
+        self._signature_columns += [name for name in extra if name not in self._signature_columns]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
         if not isinstance(dataset, Dataset):
@@ -178,6 +218,34 @@ class DPOTrainerWithRefLogps(DPOTrainer):  # type: ignore[misc]
                 f"more than beta × the noise floor = {self.beta} × {floor:.3g} nats. The reference log-probs are not "
                 "this model's: compute them again"
             )
+
+
+class PictureBatches:
+    """Batches of TRL's vision collator with reference log-probs beside them; the ids of every row are compared with
+    those that were scored. `refusal` is raised where they are others."""
+
+    def __init__(self, collator: Any, refusal: type[Exception]) -> None:
+        self.collator, self.refusal = collator, refusal
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Any:
+        count = len(examples)
+        known = [{name: row[name] for name in (*VALUES, "pair_digest", "row_id")} for row in examples]
+        batch = self.collator([{k: v for k, v in row.items() if k not in known[0]} for row in examples])
+        real, answer = batch["attention_mask"].bool(), batch["completion_mask"].bool()
+        for row, given in enumerate(known):
+            prompt = batch["input_ids"][row][real[row] & ~answer[row]]
+            sides = [batch["input_ids"][at][real[at] & answer[at]] for at in (row, row + count)]
+            found = pair_digest([part.tolist() for part in (prompt, *sides)])
+            if found != given["pair_digest"]:
+                raise self.refusal(
+                    f"row {given['row_id']}: the token ids that TRL's vision collator makes of it are not those that "
+                    f"were scored (pair_digest {found} here, {given['pair_digest']} there). Train with the processor "
+                    "and max_length that were scored with, or compute the values again with --prompt-split trl, which "
+                    "makes ids of prompt and answers apart as this collator does"
+                )
+        for name in VALUES:
+            batch[name] = torch.tensor([given[name] for given in known])
+        return batch
 
 
 # --- TRL's own trainer ------------------------------------------------------------------------------------------------
