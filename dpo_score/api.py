@@ -58,6 +58,7 @@ class ScoreSettings(TypedDict, total=False):
     pairing: Literal["best-worst", "all", "adjacent", "random"]
     preference: Literal["better", "safer"]
     ignore_columns: str | Sequence[str]
+    media_root: PathLike
     keep_ties: bool
     seed: int
     reference_revision: str
