@@ -222,7 +222,7 @@ class Pair:
         return not isinstance(self.chosen, str)
 
 
-def _ids_digest(*parts: Ids) -> hashlib.blake2b:
+def ids_digest(*parts: Ids) -> hashlib.blake2b:
     """A running blake2b-128 over id lists, each with its length before it, so that boundaries count."""
     digest = hashlib.blake2b(digest_size=16)
     for ids in parts:
@@ -248,7 +248,7 @@ class TokenSequence:
     def key(self) -> bytes:
         """Content address: blake2b-128 of both id lists (length-prefixed, little-endian int32), the mask, and the
         content of the prompt's pictures."""
-        digest = _ids_digest(self.prompt, self.response)
+        digest = ids_digest(self.prompt, self.response)
         if self.scored is not None:
             digest.update(np.packbits(self.scored).tobytes())
         if self.media is not None:
@@ -290,7 +290,7 @@ class EncodedPair:
     @property
     def pair_digest(self) -> str:
         """blake2b-128 (hex) of the three id lists after truncation: what a trainer recomputes to check a value."""
-        return _ids_digest(self.tokens.prompt, self.tokens.chosen, self.tokens.rejected).hexdigest()
+        return ids_digest(self.tokens.prompt, self.tokens.chosen, self.tokens.rejected).hexdigest()
 
     def sequence(self, side: Side) -> TokenSequence:
         """Prompt and one answer, as they are scored."""

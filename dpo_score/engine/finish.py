@@ -31,6 +31,7 @@ from dpo_score.report.trackers import log_run, tensorboard_folder
 from dpo_score.results import groups as slices
 from dpo_score.results import noise, rewardbench
 from dpo_score.results.card import README, SUMMARY, card, data_set
+from dpo_score.results.run_folder import sliced
 from dpo_score.results.source_text import TextSource
 from dpo_score.storage.base import FileRecord, Store, json_bytes
 from dpo_score.storage.commits import CommitRecord, read_records, record_name
@@ -197,7 +198,7 @@ def _policy_summary(store: Store, plan: RunPlan, name: str, columns: pa.Table | 
     own = next((policy.reference.stage for policy in plan.policies if policy.name == name), Stage.reference())
     rejects = [REJECTED_ROWS, own.rejects, scores.rejects]
     summary = summarise(
-        slices.sliced(_tables(store, plan, scores.name), columns),
+        sliced(_tables(store, plan, scores.name), columns),
         slices=plan.config.slices,
         rejects=(table for folder in rejects for table in _tables(store, plan, folder)),
     )

@@ -7,12 +7,11 @@ is nowhere is refused with those that are there. How a column makes groups is in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from dpo_score.data.dataset import Dataset, PairReader
 from dpo_score.data.formats.transcripts import message_count
@@ -23,7 +22,7 @@ from dpo_score.losses.columns import DERIVED
 from dpo_score.metrics.arrays import FLOATS, without_texts
 from dpo_score.metrics.compare import AlignedPolicies, ScoredPolicy
 from dpo_score.metrics.groups import BUILT_IN, DATA, DATASET, LENGTH, TURNS, means, text_of
-from dpo_score.results.run_folder import read_scored, score_columns, scored_row_ids, shared_ids
+from dpo_score.results.run_folder import Reading, read_scored, score_columns, scored_row_ids, shared_ids, unseen
 from dpo_score.results.schemas import COUNT_FIELDS, SIDES, TEXT_FIELDS
 from dpo_score.results.source_text import text_source
 from dpo_score.storage.base import Store
@@ -76,15 +75,21 @@ def columns_of_data(
 
 
 def read_policies(
-    store: Store, manifest: Manifest, policies: Sequence[str], slices: Sequence[str] = ()
+    store: Store,
+    manifest: Manifest,
+    policies: Sequence[str],
+    slices: Sequence[str] = (),
+    reading: Reading = unseen,
 ) -> list[ScoredPolicy]:
     """All scored rows of several policies; the first with `slices` to group by, since groups follow its rows."""
-    lacked = _of_folder(store, manifest, policies[0], slices)
+    stored = score_columns(store, policies[0]) if slices else []
+    columns = slice_columns(store, manifest, policies[0], slices, stored) if slices else None
     found: list[ScoredPolicy] = []
-    for policy in policies:
-        own = read_scored(store, manifest, policy, () if found else slices, None if found else lacked)
-        found = [*found, shared_ids([found[0], own])[1]] if found else [own]
-        pa.default_memory_pool().release_unused()  # the columns of one policy, before those of the next are read
+    with reading("reading scores", len(policies) * manifest.rows) as read:
+        for policy in policies:
+            own = read_scored(store, manifest, policy, () if found else slices, None if found else columns, read)
+            found = [*found, shared_ids([found[0], own])[1]] if found else [own]
+            pa.default_memory_pool().release_unused()  # the columns of one policy, before those of the next are read
     return found
 
 
@@ -95,17 +100,27 @@ def numbered_groups(aligned: AlignedPolicies) -> AlignedPolicies:
     )
 
 
-def _of_folder(
-    store: Store, manifest: Manifest, policy: str, slices: Sequence[str]
-) -> Callable[[pa.Table], pa.Table] | None:
-    """What adds the columns that the scores lack, read from the data. UsageError where a column cannot be had."""
-    if not slices:
-        return None
-    stored = score_columns(store, policy)
-    names = [name for name in slices if name not in stored and name not in (LENGTH, DATA)]
+def lacking(slices: Sequence[str], stored: Sequence[str]) -> list[str]:
+    """The slices that are columns of the data: scores have the columns `stored`."""
+    return [name for name in slices if name not in stored and name not in (LENGTH, DATA)]
+
+
+def slice_columns(
+    store: Store,
+    manifest: Manifest,
+    policy: str,
+    slices: Sequence[str],
+    stored: Sequence[str],
+    remember: bool = True,
+) -> pa.Table | None:
+    """The columns of the data that scores with the columns `stored` lack, by row_id; None where they lack none.
+
+    UsageError where a column cannot be had.
+    """
+    names = lacking(slices, stored)
     if not names:
         return None
-    source = text_source(store, manifest)
+    source = text_source(store, manifest, remember)
     if isinstance(source, str):
         raise UsageError(
             f"--slice {safe(names[0], 80)}: the scores have no such column (they can be grouped by "
@@ -115,8 +130,7 @@ def _of_folder(
     for name in names:
         if name not in BUILT_IN:
             _refuse_unless_there(name, source.datasets, stored)
-    found = from_data(source.datasets, source.rows(scored_row_ids(store, policy).to_pylist()), names)
-    return lambda table: joined(table, found)
+    return from_data(source.datasets, source.rows(scored_row_ids(store, policy).to_pylist()), names)
 
 
 def from_data(datasets: Sequence[Dataset], rows: Sequence[int], names: Sequence[str]) -> pa.Table:
@@ -166,18 +180,3 @@ def _array(values: Sequence[Any]) -> pa.Array:
     if kinds == {bool}:
         return pa.array(values, pa.bool_())
     return pa.array([text_of(value) for value in values], pa.string())
-
-
-def joined(table: pa.Table, found: pa.Table) -> pa.Table:
-    """`table` with the other columns of `found` that it lacks, by row_id; null where a row is not found."""
-    at = pc.index_in(table["row_id"], value_set=found["row_id"].combine_chunks())
-    for name in found.column_names:
-        if name not in table.column_names:
-            table = table.append_column(found.schema.field(name), found[name].take(at))
-    return table
-
-
-def sliced(tables: Iterable[pa.Table], found: pa.Table | None) -> Iterator[pa.Table]:
-    """Score tables with what they lack of `found`."""
-    for table in tables:
-        yield table if found is None else joined(table, found)

@@ -24,6 +24,13 @@ RULES = ("avg", "sum", "norm")
 WHOLE = ("best-worst", "all")
 """Pairings that give every right answer of a best-of-n prompt against every wrong one; the first is the default."""
 
+COLUMNS = (
+    *("row_id", "id", "dataset", "subset", "num_correct", "chosen_tokens", "rejected_tokens"),
+    *(f"{role}_{side}_logps" for role in ("policy", "ref") for side in ("chosen", "rejected")),
+    *(f"policy_{side}_token_logps" for side in ("chosen", "rejected")),
+)
+"""What `answers` reads of scores."""
+
 
 @dataclass(frozen=True, slots=True)
 class Answers:

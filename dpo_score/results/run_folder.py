@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -34,6 +35,17 @@ STEP = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 """The end of a checkpoint's name that tells its step: a whole number after a separator or a word such as step."""
+
+
+class Reading(Protocol):
+    """Tells a person how far a look at many rows is: `with reading(label, rows) as read: … read(rows of a part)`."""
+
+    def __call__(self, label: str, rows: int) -> AbstractContextManager[Callable[[int], None]]: ...
+
+
+def unseen(label: str, rows: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A look that nobody watches."""
+    return nullcontext(lambda read: None)
 
 
 def open_out(out: str, mend: bool = True) -> tuple[Store, Manifest]:
@@ -87,11 +99,12 @@ def read_scored(
     manifest: Manifest,
     policy: str,
     slices: Sequence[str] = (),
-    lacked: Callable[[pa.Table], pa.Table] | None = None,
+    columns: pa.Table | None = None,
+    read: Callable[[int], None] = lambda rows: None,
 ) -> ScoredPolicy:
     """All scored rows of one policy, part by part: of each part only the columns that a comparison reads.
 
-    slices: further columns to group by. lacked: adds to the rows of a part what scores do not hold.
+    slices: further columns to group by. columns: those of them that scores lack, by row_id. read: told of rows read.
     """
     kept: list[pa.Table] = []
 
@@ -99,9 +112,10 @@ def read_scored(
         for name in parts(store, policy):
             table = _only_scored(store.read_table(name, _present(store, name, (*IDS, *COLUMNS, *slices))))
             kept.append(table.select(IDS))
-            yield table if lacked is None else lacked(table)
+            read(table.num_rows)
+            yield table
 
-    rows = collect(tables(), slices=slices)
+    rows = collect(sliced(tables(), columns), slices=slices)
     ids = pa.concat_tables(kept)
     return ScoredPolicy(
         name=policy,
@@ -159,6 +173,27 @@ def _marks(column: pa.ChunkedArray) -> Sequence[Sequence[str] | None]:
     if not len(pc.list_flatten(column)):
         return [empty] * len(column)
     return [marks or empty for marks in column.to_pylist()]
+
+
+def joined(table: pa.Table, found: pa.Table) -> pa.Table:
+    """`table` with the other columns of `found` that it lacks, by row_id; null where a row is not found."""
+    at = pc.index_in(table["row_id"], value_set=found["row_id"].combine_chunks())
+    for name in found.column_names:
+        if name not in table.column_names:
+            table = table.append_column(found.schema.field(name), found[name].take(at))
+    return table
+
+
+def sliced(tables: Iterable[pa.Table], found: pa.Table | None) -> Iterator[pa.Table]:
+    """Score tables with what they lack of `found`, whose rows are in the same order."""
+    for table in tables:
+        yield table if found is None or not len(table) else joined(table, _span(found, table))
+
+
+def _span(found: pa.Table, table: pa.Table) -> pa.Table:
+    """The rows of `found` from the first to the last of `table`: looked up in fewer, a part costs what it holds."""
+    first, last = (pc.index(found["row_id"], table["row_id"][place]).as_py() for place in (0, -1))
+    return found.slice(first, last - first + 1) if 0 <= first <= last else found
 
 
 def step_of(*names: str) -> int | None:

@@ -31,6 +31,7 @@ from dpo_score.tokenization.render import Renderer
 from dpo_score.tokenization.rewardbench import text_of
 from dpo_score.tokenization.tokenizer import TOKENIZER_FILES
 
+PIPELINE = "pipeline.yaml"
 CONSENT = ("allow_pickle", "trust_remote_code")
 
 
@@ -82,18 +83,21 @@ def stored_config(store: Store, allowed: Collection[str] = ()) -> RunConfig:
 
     OUT may come from somebody else: what its run was allowed (CONSENT) is not allowed here, but for `allowed`.
     """
-    if not store.exists("pipeline.yaml"):
-        raise UsageError(f"{store.url('pipeline.yaml')} does not exist: the run has not finished yet")
-    found = load_config(str(store.local_copy("pipeline.yaml")), {}, environment={})
+    if not store.exists(PIPELINE):
+        raise UsageError(f"{store.url(PIPELINE)} does not exist: the run has not finished yet")
+    found = load_config(str(store.local_copy(PIPELINE)), {}, environment={})
     return found.model_copy(update={name: name in allowed for name in CONSENT})
 
 
-def text_source(store: Store, manifest: Manifest) -> TextSource | str:
-    """The data of a run, or in one sentence why their texts cannot be shown."""
+def text_source(store: Store, manifest: Manifest, remember: bool = True) -> TextSource | str:
+    """The data of a run, or in one sentence why their texts cannot be shown.
+
+    remember: keep the digests of the files under the cache folder that the run had.
+    """
     try:
         config = stored_config(store)
-        digests = FileDigests(cache_folder(config.cache_dir))
-        datasets = open_data(config, sha256=digests.sha256)
+        digests = FileDigests(cache_folder(config.cache_dir)).sha256 if remember else None
+        datasets = open_data(config, sha256=digests)
     except (UsageError, DamageError) as error:
         return f"the data cannot be read again: {error}"
     now = {dataset.spec.name: dataset.fingerprint() for dataset in datasets}

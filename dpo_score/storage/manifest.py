@@ -83,6 +83,8 @@ class Manifest:
                 typed(known, field_name, kind)
             if known["block_rows"] < 1:
                 raise ValueError("block_rows is 0")
+            if known["state"] not in ("running", "complete"):
+                raise ValueError(f"its state is {known['state']!r:.40}")
             identities = Identities.from_json(known.pop("identities"))
             outputs = tuple(FileRecord.from_json(file) for file in known.pop("outputs"))
             return cls(identities=identities, outputs=outputs, warnings=tuple(known.pop("warnings")), **known)

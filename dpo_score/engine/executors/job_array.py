@@ -24,14 +24,13 @@ from dpo_score.engine.progress import Progress
 from dpo_score.engine.resume import missing_of
 from dpo_score.engine.run import checked_out, end_run, run_stages
 from dpo_score.errors import ConfigError, UsageError
-from dpo_score.results.source_text import stored_config
+from dpo_score.results.source_text import PIPELINE, stored_config
 from dpo_score.storage.base import Store
 from dpo_score.storage.commits import CommitRecord, read_records
 from dpo_score.storage.manifest import Manifest, read_manifest, reopen_manifest, save_manifest
 from dpo_score.storage.open import open_store
 from dpo_score.storage.stage import Stage
 
-PIPELINE = "pipeline.yaml"
 SHOWN_STAGES = 8
 
 

@@ -1,16 +1,23 @@
 """What a committed block holds, against its record, the manifest, the stage before it, and itself.
 
 The files of the block are already known to be those that the record names (size, sha256). What is found here was wrong
-when the files were written, or was altered together with the record: row ids, counts, the reference's values repeated
-in the scores, sums beside the lists they are sums of, and the columns that follow from the log-probs.
+when the files were written, or was altered together with the record: row ids and where rows come from, counts, the
+reference's values repeated in the scores, sums beside the lists they are sums of, and the columns that follow from the
+log-probs.
+
+Nothing that a file names is run. A loss of the user's own is code, and OUT may come from somebody else: it is run only
+from a file that the command line names and whose sha256 is the stored one; without it everything is known but its
+value.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,19 +25,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from dpo_score.config.schema import LossSpec
 from dpo_score.errors import ConfigError
 from dpo_score.losses.columns import DERIVED, derive_table
-from dpo_score.losses.parse import ResolvedLoss
-from dpo_score.results.verify.findings import Findings
-from dpo_score.results.verify.stored_loss import OF_CUSTOM, Allowed, is_unknown, stored_loss
+from dpo_score.losses.custom import CustomLoss, is_custom, load_custom, not_run
+from dpo_score.losses.parse import ResolvedLoss, parse_loss, parse_modifiers
 from dpo_score.storage.commits import CommitRecord
+from dpo_score.storage.faults import translated
 from dpo_score.storage.fingerprint import digest, has_reference
-from dpo_score.storage.manifest import Manifest
+from dpo_score.storage.manifest import SCHEMA_VERSION, Manifest
 
 Damage: TypeAlias = Iterator[tuple[str, str]]
 """(file, what is wrong with it)."""
 REDONE = "compute_dtype"
 """The column of the reference's part that a policy may change: a pack computed again in float32."""
+OF_CUSTOM = ("loss", "loss_code")
+"""The derived columns that only the function of a custom loss can give."""
+Allowed: TypeAlias = Mapping[tuple[str, str], CustomLoss]
+"""(sha256, function) → the function, from a file that the user named."""
 TURN_TOLERANCE = 1e-9
 """Turns are added up in another order than tokens: relative to the sum of the sizes."""
 
@@ -40,7 +52,8 @@ class Block:
     """A committed block: its tables by file, `main` the one with its values.
 
     `before`: the record of the same block that this one goes on from (of the run's reference for a policy's own
-    reference, of its reference for a policy); `given`: the values of that one, for a policy.
+    reference, of its reference for a policy); `given`: the values of that one, for a policy. `files`: data set and file
+    by the number that row ids have for them, as the blocks before said it; it grows.
     """
 
     manifest: Manifest
@@ -49,21 +62,24 @@ class Block:
     main: str
     before: CommitRecord | None
     given: pa.Table | None = None
+    files: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def values(self) -> pa.Table:
         return self.tables[self.main]
 
 
-def check(block: Block, allowed: Allowed, findings: Findings) -> None:
-    """Adds what is wrong with a block; `allowed` losses of the user's own are computed again."""
+def check(block: Block, allowed: Allowed, unproved: dict[str, str]) -> Damage:
+    """What is wrong with a block. `allowed` losses of the user's own are made again, others named in `unproved`."""
     places = {name: row_places(table) for name, table in block.tables.items()}
-    found = [*_span(block), *_counts(block), *_equation(block, places), *_ids(block, places)]
+    yield from (*_span(block), *_counts(block), *_equation(block, places), *_ids(block, places))
+    yield from (*_sources(block, places), *_metadata(block))
     not_finite = list(_finite(block))
-    for name, what in (*found, *not_finite, *(() if not_finite else (*_sums(block), *_same_as_given(block)))):
-        findings.add(name, what)
+    yield from not_finite
+    if not not_finite:
+        yield from (*_sums(block), *_same_as_given(block))
     if block.record.stage.startswith("scores/"):
-        _derived(block, allowed, findings)
+        yield from _derived(block, allowed, unproved)
 
 
 def row_places(table: pa.Table) -> NDArray[np.int64]:
@@ -164,6 +180,33 @@ def _ids(block: Block, places: Mapping[str, NDArray[np.int64]]) -> Damage:
     ids = pa.chunked_array([chunk for name in own for chunk in block.tables[name]["row_id"].chunks], pa.string())
     if digest(ids.take(pa.array(order)).to_pylist()) != block.record.row_ids_digest:
         yield block.main, "its rows are not those that the record covers"
+
+
+def _sources(block: Block, places: Mapping[str, NDArray[np.int64]]) -> Damage:
+    """Where a row comes from is what its id says: the same file for the same number, one of the data, and its row."""
+    data = block.manifest.identities.text.get("data", {})
+    for name, table in block.tables.items():
+        if not np.array_equal(table["source_row"].fill_null(-1).to_numpy(), places[name][:, 1]):
+            yield name, "column source_row is not the row that row_id names"
+        sources = pa.table({"number": places[name][:, 0], **{c: table[c] for c in ("dataset", "source_file")}})
+        for each in sources.group_by(sources.column_names).aggregate([]).to_pylist():
+            number, dataset, file = each.values()
+            known = block.files.setdefault(number, (dataset, file))
+            if known != (dataset, file):
+                yield name, f"file {number} is {file} of {dataset}, and in other rows {known[1]} of {known[0]}"
+            elif data and file not in [each["name"] for each in data.get(dataset, {}).get("files", ())]:
+                yield name, f"holds rows of {file} of {dataset}, which the manifest does not name"
+
+
+def _metadata(block: Block) -> Damage:
+    """A part says of itself what its record says of it."""
+    for name, table in block.tables.items():
+        told = table.schema.metadata or {}
+        for key, value in ((b"dpo_score.identity", block.record.identity), (b"dpo_score.schema", str(SCHEMA_VERSION))):
+            if told.get(key, value.encode()) != value.encode():
+                yield name, f"its {key.decode()} is not {value}"
+        if REDONE in table.column_names and not pc.all(pc.equal(table[REDONE], "float32"), min_count=0).as_py():
+            yield name, f"column {REDONE} holds another number format than float32"
 
 
 def _finite(block: Block) -> Damage:
@@ -289,28 +332,70 @@ def _same_bits(one: pa.ChunkedArray, other: pa.ChunkedArray) -> bool:
 # --- what follows from the log-probs ----------------------------------------------------------------------------------
 
 
-def _derived(block: Block, allowed: Allowed, findings: Findings) -> None:
+def _derived(block: Block, allowed: Allowed, unproved: dict[str, str]) -> Damage:
     """The derived columns, computed again from the log-probs."""
     policy = block.record.stage.removeprefix("scores/")
     fields = block.manifest.identities.policies[policy]
+    metadata = block.values.schema.metadata or {}
     try:
-        loss = stored_loss(block.values.schema.metadata or {}, allowed)
-    except (ConfigError, ValueError, LookupError, TypeError) as error:
-        findings.add(block.main, f"does not say which loss it was computed with ({type(error).__name__}: {error})")
+        loss = stored_loss(metadata, allowed)
+        said = json.loads(metadata.get(b"dpo_score.loss", b"null"))
+    except (ConfigError, ValueError, LookupError, TypeError, RecursionError) as error:
+        yield block.main, f"does not say which loss it was computed with ({type(error).__name__}: {error})"
         return
-    if json.loads(json.dumps(loss.identity())) != fields.get("loss"):
-        findings.add(block.main, "its loss is not the one the manifest names")
+    if any(named is not None and named != fields.get("loss") for named in (_as_json(loss.identity()), said)):
+        yield block.main, "its loss is not the one the manifest names"
+    known = loss.custom is None or loss.custom.call is not not_run
+    if loss.custom is not None and not known:
+        why = f"custom loss {loss.name!r}; --loss-file FILE runs a file of yours of sha256 {loss.custom.sha256}"
+        unproved[block.record.stage] = f"{' and '.join(OF_CUSTOM)} not recomputed: {why}"
     reference = block.manifest.identities.reference_of(policy)
     again = derive_table(block.values, loss, has_reference=has_reference(reference))
-    for column in _provable(block, loss, findings):
+    for column in (name for name in DERIVED if known or name not in OF_CUSTOM):
         if not again[column].equals(block.values[column]):
-            findings.add(block.main, f"column {column} does not follow from the stored log-probs")
+            yield block.main, f"column {column} does not follow from the stored log-probs"
 
 
-def _provable(block: Block, loss: ResolvedLoss, findings: Findings) -> tuple[str, ...]:
-    """All, but for what code that the user has not named would give: that is said, once a policy."""
-    if loss.custom is None or not is_unknown(loss):
-        return DERIVED
-    why = f"custom loss {loss.name!r}; --loss-file FILE runs a file of yours of sha256 {loss.custom.sha256}"
-    findings.unproved[block.record.stage] = f"{' and '.join(OF_CUSTOM)} not recomputed: {why}"
-    return tuple(name for name in DERIVED if name not in OF_CUSTOM)
+def _as_json(value: Any) -> Any:
+    """The value as it comes back from a file."""
+    return json.loads(json.dumps(value))
+
+
+# --- the loss that a part says it was computed with -------------------------------------------------------------------
+
+
+def allowed_losses(paths: Sequence[str], manifest: Manifest) -> Allowed:
+    """What may be run, imported once. ConfigError for a file that no scores of this run were computed with."""
+    known, found = sorted(set(_customs(manifest))), {}
+    for path in paths:
+        sha256 = _sha256(path)
+        functions = [function for _, digest, function in known if digest == sha256]
+        if not functions:
+            stored = ", ".join(f"{name} (sha256 {digest})" for name, digest, _ in known) or "no custom loss"
+            raise ConfigError(f"--loss-file {path}: its sha256 is {sha256}; the scores were computed with {stored}")
+        found.update({(sha256, function): load_custom(f"{path}:{function}") for function in functions})
+    return found
+
+
+def _customs(manifest: Manifest) -> Iterator[tuple[str, str, str]]:
+    """Name, sha256 and function of every custom loss of a run."""
+    for fields in manifest.identities.policies.values():
+        loss = fields.get("loss", {})
+        if "custom" in loss:
+            yield str(loss.get("name")), str(loss["custom"].get("sha256")), str(loss["custom"].get("function"))
+
+
+def _sha256(path: str) -> str:
+    with translated(path):
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def stored_loss(metadata: Mapping[bytes, bytes], allowed: Allowed) -> ResolvedLoss:
+    """ConfigError, ValueError, LookupError or TypeError when the metadata of a part does not say which loss it was."""
+    spec = LossSpec.model_validate_json(metadata[b"dpo_score.loss_spec"])
+    if not is_custom(spec.name):
+        return parse_loss(spec)
+    known = json.loads(metadata[b"dpo_score.loss"])
+    function, sha256 = str(known["custom"]["function"]), str(known["custom"]["sha256"])
+    custom = allowed.get((sha256, function), CustomLoss("", function, sha256, not_run))
+    return ResolvedLoss(spec.name, float(known["beta"]), None, (), parse_modifiers(spec.params), custom)

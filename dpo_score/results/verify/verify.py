@@ -1,42 +1,45 @@
 """`dpo-score verify OUT`: prove again that what is stored is whole, counted, finite and agrees with itself.
 
 Checks every commit record (its own checksum), every file it names (size, sha256, rows), what each block holds
-(blocks.py), that nothing is missing of a finished run and nothing is there that no record names, and that summary.json
-and the grids of `rescore` follow from the parts (recompute.py). Loads no model, changes nothing, and runs no code that
-OUT names: a loss of the user's own only from a file of `loss_files`. Whatever a file holds, it is one finding with its
-name, and the other files are still checked. Not covered: report.html and audit.parquet, which are made from the rest.
+(blocks.py), that nothing is missing of a finished run and nothing is there that no record names, and that summary.json,
+README.md, pipeline.yaml and the grids of `rescore` follow from the parts and the manifest (recompute.py). Loads no
+model, changes nothing, and runs no code that OUT names: a loss of the user's own only from a file of `loss_files`.
+Whatever a file holds, it is one finding with its name, and the other files are still checked. Not covered: report.html
+and audit.parquet, which are made from the rest, and what nothing else in OUT repeats (pipelines/GUARANTEES.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import chain
+from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 
 from dpo_score.errors import DamageError, StorageError, UsageError
 from dpo_score.metrics.summary import summarise
-from dpo_score.results.rescore import GRIDS, SUMMARY
-from dpo_score.results.run_folder import missing_of_policy, open_out
-from dpo_score.results.source_text import stored_config
-from dpo_score.results.verify.blocks import Block, check
-from dpo_score.results.verify.findings import Findings
+from dpo_score.results.card import CONTRACT, README, SUMMARY
+from dpo_score.results.groups import lacking, slice_columns
+from dpo_score.results.run_folder import Reading, missing_of_policy, open_out, sliced, unseen
+from dpo_score.results.source_text import PIPELINE, stored_config
+from dpo_score.results.verify.blocks import Allowed, Block, Damage, allowed_losses, check
 from dpo_score.results.verify.recompute import (
-    SHOWN,
+    Benchmark,
     Totals,
-    data_differences,
-    grid_differences,
-    grid_losses,
+    card_damage,
+    contract_damage,
+    export_damage,
+    grid_damage,
+    grids,
     noise_again,
-    policy_differences,
-    stored_slices,
+    numerics_damage,
+    pipeline_damage,
+    summary_damage,
+    with_kept_slices,
 )
-from dpo_score.results.verify.stored_loss import Allowed, allowed_losses
-from dpo_score.storage.base import FileRecord, Store
+from dpo_score.storage.base import Store
 from dpo_score.storage.commits import (
-    CHECKSUM,
     COMMITS,
     CommitRecord,
     DamagedRecord,
@@ -44,13 +47,13 @@ from dpo_score.storage.commits import (
     read_records,
     record_name,
     record_stage,
-    unsealed,
 )
 from dpo_score.storage.fingerprint import digest
 from dpo_score.storage.manifest import MANIFEST, MANIFEST_COPY, Manifest
 from dpo_score.storage.resume import FileState, file_state, file_states, row_ranges
 
 DATA = "data/"
+REJECTS = ["row_id", "dataset", "code"]
 SHOWN_BLOCKS = 8
 BROKEN = (
     DamageError,
@@ -67,13 +70,61 @@ BROKEN = (
 """What reading a file that is not what it should be may raise: each becomes a finding about that file."""
 
 
+class Comparison(Protocol):
+    """Stored values compared with those of another program."""
+
+    def to_json(self) -> dict[str, Any]: ...
+    def lines(self) -> Iterator[str]: ...
+    def raise_difference(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Findings:
+    """`damage`: (file, what is wrong with it). `unproved`: what was left out, and why: no failure. `checked`: files
+    read. `against`: what --against found."""
+
+    out: str
+    checked: int = 0
+    rows: int = 0
+    damage: list[tuple[str, str]] = field(default_factory=list)
+    unproved: dict[str, str] = field(default_factory=dict)
+    against: Comparison | None = None
+
+    def add(self, name: str, what: str) -> None:
+        self.damage.append((name, what))
+
+    def to_json(self) -> dict[str, Any]:
+        damage = [{"file": name, "what": what} for name, what in self.damage]
+        found = {"out": self.out, "files": self.checked, "rows": self.rows, "damage": damage}
+        if self.unproved:
+            found["unproved"] = [{"file": name, "what": what} for name, what in self.unproved.items()]
+        return found if self.against is None else {**found, "against": self.against.to_json()}
+
+    def lines(self) -> Iterator[str]:
+        yield from (f"damaged: {name}: {what}" for name, what in self.damage)
+        yield from (f"{name}: {what}" for name, what in self.unproved.items())
+        verdict = "nothing damaged" if not self.damage else f"{len(self.damage)} findings"
+        yield f"{self.out}: {self.checked:,} files, {self.rows:,} scored rows checked: {verdict}"
+        if self.against is not None:
+            yield from self.against.lines()
+
+    def raise_damage(self) -> None:
+        """DamageError (exit 4) when anything was found, or differs from another program."""
+        if self.damage:
+            names = ", ".join(dict.fromkeys(name for name, _ in self.damage))
+            raise DamageError(f"{self.out}: damaged: {names}. The same run command computes these blocks again")
+        if self.against is not None:
+            self.against.raise_difference()
+
+
 @dataclass(slots=True)
 class StageFound:
     """What a look at a stage left.
 
     records: names of all its records; damaged: of those that do not hold; named: the files that the others name;
-    scored: pairs; stop: the furthest row; exported: files of an exported data set; sound: whether nothing was wrong;
-    rejects: (dataset, code) of rejected rows by file; first: the record of block 0; summary: of the scores, made again.
+    scored: pairs; stop: the furthest row; exported: records of an exported data set; sound: whether nothing was wrong;
+    rejects: what REJECTS says of rejected rows, by file; first: the record of block 0; summary: of the scores, made
+    again; skipped_slices: why some of its slices were not.
     """
 
     records: frozenset[str]
@@ -81,32 +132,36 @@ class StageFound:
     named: set[str] = field(default_factory=set)
     scored: int = 0
     stop: int = 0
-    exported: list[FileRecord] = field(default_factory=list)
+    exported: list[CommitRecord] = field(default_factory=list)
     sound: bool = True
     rejects: list[tuple[str, pa.Table]] = field(default_factory=list)
     margins: list[Any] = field(default_factory=list)
     first: CommitRecord | None = None
     summary: Mapping[str, Any] | None = None
+    skipped_slices: Mapping[str, str] = field(default_factory=dict)
 
     def add(self, record: CommitRecord) -> None:
         self.named.update(file.name for file in record.files)
         self.scored += record.counts.get("scored", 0)
         self.stop = max(self.stop, record.stop)
-        self.exported += record.files if record.stage.startswith(DATA) else ()
+        self.exported += [record] if record.stage.startswith(DATA) else ()
         self.first = record if record.block == 0 else self.first
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What one look at OUT works with. `summary`: summary.json, empty where there is none; `stages`: as looked at."""
+    """What one look at OUT works with. `summary`: summary.json, empty where there is none; `stages`: as looked at;
+    `files`: data set and file by their number, as the rows say; `reading`: takes the rows that were looked at."""
 
     store: Store
     manifest: Manifest
     findings: Findings
     allowed: Allowed
     summary: Mapping[str, Any]
+    reading: Callable[[int], None]
     totals: Totals = field(default_factory=Totals)
     stages: dict[str, StageFound] = field(default_factory=dict)
+    files: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -120,7 +175,7 @@ class Proof:
         return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
 
 
-def verify(out: str, loss_files: Sequence[str] = ()) -> Findings:
+def verify(out: str, loss_files: Sequence[str] = (), reading: Reading = unseen) -> Findings:
     """Everything that is wrong with OUT, by file. Of `loss_files` one is run where its sha256 is the stored one."""
     findings = Findings(out)
     try:
@@ -135,15 +190,30 @@ def verify(out: str, loss_files: Sequence[str] = ()) -> Findings:
         except BROKEN as error:
             findings.add(name, str(error))
     summary = _summary(store, findings)
-    proof = Proof(store, manifest, findings, allowed_losses(loss_files, manifest), summary)
     exported = list(dict.fromkeys(DATA + name.split("/")[2] for name in store.list(f"{COMMITS}/data")))
-    for stage in (*_stages(manifest), *exported):
-        proof.stages[stage] = _stage(proof, stage)
+    stages = [*_stages(manifest), *exported]
+    with reading("verify", len(stages) * manifest.rows) as read:
+        proof = Proof(store, manifest, findings, allowed_losses(loss_files, manifest), summary, read)
+        for stage in stages:
+            proof.stages[stage] = _stage(proof, stage)
     _outputs(proof)
     _check_whole(proof)
-    _check_summary(proof)
-    _check_grids(proof)
+    if manifest.state == "complete" and not findings.damage:
+        _check_against_parts(proof)
+    for folder, names in grids(store).items():
+        findings.checked += len(names)
+        sound = all(found.sound for found in proof.stages.values())
+        for name, what in _until_broken(grid_damage(store, manifest, folder, names, findings.unproved, sound), folder):
+            findings.add(name, what)
     return findings
+
+
+def _until_broken(damage: Damage, name: str) -> Damage:
+    """What is found; where the looking itself fails over what a file holds, that too."""
+    try:
+        yield from damage
+    except BROKEN as error:
+        yield name, f"cannot be checked ({type(error).__name__}: {error})"
 
 
 def _summary(store: Store, findings: Findings) -> Mapping[str, Any]:
@@ -176,51 +246,48 @@ def _stage(proof: Proof, stage: str) -> StageFound:
     before = len(proof.findings.damage)
     tables = _blocks(proof, stage, found)
     stored = proof.policies().get(stage.removeprefix("scores/")) if stage.startswith("scores/") else None
-    if stored is None:
-        for _ in tables:
-            pass
-    else:
-        found.summary = _summed_up(proof, stage, stored, tables, found)
+    if stored is not None:
+        try:
+            _sum_up(proof, stage, stored, tables, found)
+        except BROKEN as error:
+            proof.findings.add(stage, f"its parts cannot be summed up ({type(error).__name__}: {error})")
+    for _ in tables:
+        pass
     found.sound = len(proof.findings.damage) == before
     return found
 
 
-def _summed_up(
-    proof: Proof, stage: str, stored: Mapping[str, Any], tables: Iterator[pa.Table], found: StageFound
-) -> Mapping[str, Any] | None:
+def _sum_up(proof: Proof, stage: str, stored: Mapping[str, Any], tables: Iterator[pa.Table], found: StageFound) -> None:
+    """Makes the numbers of a policy again. Columns of the data that it is sliced by are read there once more."""
     policy, manifest = stage.removeprefix("scores/"), proof.manifest
     own = f"reference/{policy}" if "reference" in manifest.identities.policies[policy] else "reference"
+    first = next(tables, None)
+    if first is None:
+        return
+    slices = list(stored.get("slices", {}))
     try:
-        first = next(tables, None)
-        if first is None:
-            return None
-        slices = stored_slices(stored, first.column_names)
-        wanted = ["rejects/data", f"rejects/{own}", f"rejects/{policy}"]
-        rejects = (
-            table
-            for folder in wanted
-            for each in (found, *proof.stages.values())
-            for name, table in each.rejects
-            if name.rpartition("/")[0] == folder
-        )
-        again = summarise(_chained(first, tables), rejects=rejects, slices=slices)
-    except BROKEN as error:
-        proof.findings.add(stage, f"its parts cannot be summed up ({type(error).__name__}: {error})")
-        for _ in tables:
-            pass
-        return None
-    return again
+        columns = slice_columns(proof.store, manifest, policy, slices, first.column_names, remember=False)
+    except (UsageError, DamageError) as error:
+        columns = None
+        found.skipped_slices = dict.fromkeys(lacking(slices, first.column_names), str(error))
+    wanted = ["rejects/data", f"rejects/{own}", f"rejects/{policy}"]
 
+    def rejects() -> Iterator[pa.Table]:
+        for each in (found, *proof.stages.values()):
+            yield from (table for name, table in each.rejects if name.rpartition("/")[0] in wanted)
 
-def _chained(first: pa.Table, rest: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    yield first
-    yield from rest
+    benchmark = Benchmark(manifest, policy, stored)
+    counted = sliced(benchmark.passing(chain([first], tables)), columns)
+    summary = summarise(
+        counted, rejects=rejects(), slices=[name for name in slices if name not in found.skipped_slices]
+    )
+    found.summary = with_kept_slices({**summary, **benchmark.summary(rejects())}, stored, found.skipped_slices)
 
 
 def _blocks(proof: Proof, stage: str, found: StageFound) -> Iterator[pa.Table]:
     """Checks one block after another; yields the values of those that summary.json counts."""
     store, findings = proof.store, proof.findings
-    needed = -(-proof.rows // proof.manifest.block_rows)
+    needed = -(-proof.rows // proof.manifest.block_rows) if proof.summary else proof.manifest.blocks
     for name, record in read_records(store, stage).items():
         findings.checked += 1
         if isinstance(record, DamagedRecord):
@@ -231,7 +298,11 @@ def _blocks(proof: Proof, stage: str, found: StageFound) -> Iterator[pa.Table]:
             if record.identity != _identity(proof.manifest, record):
                 findings.add(name, "belongs to another request than the manifest")
             found.add(record)
-            tables = _tables(proof, record) if _files_are_sound(store, record, findings) else {}
+            sound = _files_are_sound(store, record, findings)
+            if sound and stage.startswith(DATA):
+                for file, what in export_damage(store, proof.manifest, record):
+                    findings.add(file, what)
+            tables = _tables(proof, record) if sound else {}
         except BROKEN as error:
             findings.add(name, f"cannot be checked ({type(error).__name__}: {error})")
             continue
@@ -240,11 +311,16 @@ def _blocks(proof: Proof, stage: str, found: StageFound) -> Iterator[pa.Table]:
             continue
         values = tables[main]
         findings.rows += values.num_rows
+        proof.reading(record.stop - record.start)
+        block = Block(proof.manifest, record, tables, main, *_given(proof, record), proof.files)
         try:
-            check(Block(proof.manifest, record, tables, main, *_given(proof, record)), proof.allowed, findings)
+            for file, what in check(block, proof.allowed, findings.unproved):
+                findings.add(file, what)
             if record.block < needed:
                 rejects = {file: table for file, table in tables.items() if file != main}
-                found.rejects += [(file, table.select(["dataset", "code"])) for file, table in rejects.items()]
+                found.rejects += [
+                    (file, table.select(["row_id", "dataset", "code"])) for file, table in rejects.items()
+                ]
                 if stage == "reference":
                     proof.totals.add(record, values)
                 elif stage.startswith("scores/"):
@@ -276,7 +352,7 @@ def _files_are_sound(store: Store, record: CommitRecord, findings: Findings) -> 
 
 
 def _tables(proof: Proof, record: CommitRecord) -> dict[str, pa.Table]:
-    """What the files of a block hold. Of an exported data set nothing: its rows are those of the input."""
+    """What the files of a block hold; nothing of an exported data set, which is looked at by itself."""
     if record.stage.startswith(DATA):
         return {}
     tables = {}
@@ -317,11 +393,16 @@ def _given(proof: Proof, record: CommitRecord) -> tuple[CommitRecord | None, pa.
 
 
 def _outputs(proof: Proof) -> None:
-    """The files written at the end, against the manifest, but for those that were looked at with their records."""
-    known = {file.name for found in proof.stages.values() for file in found.exported}
-    known |= {name for name, _ in proof.findings.damage}  # said once
+    """The files written at the end, against the manifest; those of an exported data set against their records."""
+    exported = (record for found in proof.stages.values() for record in found.exported)
+    known = {file.name: file for record in exported for file in record.files}
+    said = {name for name, _ in proof.findings.damage}
     for file in proof.manifest.outputs:
+        if file.name in said:
+            continue
         if file.name in known:
+            if file != known[file.name]:
+                proof.findings.add(file.name, "the manifest and its commit record describe it differently")
             continue
         proof.findings.checked += 1
         try:
@@ -331,6 +412,8 @@ def _outputs(proof: Proof) -> None:
             continue
         if state is not FileState.SOUND:
             proof.findings.add(file.name, "missing or altered since the run wrote it")
+        elif file.rows and not file.name.endswith(".parquet"):
+            proof.findings.add(file.name, f"holds no rows, the manifest says {file.rows}")
 
 
 def _check_whole(proof: Proof) -> None:
@@ -387,7 +470,10 @@ def _check_policies(proof: Proof) -> None:
     for kind in ("skipped", "failed"):
         reasons = proof.summary.get(kind)
         left_out |= {str(k): str(v) for k, v in reasons.items()} if isinstance(reasons, dict) else {}
-    for name in sorted({*_asked(proof.store), *left_out} - summed.keys()):
+    asked = _asked(proof.store)
+    for name in sorted(left_out.keys() - asked) if asked else ():
+        findings.add(SUMMARY, f"says why the policy {name!r} was not scored, which pipeline.yaml does not ask for")
+    for name in sorted({*asked, *left_out} - summed.keys()):
         stage, reason = f"scores/{name}", left_out.get(name)
         if not read_records(proof.store, stage):
             if reason is None and "failed" in proof.summary:
@@ -436,70 +522,30 @@ def _files_of(stage: str, record: str) -> Iterator[str]:
         yield f"{folder}/part-{part}.parquet"
 
 
-# --- numbers made again -----------------------------------------------------------------------------------------------
+# --- what follows from the parts --------------------------------------------------------------------------------------
 
 
-def _check_summary(proof: Proof) -> None:
-    """summary.json of a finished run against the parts, where nothing is wrong with these."""
-    findings = proof.findings
-    if proof.manifest.state != "complete" or not proof.summary or findings.damage:
-        return
-    plain = "failed" not in proof.summary  # of an earlier release: intervals may have been made in another way
-    try:
-        found = [*data_differences(proof.summary, proof.totals)]
-        for name, stored in proof.policies().items():
-            stage = proof.stages.get(f"scores/{name}")
-            if stage is None or stage.summary is None:
-                continue
-            margins = np.concatenate([np.empty(0), *stage.margins])
-            loss = proof.manifest.identities.policies[name].get("loss")
-            again = {**stage.summary, "loss": loss}
-            if "reference" not in proof.manifest.identities.policies[name]:
-                again["noise"] = noise_again(proof.totals, stage.first, margins)
-            found += [f"policies.{name}.{path}" for path in policy_differences(stored, again, plain)]
-    except BROKEN as error:
-        findings.add(SUMMARY, f"cannot be compared with the parts ({type(error).__name__}: {error})")
-        return
-    if found:
-        more = f" and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
-        findings.add(SUMMARY, f"does not follow from the parts: {'; '.join(found[:SHOWN])}{more}")
-
-
-def _check_grids(proof: Proof) -> None:
-    """Adds what is not as `rescore` wrote it; says which grids have nothing to be compared with."""
-    folders: dict[str, list[str]] = {}
-    for name in proof.store.list(GRIDS):
-        folders.setdefault("/".join(name.split("/")[:2]), []).append(name)
-    for folder, names in folders.items():
-        proof.findings.checked += len(names)
-        try:
-            _check_grid(proof, folder, names)
-        except BROKEN as error:
-            proof.findings.add(f"{folder}/{SUMMARY}", str(error))
-
-
-def _check_grid(proof: Proof, folder: str, names: list[str]) -> None:
-    store, findings, summary = proof.store, proof.findings, f"{folder}/{SUMMARY}"
-    if summary not in names:
-        findings.unproved[folder] = f"no {SUMMARY}: `rescore` was interrupted; the same command writes it anew"
-        return
-    fields = store.read_json(summary)
-    if isinstance(fields, dict) and not fields.keys() & {CHECKSUM, "files"}:
-        findings.unproved[folder] = "was written before grids carried checksums; the same `rescore` adds them"
-        return
-    known = unsealed(fields, store.url(summary))
-    files = [FileRecord.from_json(file) for file in known["files"]]
-    before = len(findings.damage)
-    for file in files:
-        if file_state(store, file) is not FileState.SOUND:
-            findings.add(file.name, "missing or altered since `rescore` wrote it")
-    for name in sorted({*names} - {summary, *(file.name for file in files)}):
-        findings.add(name, f"{summary} does not name it")
-    if len(findings.damage) > before or not all(found.sound for found in proof.stages.values()):
-        return
-    losses = grid_losses(known)
-    if isinstance(losses, str):
-        findings.unproved[folder] = losses
-        return
-    for name, what in grid_differences(store, proof.manifest, folder, known, losses):
-        findings.add(name, what)
+def _check_against_parts(proof: Proof) -> None:
+    """summary.json, README.md and pipeline.yaml of a finished run, where nothing is wrong with the parts."""
+    summed = {}
+    for name in proof.policies():
+        stage = proof.stages.get(f"scores/{name}")
+        if stage is None or stage.summary is None:
+            continue
+        own = proof.manifest.identities.policies[name]
+        reference = proof.stages[f"reference/{name}" if "reference" in own else "reference"]
+        floor = noise_again(stage.first, reference.first, stage.margins)
+        summed[name] = {**stage.summary, "loss": own.get("loss"), "noise": floor}
+        for column, why in stage.skipped_slices.items():
+            proof.findings.unproved[f"{SUMMARY}: {name}, slice {column}"] = f"not made again: {why}"
+    exported = [record for found in proof.stages.values() for record in found.exported]
+    checks = {
+        MANIFEST: numerics_damage(proof.manifest),
+        SUMMARY: summary_damage(proof.manifest, proof.summary, proof.totals, summed),
+        README: card_damage(proof.store, proof.manifest, proof.summary),
+        CONTRACT: contract_damage(proof.store, proof.manifest, proof.totals, exported),
+        PIPELINE: pipeline_damage(proof.store, proof.manifest, proof.summary),
+    }
+    for file, damage in checks.items():
+        for name, what in _until_broken(damage, file):
+            proof.findings.add(name, what)
