@@ -13,8 +13,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from transformers import AutoTokenizer
 from dpo_score.config.schema import ComputeSpec
 from dpo_score.errors import DpoScoreError
 from dpo_score.logprobs.attention.flash_flex import kernel
+from dpo_score.logprobs.compilation import compile_failure, run_apart
 from dpo_score.logprobs.matmul import onednn, onednn_is_true_fp32
 from dpo_score.logprobs.numerics import may_share, resolve_numerics
 from dpo_score.models.memory import peak_bytes, total_memory
@@ -35,7 +34,7 @@ from dpo_score.models.resolve import Resolver
 from dpo_score.storage.cache.location import cache_folder
 from dpo_score.storage.file_hashes import FileDigests
 
-COMPILE_TIMEOUT, NCCL_TIMEOUT = 50.0, 60.0
+NCCL_TIMEOUT = 60.0
 """Seconds that a real compilation, and two ranks up and down, may take."""
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "triton", "ray", "pyarrow", "polars")
 GIB = 2**30
@@ -171,14 +170,8 @@ def _rate(dtype: Any) -> float:
 def compilation() -> Iterator[Finding]:
     """A three-line function really compiled for this machine's device, in a process that may fail."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    program = (
-        "import torch\n"
-        "f = torch.compile(lambda x: torch.nn.functional.silu(x) * x + 1)\n"
-        f"x = torch.ones(64, 64, device={where!r})\n"
-        "assert torch.allclose(f(x), torch.nn.functional.silu(x) * x + 1)\n"
-    )
     begin = time.perf_counter()
-    failed = _in_a_process(program, COMPILE_TIMEOUT)
+    failed = compile_failure(where)
     if failed is None:
         yield Finding("compilation", f"works on {where} ({time.perf_counter() - begin:.0f} s for the first function)")
         return
@@ -186,20 +179,6 @@ def compilation() -> Iterator[Finding]:
     yield Finding(
         "compilation", f"does not work: {failed}", Status.NOTE, f"runs go on without it, slower; it needs {needs}"
     )
-
-
-def _in_a_process(program: str, seconds: float) -> str | None:
-    """Run a program; None when it ends well, else the last line that it said."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"no answer within {seconds:.0f} s"
-    if done.returncode == 0:
-        return None
-    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return said[-1][:200] if said else f"exit code {done.returncode}"
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------
@@ -299,7 +278,7 @@ def nccl() -> Iterator[Finding]:
         "if __name__ == '__main__':\n"
         "    mp.start_processes(rank, nprocs=2, start_method='fork')\n"
     )
-    failed = _in_a_process(program, NCCL_TIMEOUT)
+    failed = run_apart(program, NCCL_TIMEOUT)
     if failed is None:
         yield Finding("NCCL", "two ranks joined, added and left")
     else:

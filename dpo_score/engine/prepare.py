@@ -45,7 +45,7 @@ from dpo_score.engine.plan import (
     with_numerics,
 )
 from dpo_score.errors import ConfigError, ModelError
-from dpo_score.logprobs.numerics import present, resolve_numerics, ways, with_own_softmax
+from dpo_score.logprobs.numerics import present, remarks, resolve_numerics, ways, with_own_softmax
 from dpo_score.losses.parse import ResolvedLoss, parse_loss
 from dpo_score.models.limits import text_limits
 from dpo_score.models.numerics import Numerics
@@ -354,6 +354,8 @@ def _decide_numerics(
         return None
     rows = sum(dataset.rows for dataset in datasets)
     numerics = resolve_numerics(config.compute, model.config, parameters(model), rows_hint=rows)
+    for line in remarks(config.compute, numerics):
+        context.progress.say(line)
     if config.rewardbench == "exact":
         numerics = with_own_softmax(numerics)
     return checked_numerics(context, model, numerics, config.compute.dtype == "auto", pictures)

@@ -7,7 +7,6 @@ asked later, of the loaded model itself (`self_check.py`).
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import sys
@@ -17,12 +16,18 @@ from typing import Any
 
 from dpo_score.config.schema import ComputeSpec
 from dpo_score.errors import ConfigError
+from dpo_score.logprobs.compilation import compile_failure, tried
 from dpo_score.models import memory
 from dpo_score.models.limits import text_config
 from dpo_score.models.numerics import Kernel, Numerics
 
 COMPILE_SECONDS = 180.0
 """Estimated seconds of the whole job from which per-layer compilation (about 15 s, once) is worth it."""
+COMPILE_COST = 20.0
+"""Seconds that compiling layers for a GPU takes."""
+SAVED_BYTES, MEMORY_SPEED = 110.0, 4e12
+"""Bytes that a compiled layer does not move, by token and width (counted on the operators of a Llama layer: 150, of
+which compiled code spares three quarters); bytes a second of a recent GPU's memory."""
 TOKENS_PER_ROW = 300
 """Unique tokens of a typical preference pair, for the estimate alone."""
 SPEED = {"cpu": 3e11, "mps": 2e12, "cuda": 3e14}
@@ -33,6 +38,8 @@ SLOWER_KERNELS = {
     Kernel.SDPA: (Kernel.BMM,),
 }
 """Kernels for the same packs; the last one runs anywhere."""
+SMALL_PACK = 2048
+"""Packs of fewer tokens leave a GPU waiting."""
 NOT_SHAREABLE = frozenset({"linear_attention", "mamba", "mamba2", "conv", "recurrent", "ssm", "chunked_attention"})
 """Layer types whose state or mask cannot start again behind a shared prompt."""
 
@@ -64,13 +71,31 @@ def resolve_numerics(
         dtype=dtype,
         path=path,
         kernel=_kernel(path, kind, dtype, forked=may_fork(config)),
-        compile=ways == 1 and _compile(compute.compile, path, kind, parameters, rows_hint),
+        compile=ways == 1 and _compile(compute.compile, path, kind, config, parameters, rows_hint),
         batch_tokens=(
-            memory.batch_tokens(device, dtype, config, each) if compute.batch_tokens == "auto" else compute.batch_tokens
+            memory.batch_tokens(device, dtype, config, each, compute.quantization, _spread(compute))
+            if compute.batch_tokens == "auto"
+            else compute.batch_tokens
         ),
         threads=_threads(compute.threads),
         tensor_parallel=ways,
     )
+
+
+def remarks(compute: ComputeSpec, numerics: Numerics) -> list[str]:
+    """One line for each `auto` that found less here than there usually is."""
+    if numerics.device_kind != "cuda":
+        return []
+    found = []
+    wants_compiling = compute.compile == "auto" and numerics.path == "fast" and numerics.tensor_parallel == 1
+    if wants_compiling and not numerics.compile and (failure := tried("cuda")):
+        found.append(f"layers are not compiled, which costs speed and no correctness: {failure}")
+    if compute.batch_tokens == "auto" and numerics.batch_tokens < SMALL_PACK:
+        found.append(
+            f"packs hold {numerics.batch_tokens:,} tokens: the weights leave little room on {numerics.device}, which "
+            "costs speed. More room: --quantization nf4, --device-map auto, or --tensor-parallel N"
+        )
+    return found
 
 
 def may_share(config: Mapping[str, Any]) -> bool:
@@ -216,18 +241,40 @@ def one_by_one(numerics: Numerics) -> Numerics:
     return replace(on_plain_path(numerics), one_row=True)
 
 
-def _compile(asked: str, path: str, kind: str, parameters: int | None, rows: int | None) -> bool:
+def _compile(
+    asked: str, path: str, kind: str, config: Mapping[str, Any], parameters: int | None, rows: int | None
+) -> bool:
     if asked != "auto" or path == "plain":
         return asked == "on" and path == "fast"
-    if kind == "mps" or parameters is None or rows is None or not _can_compile(kind):
+    if kind == "mps" or parameters is None or rows is None:
         return False
-    return 2.0 * parameters * rows * TOKENS_PER_ROW / SPEED[kind] > COMPILE_SECONDS
+    tokens = rows * TOKENS_PER_ROW
+    if kind == "cuda":
+        pays = tokens * saved_by_compiling(config) > COMPILE_COST
+    else:
+        pays = 2.0 * parameters * tokens / SPEED[kind] > COMPILE_SECONDS
+    return pays and _can_compile(kind)
+
+
+def saved_by_compiling(config: Mapping[str, Any]) -> float:
+    """Seconds a token that compiled layers save on a GPU: elementwise work there is bound by memory, and compiled it
+    moves less."""
+    text = text_config(config)
+    layers, width = (int(text.get(name) or 0) for name in ("num_hidden_layers", "hidden_size"))
+    return layers * width * SAVED_BYTES / MEMORY_SPEED
+
+
+def _spread(compute: ComputeSpec) -> int:
+    """Over how many devices --device-map lays the layers of a model."""
+    import torch
+
+    return max(torch.cuda.device_count(), 1) if compute.device_map is not None else 1
 
 
 def _can_compile(kind: str) -> bool:
-    """Whether Inductor finds what it needs here: a C++ compiler for the CPU, Triton for CUDA."""
+    """Whether Inductor finds what it needs here: a C++ compiler for the CPU; on CUDA it is tried."""
     if kind == "cuda":
-        return importlib.util.find_spec("triton") is not None
+        return compile_failure("cuda") is None
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,26 @@ from dpo_score.logprobs.attention.sdpa import CpuPack
 from dpo_score.logprobs.lengths import fresh_rope, length_rules, row_length
 from dpo_score.logprobs.lm_head import compiled_fold_is_right, token_values
 from dpo_score.logprobs.numerics import one_by_one
-from dpo_score.logprobs.packing import Pack, bucket, lay_out, pack_size, plan
+from dpo_score.logprobs.packing import Index, Pack, bucket, lay_out, pack_size, plan
 from dpo_score.logprobs.padded import PaddedPath
-from dpo_score.logprobs.transfer import split, to_device
+from dpo_score.logprobs.transfer import Copies, Returning, copying, to_device
 from dpo_score.logprobs.types import Values
 from dpo_score.models.numerics import Kernel, Numerics
 from dpo_score.models.parts import ModelParts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackOnDevice:
+    """A pack where it is computed: `ids`, `positions` [1, T], `rows` [N], `targets` [n]; `sources` [n] on the host."""
+
+    sources: Index
+    counts: tuple[int, ...]
+    attention: attention.PreparedPack
+    ids: Tensor
+    positions: Tensor
+    rows: Tensor
+    targets: Tensor
+    copies: Copies
 
 
 class PackedPath:
@@ -87,13 +102,13 @@ class PackedPath:
     def compute(self, sequences: Sequence[TokenSequence]) -> list[Values]:
         """One pack: the values of every sequence, in order. Rows of a length that was not tried have packs of their
         own, which the model computes as it was loaded."""
-        if any(map(self.rules.is_alone, sequences)):
+        if self.is_alone(sequences):
             return self._by_model_itself(sequences)
-        pack = lay_out(sequences, self._padded_size(sequences), self._longest_row(sequences))
-        self.forwards += 1
-        with torch.inference_mode(), self.session():
-            values = self.device_values(pack)
-        return split(values, pack.counts)
+        return self.start(self.lay_out(sequences)).arrived()
+
+    def is_alone(self, sequences: Sequence[TokenSequence]) -> bool:
+        """Whether the model computes a pack itself, so that it is not laid out."""
+        return any(map(self.rules.is_alone, sequences))
 
     def _by_model_itself(self, sequences: Sequence[TokenSequence]) -> list[Values]:
         self.forwards += 1
@@ -102,13 +117,35 @@ class PackedPath:
         with attention.as_loaded(self.parts.model, self._own_attention):
             return self._model_itself.compute(sequences)
 
-    def device_values(self, pack: Pack) -> dict[str, Tensor]:
+    def lay_out(self, sequences: Sequence[TokenSequence]) -> PackOnDevice:
+        """A pack ready to be computed. A thread may do this ahead: it runs nothing of the model."""
+        pack = lay_out(sequences, self._padded_size(sequences), self._longest_row(sequences))
+        device, out = self.parts.device, self.parts.out_device
+        with torch.inference_mode(), copying(device) as copies:
+            return PackOnDevice(
+                sources=pack.sources,
+                counts=pack.counts,
+                attention=prepared_pack(pack, self.numerics.kernel, device),
+                ids=to_device(pack.ids, device)[None],
+                positions=to_device(pack.positions, device)[None],
+                rows=to_device(pack.rows, out),
+                targets=to_device(pack.targets, out),
+                copies=copies,
+            )
+
+    def start(self, pack: PackOnDevice) -> Returning:
+        """Queue a pack on the device. `pack` must live until its values have arrived."""
+        self.forwards += 1
+        pack.copies.wait()
+        with torch.inference_mode(), self.session():
+            return Returning(self.device_values(pack), pack.counts)
+
+    def device_values(self, pack: PackOnDevice) -> dict[str, Tensor]:
         """The values of a pack on the device, without waiting for it."""
-        out = self.parts.out_device
-        with attention.sharing(prepared_pack(pack, self.numerics.kernel, self.parts.device)):
+        with attention.sharing(pack.attention):
             hidden_TH = self._hidden(pack)
-        rows, target = to_device(pack.rows, out), to_device(pack.targets, out)
-        return token_values(self.head, hidden_TH[rows], pack.sources, target, self.stats, self._compiled_head)
+        rows_NH = hidden_TH[pack.rows]
+        return token_values(self.head, rows_NH, pack.sources, pack.targets, self.stats, self._compiled_head)
 
     def _padded_size(self, sequences: Sequence[TokenSequence]) -> int:
         """On a GPU packs have few sizes, for which kernels are chosen and tuned; elsewhere padding is only work."""
@@ -119,12 +156,11 @@ class PackedPath:
         """0 where the model does not ask for it."""
         return max(map(row_length, sequences), default=0) if self.rules else 0
 
-    def _hidden(self, pack: Pack) -> Tensor:
+    def _hidden(self, pack: PackOnDevice) -> Tensor:
         """Hidden states [T, H] of the pack."""
         if self.rules:
             fresh_rope(self.parts.model)
-        ids, positions = (to_device(array, self.parts.device)[None] for array in (pack.ids, pack.positions))
-        return self.parts.hidden(ids, position_ids=positions)[0]
+        return self.parts.hidden(pack.ids, position_ids=pack.positions)[0]
 
 
 def prepared_pack(pack: Pack, kernel: Kernel, device: torch.device) -> attention.PreparedPack:

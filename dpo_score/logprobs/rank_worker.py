@@ -27,7 +27,7 @@ from dpo_score.models import memory
 from dpo_score.models.loader import ModelLoader
 from dpo_score.models.numerics import Numerics
 from dpo_score.models.parallel.process_group import Group
-from dpo_score.models.parallel.rank_zero import Failure
+from dpo_score.models.parallel.rank_zero import LEAVE, Failure, leave_group
 from dpo_score.models.resolve import ModelSource
 
 PARENT_SECONDS = 0.5
@@ -83,6 +83,9 @@ def follow(connection: Connection) -> None:
     worker = RankWorker(ModelLoader(**settings))
     while True:
         verb, *arguments = connection.recv()
+        if verb == LEAVE:
+            leave_group(whole=True)
+            return
         connection.send(worker.do(verb, arguments))
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing
+from functools import partial
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -19,10 +21,11 @@ from dpo_score.data.types import TokenSequence
 from dpo_score.errors import ConfigError, Interrupted, nearest
 from dpo_score.logprobs.encoder_decoder import EncoderDecoderPath
 from dpo_score.logprobs.forked import ForkedPath
-from dpo_score.logprobs.packed import PackedPath
+from dpo_score.logprobs.packed import PackedPath, PackOnDevice
 from dpo_score.logprobs.padded import PaddedPath
 from dpo_score.logprobs.pictures import PicturePath
 from dpo_score.logprobs.torch_settings import running
+from dpo_score.logprobs.transfer import Returning
 from dpo_score.logprobs.types import STATS, SequenceLogps, Unscored, Values
 from dpo_score.logprobs.upcast import CannotWiden, is_wide, widened
 from dpo_score.models import memory
@@ -32,7 +35,10 @@ from dpo_score.models.parallel.rank_zero import RankZero
 from dpo_score.models.parts import ModelParts, model_parts
 from dpo_score.tokenization.pictures import PictureInputs
 
+T = TypeVar("T")
 Result = SequenceLogps | Unscored
+IndexPack: TypeAlias = tuple[int, ...]
+PackResults: TypeAlias = Generator[tuple[IndexPack, Sequence[Result]], None, None]
 
 
 class Path(Protocol):
@@ -57,7 +63,7 @@ class PairScorer:
     `stats`: names from `types.STATS`. `on_progress` gets the unique tokens of each pack as it is done.
     `should_stop` is asked between packs; when it says yes, `Interrupted` is raised and nothing is returned.
     `notes` collects one sentence for each thing that did not go as planned; `packs_split` counts packs that were
-    too large for the device.
+    too large for the device. `runs_ahead`: packs are queued before the values of the last have arrived.
     """
 
     def __init__(
@@ -79,6 +85,7 @@ class PairScorer:
             self._path = make_path(model, numerics, stats, pictures=pictures)
         if isinstance(self._path, PackedPath):
             self.notes += self._path.notes
+        self.runs_ahead = numerics.device_kind == "cuda"
         self._on_progress = on_progress or (lambda _: None)
         self._should_stop = should_stop or (lambda: False)
 
@@ -101,28 +108,80 @@ class PairScorer:
         done: dict[int, Result] = {i: SequenceLogps(np.zeros(0, np.float32)) for i in empty}
         left = [i for i in range(len(sequences)) if i not in done]
         costs = token_costs(sequences)
-        packs = deque(tuple(left[i] for i in pack) for pack in self._path.plan([sequences[i] for i in left]))
-        while packs:
-            if self._should_stop():
-                raise Interrupted(signal.SIGINT)
-            pack = packs.popleft()
-            members = [sequences[i] for i in pack]
-            results = self._attempt(members)
-            if results is None:
-                packs.extendleft((pack[len(pack) // 2 :], pack[: len(pack) // 2]))
-                continue
-            done.update(zip(pack, results, strict=True))
-            self._on_progress(sum(costs[i] for i in pack))
+        packs = [tuple(left[i] for i in pack) for pack in self._path.plan([sequences[i] for i in left])]
+        ahead = self.runs_ahead and isinstance(self._path, PackedPath)
+        computed = self._one_behind(packs, sequences) if ahead else self._one_by_one(packs, sequences)
+        with closing(computed):
+            for pack, results in computed:
+                done.update(zip(pack, results, strict=True))
+                self._on_progress(sum(costs[i] for i in pack))
         return done
 
-    def _attempt(self, members: Sequence[TokenSequence]) -> Sequence[Result] | None:
-        """The results of one pack, or None when it must be split to fit."""
+    def _one_by_one(self, packs: Sequence[IndexPack], sequences: Sequence[TokenSequence]) -> PackResults:
+        """Each pack and its results; one that does not fit on the device is split."""
+        waiting = deque(packs)
+        while waiting:
+            self._refuse_to_go_on()
+            pack = waiting.popleft()
+            results = self._attempt([sequences[i] for i in pack])
+            if results is None:
+                waiting.extendleft((pack[len(pack) // 2 :], pack[: len(pack) // 2]))
+                continue
+            yield pack, results
+
+    def _one_behind(self, packs: Sequence[IndexPack], sequences: Sequence[TokenSequence]) -> PackResults:
+        """As `_one_by_one`, with a device that never waits: a thread lays out and copies the pack after the one that is
+        queued, and the values of a pack are awaited when the next has been queued behind it. A pack that does not fit
+        is computed again, and split, by `_one_by_one`."""
+        path = self._path
+        assert isinstance(path, PackedPath)
+        alone = [pack for pack in packs if path.is_alone([sequences[i] for i in pack])]
+        packs = [pack for pack in packs if pack not in alone]
+        queued: tuple[IndexPack, PackOnDevice, Returning] | None = None
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="layout") as thread:
+            laid_out = deque(thread.submit(path.lay_out, [sequences[i] for i in pack]) for pack in packs[:1])
+            for number, pack in enumerate(packs):
+                self._refuse_to_go_on()
+                for later in packs[number + 1 : number + 2]:
+                    laid_out.append(thread.submit(path.lay_out, [sequences[i] for i in later]))
+                begun = self._unless_too_large(partial(_begun, path, laid_out.popleft()))
+                if queued is not None:
+                    yield from self._arrived(queued[0], queued[2], sequences)
+                queued = None if begun is None else (pack, *begun)
+                if begun is None:
+                    yield from self._one_by_one([pack], sequences)
+            if queued is not None:
+                yield from self._arrived(queued[0], queued[2], sequences)
+        yield from self._one_by_one(alone, sequences)
+
+    def _arrived(self, pack: IndexPack, returning: Returning, sequences: Sequence[TokenSequence]) -> PackResults:
+        """The results of a pack that was queued."""
+        members = [sequences[i] for i in pack]
+        results = self._unless_too_large(lambda: self._checked(members, returning.arrived()))
+        if results is not None:
+            yield pack, results
+        else:
+            yield from self._one_by_one([pack], sequences)
+
+    def _refuse_to_go_on(self) -> None:
+        if self._should_stop():
+            raise Interrupted(signal.SIGINT)
+
+    def _unless_too_large(self, call: Callable[[], T]) -> T | None:
+        """What `call` returns, or None where the device has no room for it; what it held is given back."""
         try:
-            return self._results(members)
+            return call()
         except RuntimeError as error:
             if not memory.is_out_of_memory(error):
                 raise
         memory.release(self.numerics.device_kind)
+        return None
+
+    def _attempt(self, members: Sequence[TokenSequence]) -> Sequence[Result] | None:
+        """The results of one pack, or None when it must be split to fit."""
+        results = self._unless_too_large(lambda: self._checked(members, self._path.compute(members)))
+        if results is not None:
+            return results
         if len(members) == 1:
             tokens = len(members[0].prompt) + len(members[0].response)
             return [Unscored("too_large", f"{tokens} tokens alone do not fit on {self.numerics.device}")]
@@ -130,9 +189,8 @@ class PairScorer:
         self.notes.append(f"a pack of {len(members)} sequences did not fit on {self.numerics.device} and was split")
         return None
 
-    def _results(self, members: Sequence[TokenSequence]) -> list[Result]:
-        """Values of a pack; one that overflows 16 bits is computed again in fp32 and marked."""
-        values = self._path.compute(members)
+    def _checked(self, members: Sequence[TokenSequence], values: list[Values]) -> list[Result]:
+        """The results of a pack; one that overflows 16 bits is computed again in fp32 and marked."""
         if all(map(is_finite, values)):
             return [finished(v) for v in values]
         if self.numerics.dtype == "float32":
@@ -151,6 +209,12 @@ class PairScorer:
         if len(members) == 1:
             return values
         return [v if is_finite(v) else self._path.compute([m])[0] for m, v in zip(members, values, strict=True)]
+
+
+def _begun(path: PackedPath, laid_out: Future[PackOnDevice]) -> tuple[PackOnDevice, Returning]:
+    """A pack queued on the device; it must live until its values have arrived."""
+    pack = laid_out.result()
+    return pack, path.start(pack)
 
 
 def make_path(

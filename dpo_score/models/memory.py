@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from dpo_score.models.numerics import Numerics
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+QUANTIZED_BYTES = {"int8": 1.1, "nf4": 0.6}
+"""Bytes a parameter with its scales; embeddings, norms and the head keep 16 bits, a few per cent of a large model."""
 CPU_TOKENS = 4096
 """Speed on a CPU is flat from 1,024 tokens on; 4,096 fills packs well and keeps activations small."""
 GPU_TOKENS = ((1e9, 65536), (3e9, 32768), (float("inf"), 16384))
@@ -33,11 +35,22 @@ SCRATCH = {"cpu": 2**27, "cuda": 2**30}
 FLOOR, STEP = 256, 256
 
 
-def batch_tokens(device: str, dtype: str, config: Mapping[str, Any], parameters: int | None) -> int:
-    """The token budget of a pack (a multiple of 256, at least 256) for this device's total memory."""
+def batch_tokens(
+    device: str,
+    dtype: str,
+    config: Mapping[str, Any],
+    parameters: int | None,
+    quantization: str | None = None,
+    spread: int = 1,
+) -> int:
+    """The token budget of a pack (a multiple of 256, at least 256) for this device's total memory.
+
+    `parameters`: of the part that one rank holds. `spread`: devices that the layers are laid over.
+    """
     kind = device.split(":")[0]
     wanted = CPU_TOKENS if kind != "cuda" else next(n for size, n in GPU_TOKENS if (parameters or 7e9) <= size)
-    room = total_memory(device) - (parameters or 0) * ITEM_BYTES[dtype]
+    width = QUANTIZED_BYTES[quantization] if quantization else ITEM_BYTES[dtype]
+    room = total_memory(device) - (parameters or 0) * width / spread
     fits = int(max(room, 0) * SHARE / token_bytes(config, dtype))
     return max(FLOOR, min(wanted, fits) // STEP * STEP)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -165,6 +166,41 @@ def _guarded(call: Callable[[], T]) -> T:
         raise
 
 
+COMPARED_TEXTS = 300
+_OWN_PIECES = frozenset({"ByteLevel", "Split", "Digits", "Punctuation", "Sequence"})
+_OWN_FORMS = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Sequence"})
+
+
+def pieces_end(tokenizer: Any) -> re.Pattern[str] | None:
+    """Matches the pieces of a text, each up to and with the next special token, whose ids one after the other are those
+    of the text. None for a tokenizer of which that does not follow from its rules.
+
+    Special tokens are cut out of a text before anything else is done to it; what stands between two of them is
+    normalised and divided by itself. That is no longer true where a special token takes in spaces beside it, and where
+    only the beginning of a text is marked, as tokenizers made from SentencePiece do.
+    """
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = rules.get("added_tokens") or []
+    special = [token["content"] for token in added if token.get("special")]
+    simple = all(not (token.get("lstrip") or token.get("rstrip") or token.get("single_word")) for token in added)
+    divided, formed = _kinds(rules.get("pre_tokenizer")), _kinds(rules.get("normalizer"))
+    prefixed = '"add_prefix_space": true' in json.dumps(rules.get("pre_tokenizer"))
+    if not special or not simple or prefixed or not divided or not divided <= _OWN_PIECES or not formed <= _OWN_FORMS:
+        return None
+    if (rules.get("model") or {}).get("type") != "BPE" or any(token.get("normalized") for token in added):
+        return None
+    ends = "|".join(re.escape(text) for text in sorted(special, key=len, reverse=True))
+    return re.compile(f"(?s:.+?(?:{ends})|.+)")
+
+
+def _kinds(rule: Any) -> set[str]:
+    """The types of a rule of the tokenizers library and of those that it is made of."""
+    if rule is None:
+        return set()
+    inner = [part for key in ("pretokenizers", "normalizers") for part in rule.get(key) or []]
+    return {rule["type"]}.union(*map(_kinds, inner))
+
+
 class BatchEncoder:
     """Texts → ids, a block at a time, straight through the fast backend.
 
@@ -175,11 +211,15 @@ class BatchEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._direct = all(self._agrees(special) for special in (True, False))
+        self._ends = pieces_end(tokenizer) if self._direct else None
+        self._to_compare = COMPARED_TEXTS
 
     def ids(self, texts: Sequence[str], add_special_tokens: bool) -> list[Ids]:
         """The ids of each text, as `tokenizer(text, add_special_tokens=…)` gives them. Raises TokenizerFailedError."""
         if not texts:
             return []
+        if self._ends is not None and not add_special_tokens:
+            return self._ids_by_pieces(texts)
         if self._direct:
             return self._backend_ids(texts, add_special_tokens)
         found = self._called(list(texts), add_special_tokens)
@@ -214,6 +254,24 @@ class BatchEncoder:
         for part in _portions(texts):
             encodings = _guarded(partial(backend.encode_batch_fast, part, add_special_tokens=add_special_tokens))
             found += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        return found
+
+    def _ids_by_pieces(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of texts that share most of their turns, as a prompt and it with either answer do: every different
+        piece between two special tokens is encoded once. The first texts are encoded whole, too, and held against it;
+        where one differs, that goes for all."""
+        assert self._ends is not None
+        pieces = [self._ends.findall(text) for text in texts]
+        different = list(dict.fromkeys(piece for parts in pieces for piece in parts))
+        ids = dict(zip(different, self._backend_ids(different, add_special_tokens=False), strict=True))
+        none = np.zeros(0, np.int32)
+        found = [np.concatenate([none, *(ids[piece] for piece in parts)]) for parts in pieces]
+        if self._to_compare > 0:
+            whole = self._backend_ids(texts[: self._to_compare], add_special_tokens=False)
+            self._to_compare -= len(whole)
+            if not all(map(np.array_equal, whole, found)):
+                self._ends = None
+                return self._backend_ids(texts, add_special_tokens=False)
         return found
 
     def _called(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:

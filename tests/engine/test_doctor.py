@@ -12,6 +12,7 @@ import torch
 from dpo_score.cli.main import main
 from dpo_score.engine import doctor
 from dpo_score.engine.doctor import Status, cuda_devices, cuda_settings, examine, no_cuda
+from dpo_score.logprobs import compilation
 from tests.tiny import save_tiny
 
 
@@ -23,7 +24,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def run(program: str, seconds: float) -> None:
         programs.append(program)
 
-    monkeypatch.setattr(doctor, "_in_a_process", run)
+    monkeypatch.setattr(doctor, "run_apart", run)
+    monkeypatch.setattr(compilation, "run_apart", run)
+    monkeypatch.setattr(compilation, "_found", {})
     return programs
 
 
@@ -44,11 +47,11 @@ def test_every_check_of_a_machine_without_a_gpu(quick: list[str], tmp_path: Path
     ("program", "said"), [("raise ValueError('no compiler')", "no compiler"), ("import os; os._exit(3)", "3")]
 )
 def test_a_process_that_fails_is_a_finding(program: str, said: str) -> None:
-    assert said in str(doctor._in_a_process(program, 30.0))
+    assert said in str(compilation.run_apart(program, 30.0))
 
 
 def test_a_process_that_hangs_is_a_finding() -> None:
-    assert doctor._in_a_process("import time; time.sleep(60)", 0.5) == "no answer within 0 s"
+    assert compilation.run_apart("import time; time.sleep(60)", 0.5) == "no answer within 0 s"
 
 
 def test_a_model_that_cannot_be_read_is_a_problem_and_exit_1(

@@ -224,18 +224,17 @@ def memory() -> list[tuple[bool, str, str, str]]:
 def waits() -> list[tuple[bool, str, str, str]]:
     """A pass of a pack under torch's own watch: anything that waits for the device is an error."""
     from dpo_score.logprobs.packed import PackedPath
-    from dpo_score.logprobs.packing import lay_out
     from dpo_score.models.parts import model_parts
 
     model = _llama("bfloat16")
     path = PackedPath(model_parts(model), _numerics(model, "bfloat16"))
-    pack = lay_out(_rows(32))
+    pack = path.lay_out(_rows(32))
     with torch.inference_mode(), path.session():
-        path.device_values(pack)
+        path.start(pack).arrived()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            path.device_values(pack)
+            path.start(path.lay_out(_rows(32)))
             said, passed = "none", True
         except RuntimeError as error:
             said, passed = str(error)[:100], False

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dpo_score.logprobs import transfer
 from dpo_score.logprobs.attention import flash_flex, interface
 from dpo_score.logprobs.packed import PackedPath
-from dpo_score.logprobs.packing import lay_out
 from dpo_score.logprobs.padded import PaddedPath
 from dpo_score.models.numerics import Kernel, Numerics
 from dpo_score.models.parts import model_parts
@@ -154,6 +153,8 @@ CASES = [
     ("llama", Kernel.VARLEN, "float16"),
     ("llama", Kernel.VARLEN, "bfloat16"),
     ("llama", Kernel.BMM, "float32"),
+    ("llama", Kernel.VARLEN, "float32"),
+    ("mistral", Kernel.VARLEN, "float32"),
     ("mistral", Kernel.VARLEN, "bfloat16"),
     ("gemma2", Kernel.VARLEN, "bfloat16"),
     ("gpt_oss", Kernel.VARLEN, "bfloat16"),
@@ -168,17 +169,20 @@ CASES = [
 def test_a_pack_runs_without_the_host_waiting(name, kernel, dtype):
     model = family(name, dtype=getattr(torch, dtype))
     numerics = Numerics("cuda:0", "cuda", dtype, "fast", kernel, False, 512, 1)
-    pack = lay_out(awkward(), 128)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     parts = on_fake_cuda(model, mode)
     path = PackedPath(parts, numerics, ("entropy",))
     with torch.inference_mode(), path.session(), mode, Watch() as watch:
+        pack = path.lay_out(awkward())
         values = path.device_values(pack)
-    assert {tuple(v.shape) for v in values.values()} == {(len(pack.targets),)}
+    assert {tuple(v.shape) for v in values.values()} == {tuple(pack.targets.shape)}
     assert {v.device for v in values.values()} == {CUDA}
     assert not watch.to_host
-    takes_flash = kernel == Kernel.VARLEN and name not in ("gemma2", "deepseek_v3")  # soft caps, unequal head sizes
+    odd = name in ("gemma2", "deepseek_v3")  # soft caps, unequal head sizes
+    takes_flash = kernel == Kernel.VARLEN and dtype != "float32" and not odd
     assert ("aten::_flash_attention_forward" in watch.called) == takes_flash
+    takes_efficient = (name, kernel, dtype) == ("llama", Kernel.VARLEN, "float32")
+    assert ("aten::_efficient_attention_forward" in watch.called) == takes_efficient
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_next"])

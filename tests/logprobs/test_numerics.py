@@ -11,12 +11,13 @@ import torch
 
 from dpo_score.config.schema import ComputeSpec
 from dpo_score.errors import ConfigError
+from dpo_score.logprobs import compilation
 from dpo_score.logprobs import matmul as gemm
 from dpo_score.logprobs import numerics as numerics_module
 from dpo_score.logprobs.attention import flash_flex as attention_gpu
 from dpo_score.logprobs.numerics import in_effect, may_share, present, resolve_numerics
 from dpo_score.models import memory
-from dpo_score.models.numerics import Numerics
+from dpo_score.models.numerics import Kernel, Numerics
 from tests.tiny import tiny_config
 
 LLAMA = tiny_config("llama").to_dict()
@@ -112,3 +113,35 @@ def test_which_devices_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert [present(name) for name in ("cpu", "cuda", "cuda:1", "cuda:2", "mps")] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((32, 4096), 18_500), ((30, 576), 140_300)], ids=["8B", "135M"])
+def test_on_a_gpu_layers_are_compiled_where_they_save_more_than_compiling_takes(shape, rows, monkeypatch):
+    config = {"num_hidden_layers": shape[0], "hidden_size": shape[1]}
+    monkeypatch.setattr(numerics_module, "_can_compile", lambda kind: True)
+    decide = numerics_module._compile
+    assert not decide("auto", "fast", "cuda", config, 10**9, int(rows * 0.9))
+    assert decide("auto", "fast", "cuda", config, 10**9, int(rows * 1.1))
+
+
+def test_a_gpu_that_cannot_compile_is_said_in_one_line(monkeypatch):
+    found = {"cuda": "RuntimeError: Failed to find C compiler"}
+    monkeypatch.setattr(compilation, "_found", found)
+    shape = {"num_hidden_layers": 32, "hidden_size": 4096}
+    assert not numerics_module._compile("auto", "fast", "cuda", shape, 1, 10**9)
+    numerics = Numerics("cuda:0", "cuda", "float16", "fast", Kernel.VARLEN, False, 16384, 1)
+    [line] = numerics_module.remarks(ComputeSpec(), numerics)
+    assert line == f"layers are not compiled, which costs speed and no correctness: {found['cuda']}"
+    assert numerics_module.remarks(ComputeSpec(compile="off"), numerics) == []
+
+
+def test_packs_know_how_weights_are_held(monkeypatch):
+    """A model of 70B on a GPU of 80 GB: nothing fits in 16 bits, packs do in 4 bits or over eight GPUs."""
+    monkeypatch.setattr(memory, "total_memory", lambda device: 80 * 10**9)
+    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "head_dim": 128}
+    assert memory.batch_tokens("cuda:0", "float16", shape, 70 * 10**9) == 256
+    assert memory.batch_tokens("cuda:0", "float16", shape, 70 * 10**9, "nf4") > 4096
+    assert memory.batch_tokens("cuda:0", "float16", shape, 70 * 10**9, None, 8) > 4096
+    small = Numerics("cuda:0", "cuda", "float16", "plain", Kernel.MODEL, False, 256, 1)
+    [line] = numerics_module.remarks(ComputeSpec(), small)
+    assert line.startswith("packs hold 256 tokens: the weights leave little room on cuda:0")

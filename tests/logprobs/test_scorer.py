@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from dpo_score.data.types import TokenSequence
 from dpo_score.errors import ConfigError, Interrupted, ModelError
 from dpo_score.logprobs.scorer import PairScorer, token_costs
+from dpo_score.logprobs.transfer import Returning
 from dpo_score.logprobs.types import SequenceLogps, Unscored
 from tests.families import family
 from tests.logprobs.engine import numerics_for, sums
@@ -101,6 +104,80 @@ def test_a_row_too_large_alone_is_refused_alone(llama, path):
     refused = [r for r in results if isinstance(r, Unscored)]
     assert [r.code for r in refused] == ["too_large"]
     assert "80 tokens" in refused[0].reason
+
+
+def one_behind(model, **changes):
+    """A scorer that queues packs as on a GPU."""
+    scorer = PairScorer(model, numerics_for(model, "fast", **{"batch_tokens": 8, **changes}))
+    scorer.runs_ahead = True
+    return scorer
+
+
+def test_packs_queued_ahead_give_the_bits_and_the_order_of_one_after_the_other(llama):
+    told, said = [], []
+    ahead = one_behind(llama)
+    ahead._on_progress = told.append
+    usual = PairScorer(llama, ahead.numerics, on_progress=said.append)
+    found, expected = ahead.score(awkward()), usual.score(awkward())
+    assert usual.forwards == ahead.forwards > 3
+    assert [a.token_logps.tobytes() for a in found] == [b.token_logps.tobytes() for b in expected]
+    assert told == said
+
+
+def test_a_pack_is_queued_before_the_values_of_the_last_are_awaited(llama, monkeypatch):
+    scorer, done = one_behind(llama), []
+    start, arrived = scorer._path.start, Returning.arrived
+    lay_out = scorer._path.lay_out
+    main = threading.get_ident()
+
+    def laid_out(sequences):
+        assert threading.get_ident() != main
+        return lay_out(sequences)
+
+    def started(pack):
+        done.append("start")
+        return start(pack)
+
+    monkeypatch.setattr(scorer._path, "lay_out", laid_out)
+    monkeypatch.setattr(scorer._path, "start", started)
+    monkeypatch.setattr(Returning, "arrived", lambda self: done.append("arrived") or arrived(self))
+    scorer.score(awkward())
+    packs = scorer.forwards
+    assert done == ["start", *["start", "arrived"] * (packs - 1), "arrived"]
+
+
+def test_a_queued_pack_that_does_not_fit_is_split_and_the_others_are_not(llama):
+    scorer, usual = one_behind(llama), one_behind(llama).score(awkward())
+    start, starts = scorer._path.start, []
+
+    def fails(pack):
+        starts.append(pack)
+        if len(starts) in (2, 3):  # when it is queued, and whole once more
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return start(pack)
+
+    scorer._path.start = fails
+    np.testing.assert_allclose(sums(scorer.score(awkward())), sums(usual), atol=1e-5)
+    assert scorer.packs_split == 1
+
+
+def test_overflow_among_queued_packs_is_redone_as_ever():
+    model = overflowing(torch.float16)
+    scorer = one_behind(model, batch_tokens=64, dtype="float16")
+    usual = PairScorer(model, scorer.numerics)
+    found, expected = scorer.score(awkward()), usual.score(awkward())
+    assert scorer.forwards > 2
+    assert "float32" in {getattr(result, "redone_dtype", None) for result in found}
+    for a, b in zip(found, expected, strict=True):
+        assert a == b or (a.redone_dtype, a.token_logps.tobytes()) == (b.redone_dtype, b.token_logps.tobytes())
+
+
+def test_stopping_among_queued_packs_ends_the_thread(llama):
+    scorer = one_behind(llama)
+    scorer._should_stop = lambda: scorer.forwards > 1
+    with pytest.raises(Interrupted):
+        scorer.score(awkward())
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("layout")]
 
 
 def test_no_room_to_look_at_the_model_is_an_error_with_ways_out(llama, monkeypatch):

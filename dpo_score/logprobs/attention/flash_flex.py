@@ -1,5 +1,6 @@
 """Shared attention on CUDA: torch's own flash kernel for sequences of different lengths, over gathered keys;
-FlexAttention where that cannot be used; batched products (bmm.py) last.
+FlexAttention where that cannot be used; batched products (bmm.py) last. In fp32, which neither takes, the
+memory-efficient kernel with the same keys, or batched products for windows, soft caps and sinks.
 
 A segment of a pack is one item of the flash kernel, whose keys are its prompt and itself: the kernel aligns a causal
 mask with the last key, which is exactly the rule of `packing.Segment`, and needs no mask object. The operator's schema
@@ -33,6 +34,13 @@ NEEDED = ("cum_seq_q", "max_q", "is_causal", "scale", "window_size_left", "windo
 """Arguments without which the flash operator cannot do what a segment asks."""
 
 
+EFFICIENT = (
+    *("query", "key", "value", "bias", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
+    *("dropout_p", "custom_mask_type", "compute_log_sumexp"),
+)
+"""Arguments of the memory-efficient operator by position."""
+CAUSAL_FROM_THE_END = 2
+"""Its mask that aligns the last query with the last key, as the flash kernel does."""
 FLASH_CAPABILITY = (8, 0)
 """The flash kernel needs Ampere or newer, and is part of the operators of every CUDA build all the same."""
 
@@ -54,6 +62,16 @@ def _flash_arguments() -> frozenset[str] | None:
         return None
     names = frozenset(argument.name for argument in operator.default._schema.arguments)
     return names if names.issuperset(NEEDED) else None
+
+
+@cache
+def _takes_fp32() -> bool:
+    """Whether torch's memory-efficient operator is there with the arguments that a segment needs."""
+    operator = getattr(torch.ops.aten, "_efficient_attention_forward", None)
+    if operator is None:
+        return False
+    names = [argument.name for argument in operator.default._schema.arguments]
+    return names[: len(EFFICIENT)] == list(EFFICIENT) and "scale" in names
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,7 +111,10 @@ class CudaPack:
         self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, scale: float, window: int, softcap: float
     ) -> Tensor:
         """query [1, Hq, T, D], key [1, Hk, T, D], value [1, Hk, T, E] → [1, T, Hq, E]."""
-        if query.dtype == torch.float32 or self.kernel == Kernel.BMM:
+        wide = query.dtype == torch.float32
+        if wide and self.kernel == Kernel.VARLEN and _takes_fp32() and sinks is None and not window and not softcap:
+            return self._varlen_fp32(query, key, value, scale)
+        if wide or self.kernel == Kernel.BMM:
             return bmm_attention(query[0], key[0], value[0], self.pack.segments, scale, window, softcap, sinks)[None]
         head = query.shape[-1]
         if self.kernel == Kernel.VARLEN and not softcap and head == value.shape[-1] <= FLASH_HEAD and head % 8 == 0:
@@ -119,6 +140,30 @@ class CudaPack:
             window_size_right=0 if window else None,
         )[:2]
         return _with_sinks(out, mass.transpose(0, 1), sinks)[None]
+
+    def _varlen_fp32(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """The memory-efficient kernel, which takes fp32 as the flash kernel does not; it knows no shared key heads."""
+        gathered, queries, keys = (t.to(query.device) for t in (self.key_index, self.queries, self.keys))
+        times = query.shape[1] // key.shape[1]
+
+        def of_each_query_head(heads: Tensor) -> Tensor:
+            picked = heads[0].transpose(0, 1).index_select(0, gathered)
+            return picked.repeat_interleave(times, 1)[None] if times > 1 else picked[None]
+
+        out: Tensor = torch.ops.aten._efficient_attention_forward(
+            query.transpose(1, 2).contiguous(),
+            of_each_query_head(key),
+            of_each_query_head(value),
+            None,
+            queries,
+            keys,
+            *self.longest,
+            0.0,
+            CAUSAL_FROM_THE_END,
+            False,
+            scale=scale,
+        )[0]
+        return out
 
     def _flex(
         self,

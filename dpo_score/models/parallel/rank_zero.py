@@ -38,6 +38,10 @@ LOAD_SECONDS = 7200.0
 """How long ranks may be apart in starting and in reading weights."""
 DESERTED_SECONDS = 60.0
 """How long rank 0 that failed waits for workers, which may be caught in a collective that it left."""
+CLOSE_SECONDS = 10.0
+"""How long ranks may take to leave their group together."""
+LEAVE = "leave"
+"""The verb that ends a worker."""
 CAUGHT_SECONDS = 15.0
 """From a worker's death to the end of rank 0 that has not noticed: it hangs in a collective."""
 
@@ -163,16 +167,37 @@ class RankZero(Group):
                 os._exit(70)
 
     def close(self) -> None:
-        """End the workers, and this process's membership."""
+        """End the workers, and this process's membership.
+
+        All ranks leave their group together: with NCCL a rank that leaves it alone may wait for the others for ever.
+        Whoever has not left within CLOSE_SECONDS is ended.
+        """
         self._closing = True
         joined(None)
         for worker in self._workers:
+            with suppress(GroupLostError):
+                self._tell(worker, (LEAVE,))
+        leave_group(whole=all(worker.process.poll() is None for worker in self._workers))
+        until = time.monotonic() + CLOSE_SECONDS
+        for worker in self._workers:
             worker.connection.close()
+            with suppress(subprocess.TimeoutExpired):
+                worker.process.wait(max(until - time.monotonic(), 0.0))
             worker.process.kill()
             worker.process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+
+def leave_group(whole: bool) -> None:
+    """End this process's membership, within CLOSE_SECONDS: what hangs is left behind in a thread that ends with the
+    process. `whole`: all ranks are there, and leave with this one; else its connections are cut."""
+    if not dist.is_initialized():
+        return
+    cut: Any = getattr(dist.distributed_c10d, "_abort_process_group", None)
+    alone = not whole and cut is not None and dist.get_backend() == "nccl"
+    leaving = threading.Thread(target=cut if alone else dist.destroy_process_group, name="leave", daemon=True)
+    leaving.start()
+    leaving.join(CLOSE_SECONDS)
 
 
 def _alike(failures: Sequence[Failure | None]) -> bool:

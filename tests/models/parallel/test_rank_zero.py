@@ -93,6 +93,19 @@ def test_a_rank_that_fails_alone_falls_silent_or_dies_is_named(leader: RankZero)
     assert workers() == []
 
 
+def test_ranks_leave_their_group_together_and_one_that_does_not_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = RankZero(2, "cpu", {"tensor_parallel": 2, "is_worker": True})
+    [process] = [worker.process for worker in left._workers]
+    left.close()
+    assert process.returncode == 0  # of its own accord
+    monkeypatch.setattr(rank_zero, "CLOSE_SECONDS", 0.5)
+    silent = RankZero(2, "cpu", {"tensor_parallel": 2, "is_worker": True})
+    [process] = [worker.process for worker in silent._workers]
+    psutil.Process(process.pid).suspend()
+    silent.close()
+    assert process.returncode == -9
+
+
 def test_a_leader_caught_in_a_collective_that_a_dead_rank_left_is_ended() -> None:
     ended = subprocess.run([sys.executable, "-c", CAUGHT], capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 70

@@ -1,0 +1,47 @@
+"""Whether generated code works on this machine: asked by generating some, in a process that may fail.
+
+Inductor needs a C++ compiler for a CPU; Triton a C compiler and Python's headers for a GPU, which slim images lack. A
+package that can be imported says nothing about them.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+TRY_SECONDS = 180.0
+PROGRAM = """
+import torch
+f = torch.compile(lambda x: torch.nn.functional.silu(x) * x + 1)
+x = torch.ones(64, 64, device={device!r})
+assert torch.allclose(f(x), torch.nn.functional.silu(x) * x + 1)
+"""
+
+
+_found: dict[str, str | None] = {}
+
+
+def compile_failure(device: str) -> str | None:
+    """None where a function of one line compiles for `device` and gives right values, else why not. Tried once."""
+    if device not in _found:
+        _found[device] = run_apart(PROGRAM.format(device=device), TRY_SECONDS)
+    return _found[device]
+
+
+def tried(device: str) -> str | None:
+    """What `compile_failure` found; None where nobody has asked it."""
+    return _found.get(device)
+
+
+def run_apart(program: str, seconds: float) -> str | None:
+    """Run a program in a process of its own; None when it ends well, else the last line that it said."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {seconds:.0f} s"
+    if done.returncode == 0:
+        return None
+    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return said[-1][:200] if said else f"exit code {done.returncode}"
