@@ -26,14 +26,17 @@ from dpo_score.config.hints import MEANINGS, meant_by
 from dpo_score.errors import DpoScoreError
 from dpo_score.escape import make_encodable, safe
 
-CPU_RUNTIME = {
+RUNTIME = {
     # on a shared machine, threads that spin while they wait cost a factor of ten
     "OMP_WAIT_POLICY": "PASSIVE",
     # generated kernels are kept per shape, 1,024 of them by default: half a gigabyte that grows for the first hour
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "LRU_CACHE_CAPACITY": "64",
+    # packs of many sizes leave gaps in a GPU's memory, which then seems full before it is
+    **({"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if sys.platform == "linux" else {}),
 }
-"""Read by OpenMP and oneDNN when torch is imported; what the user has set is kept."""
+"""Read by OpenMP, oneDNN and torch when they are imported; what the user has set is kept, also by an older name."""
+OLDER_NAMES = {"PYTORCH_ALLOC_CONF": "PYTORCH_CUDA_ALLOC_CONF"}
 HELP_FLAGS = {"help_option_names": ["-h", "--help"]}
 COMMANDS = {
     "Before a run": {
@@ -141,8 +144,9 @@ def _options_of_all(
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: ends with the exit code of the error, or 0."""
-    for name, value in CPU_RUNTIME.items():
-        os.environ.setdefault(name, value)
+    for name, value in RUNTIME.items():
+        if OLDER_NAMES.get(name, name) not in os.environ:
+            os.environ.setdefault(name, value)
     make_encodable()
     arguments = [_dashed(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     try:

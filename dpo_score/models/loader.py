@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -178,6 +179,8 @@ class ModelLoader:
             options["quantization_config"] = quantization_config(self.quantization, numerics.dtype)
         if self.quantization is not None or "quantization_config" in source.config:
             options.setdefault("device_map", {"": numerics.device})  # quantised weights are placed, not moved
+        if numerics.device.startswith("cuda") and find_spec("accelerate") is not None:
+            options.setdefault("device_map", {"": numerics.device})  # each tensor at once, without a copy on the host
         model = read_model(source, options, self.trust_remote_code)
         if "device_map" not in options and getattr(model, "hf_quantizer", None) is None:
             model = model.to(numerics.device)

@@ -67,7 +67,8 @@ def varlen() -> list[tuple[bool, str, str, str]]:
         for head in (64, 96, 128, 192, 256)
         for groups in (1, 4)
         for window, sinks in ((0, False), (33, False), (0, True))
-    ]
+    ] + [_kernel_line("varlen", head, groups, 0, False, 0.0, head, dtype=torch.float32) for head in (64, 128)
+         for groups in (1, 4)]  # fmt: skip
 
 
 def flex() -> list[tuple[bool, str, str, str]]:
@@ -221,6 +222,24 @@ def memory() -> list[tuple[bool, str, str, str]]:
     ]
 
 
+def ahead() -> list[tuple[bool, str, str, str]]:
+    """Packs that are laid out by a thread and queued before the last values are back: the bits of one by one."""
+    from dataclasses import replace
+
+    from dpo_score.logprobs.scorer import PairScorer
+
+    dtype = "bfloat16" if HERE != "cpu" else "float32"
+    model = _llama(dtype)
+    numerics, rows = replace(_numerics(model, dtype), batch_tokens=1024), _rows(64)
+    found = []
+    for runs_ahead in (False, True):
+        scorer = PairScorer(model, numerics)
+        scorer.runs_ahead = runs_ahead
+        found.append([result.token_logps.tobytes() for result in scorer.score(rows)])
+    same = sum(a == b for a, b in zip(*found, strict=True))
+    return [(same == len(rows), "rows with equal bits, queued ahead and one by one", f"{same} of {len(rows)}", "all")]
+
+
 def waits() -> list[tuple[bool, str, str, str]]:
     """A pass of a pack under torch's own watch: anything that waits for the device is an error."""
     from dpo_score.logprobs.packed import PackedPath
@@ -309,6 +328,7 @@ STEPS: dict[str, Step] = {
     "check": Step(check, 180),
     "noise": Step(noise, 60, gpus=0),
     "packs": Step(packs, 60, gpus=0),
+    "ahead": Step(ahead, 60, gpus=0),
     "overflow": Step(overflow, 60, gpus=0),
     "memory": Step(memory, 60),
     "waits": Step(waits, 60),
@@ -349,7 +369,7 @@ def _kernel_line(
     expected = dense(query.float(), key.float(), value.float(), mask, head**-0.5, softcap, logits)
     worst = float((found.double() - expected).abs().max())
     bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
-    extras = f"{', window' if window else ''}{', sinks' if sinks else ''}{', cap' if softcap else ''}"
+    extras = f"{', float32' if dtype == torch.float32 else ''}{', window' if window else ''}{', sinks' if sinks else ''}{', cap' if softcap else ''}"
     what = f"{name}, D = {head}, E = {value_head}, groups of {groups}, T = {T}{extras}"
     return worst <= bound, what, f"{worst:.1e}", f"{bound:.0e}"
 
