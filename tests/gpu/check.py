@@ -369,7 +369,8 @@ def _kernel_line(
     expected = dense(query.float(), key.float(), value.float(), mask, head**-0.5, softcap, logits)
     worst = float((found.double() - expected).abs().max())
     bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
-    extras = f"{', float32' if dtype == torch.float32 else ''}{', window' if window else ''}{', sinks' if sinks else ''}{', cap' if softcap else ''}"
+    wide = ", float32" if dtype == torch.float32 else ""
+    extras = f"{wide}{', window' if window else ''}{', sinks' if sinks else ''}{', cap' if softcap else ''}"
     what = f"{name}, D = {head}, E = {value_head}, groups of {groups}, T = {T}{extras}"
     return worst <= bound, what, f"{worst:.1e}", f"{bound:.0e}"
 
