@@ -167,38 +167,51 @@ def _guarded(call: Callable[[], T]) -> T:
 
 
 COMPARED_TEXTS = 300
+_NOTHING_AROUND = np.zeros(0, np.int32), np.zeros(0, np.int32)
 _OWN_PIECES = frozenset({"ByteLevel", "Split", "Digits", "Punctuation", "Sequence"})
 _OWN_FORMS = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Sequence"})
 
 
-def pieces_end(tokenizer: Any) -> re.Pattern[str] | None:
-    """Matches the pieces of a text, each up to and with the next special token, whose ids one after the other are those
-    of the text. None for a tokenizer of which that does not follow from its rules.
+def text_pieces(tokenizer: Any) -> re.Pattern[str] | None:
+    """Matches the pieces of a text whose ids, one after the other, are those of the text. None for a tokenizer of which
+    that does not follow from its rules.
 
-    Special tokens are cut out of a text before anything else is done to it; what stands between two of them is
-    normalised and divided by itself. That is no longer true where a special token takes in spaces beside it, and where
-    only the beginning of a text is marked, as tokenizers made from SentencePiece do.
+    Special tokens are cut out of a text before anything else is done to it, and what stands between two of them is
+    normalised and divided by itself: a piece may end with one. That is no longer true where a special token takes in
+    spaces beside it, or where the beginning of a text is marked, as tokenizers made from SentencePiece do. GPT-2's
+    pattern (`use_regex` of ByteLevel) has no part that goes on from another character into a space, so there a piece
+    also ends before the line break behind a word or a punctuation mark.
     """
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    added = rules.get("added_tokens") or []
+    added, model, division = rules.get("added_tokens") or [], rules.get("model") or {}, rules.get("pre_tokenizer")
     special = [token["content"] for token in added if token.get("special")]
-    simple = all(not (token.get("lstrip") or token.get("rstrip") or token.get("single_word")) for token in added)
-    divided, formed = _kinds(rules.get("pre_tokenizer")), _kinds(rules.get("normalizer"))
-    prefixed = '"add_prefix_space": true' in json.dumps(rules.get("pre_tokenizer"))
-    if not special or not simple or prefixed or not divided or not divided <= _OWN_PIECES or not formed <= _OWN_FORMS:
+    divided, formed = _kinds(division), _kinds(rules.get("normalizer"))
+    if not special or any(token.get(key) for token in added for key in ("lstrip", "rstrip", "single_word")):
         return None
-    if (rules.get("model") or {}).get("type") != "BPE" or any(token.get("normalized") for token in added):
+    if any(token.get("normalized") for token in added) or model.get("type") != "BPE" or model.get("dropout"):
         return None
-    ends = "|".join(re.escape(text) for text in sorted(special, key=len, reverse=True))
-    return re.compile(f"(?s:.+?(?:{ends})|.+)")
+    if not divided or not divided <= _OWN_PIECES or not formed <= _OWN_FORMS or _has(division, "add_prefix_space"):
+        return None
+    ends = [re.escape(text) for text in sorted(special, key=len, reverse=True)]
+    if divided <= {"ByteLevel", "Digits", "Sequence"} and _has(division, "use_regex") and not formed:
+        ends.append(r"(?<=[!-~])(?=\n)")
+    return re.compile(f"(?s:.+?(?:{'|'.join(ends)})|.+)")
+
+
+def _parts(rule: Any) -> list[Any]:
+    """A rule of the tokenizers library, and those that it is made of."""
+    if rule is None:
+        return []
+    inner = [part for key in ("pretokenizers", "normalizers") for part in rule.get(key) or []]
+    return [rule, *(part for one in inner for part in _parts(one))]
 
 
 def _kinds(rule: Any) -> set[str]:
-    """The types of a rule of the tokenizers library and of those that it is made of."""
-    if rule is None:
-        return set()
-    inner = [part for key in ("pretokenizers", "normalizers") for part in rule.get(key) or []]
-    return {rule["type"]}.union(*map(_kinds, inner))
+    return {part["type"] for part in _parts(rule)}
+
+
+def _has(rule: Any, setting: str) -> bool:
+    return any(part.get(setting) is True for part in _parts(rule))
 
 
 class BatchEncoder:
@@ -211,15 +224,16 @@ class BatchEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._direct = all(self._agrees(special) for special in (True, False))
-        self._ends = pieces_end(tokenizer) if self._direct else None
+        self._pieces = text_pieces(tokenizer) if self._direct else None
+        self._around = self._added_tokens() if self._pieces is not None else None
         self._to_compare = COMPARED_TEXTS
 
     def ids(self, texts: Sequence[str], add_special_tokens: bool) -> list[Ids]:
         """The ids of each text, as `tokenizer(text, add_special_tokens=…)` gives them. Raises TokenizerFailedError."""
         if not texts:
             return []
-        if self._ends is not None and not add_special_tokens:
-            return self._ids_by_pieces(texts)
+        if self._pieces is not None and self._around is not None:
+            return self._ids_by_pieces(texts, *(self._around if add_special_tokens else _NOTHING_AROUND))
         if self._direct:
             return self._backend_ids(texts, add_special_tokens)
         found = self._called(list(texts), add_special_tokens)
@@ -256,23 +270,31 @@ class BatchEncoder:
             found += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         return found
 
-    def _ids_by_pieces(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of texts that share most of their turns, as a prompt and it with either answer do: every different
-        piece between two special tokens is encoded once. The first texts are encoded whole, too, and held against it;
-        where one differs, that goes for all."""
-        assert self._ends is not None
-        pieces = [self._ends.findall(text) for text in texts]
+    def _ids_by_pieces(self, texts: Sequence[str], before: Ids, after: Ids) -> list[Ids]:
+        """The ids of texts that share most of their lines, as a prompt and it with either answer do: every different
+        piece is encoded once. The first texts are encoded whole, too, and held against it; where one differs, no text
+        is divided any more."""
+        assert self._pieces is not None
+        pieces = [self._pieces.findall(text) for text in texts]
         different = list(dict.fromkeys(piece for parts in pieces for piece in parts))
         ids = dict(zip(different, self._backend_ids(different, add_special_tokens=False), strict=True))
-        none = np.zeros(0, np.int32)
-        found = [np.concatenate([none, *(ids[piece] for piece in parts)]) for parts in pieces]
+        found = [np.concatenate([before, *(ids[piece] for piece in parts), after]) for parts in pieces]
         if self._to_compare > 0:
-            whole = self._backend_ids(texts[: self._to_compare], add_special_tokens=False)
+            special = len(before) + len(after) > 0
+            whole = self._backend_ids(texts[: self._to_compare], add_special_tokens=special)
             self._to_compare -= len(whole)
             if not all(map(np.array_equal, whole, found)):
-                self._ends = None
-                return self._backend_ids(texts, add_special_tokens=False)
+                self._pieces = None
+                return self._backend_ids(texts, add_special_tokens=special)
         return found
+
+    def _added_tokens(self) -> tuple[Ids, Ids] | None:
+        """The special tokens that stand before and after every text; None where that is not all there is to it."""
+        bare, whole = (self._backend_ids(_PROBES, special) for special in (False, True))
+        begin = next((i for i, token in enumerate(whole[1]) if token == bare[1][0]), 0)
+        before, after = whole[1][:begin], whole[1][begin + len(bare[1]) :]
+        same = (np.array_equal(np.concatenate([before, a, after]), b) for a, b in zip(bare, whole, strict=True))
+        return (before, after) if all(same) else None
 
     def _called(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         found = _guarded(partial(self.tokenizer, texts, add_special_tokens=add_special_tokens, verbose=False))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dpo_score.errors import ModelError
@@ -19,10 +19,10 @@ from dpo_score.tokenization.tokenizer import (
     TokenizerFailedError,
     checked,
     load_tokenizer,
-    pieces_end,
     same_ids,
     special_ids,
     special_texts,
+    text_pieces,
     tokenizer_digest,
 )
 from tests.tiny import byte_tokenizer
@@ -172,25 +172,27 @@ def test_a_tokenizer_that_knows_only_some_words_encodes_those() -> None:
         encoder.ids(["perhaps"], False)
 
 
-def test_ids_piece_by_piece_are_those_of_the_whole_text() -> None:
-    encoder = BatchEncoder(byte_tokenizer())
-    ends = encoder._ends
-    assert ends is not None
+@pytest.mark.parametrize("special", [False, True])
+def test_ids_piece_by_piece_are_those_of_the_whole_text(special: bool) -> None:
+    encoder = BatchEncoder(byte_tokenizer(bos=special))
+    divided = encoder._pieces
+    assert divided is not None
     parts = ["<|im_start|>", "<|im_end|>", "\n", " ", "user", "naïve 東京 🙂", "<|im_", "end|>", "\r\n\r\n", "'s 1234"]
     random = np.random.default_rng(0)
     texts = ["", *("".join(random.choice(parts, random.integers(1, 12))) for _ in range(200))]
-    assert all("".join(ends.findall(text)) == text for text in texts)
-    for found, whole in zip(encoder.ids(texts, False), encoder._backend_ids(texts, False), strict=True):
+    assert all("".join(divided.findall(text)) == text for text in texts)
+    encoder._to_compare = 0
+    for found, whole in zip(encoder.ids(texts, special), encoder._backend_ids(texts, special), strict=True):
         assert found.tolist() == whole.tolist()
 
 
 def test_pieces_that_do_not_add_up_are_noticed_among_the_first_texts() -> None:
-    encoder = BatchEncoder(byte_tokenizer())
-    encoder.tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")
+    encoder = BatchEncoder(byte_tokenizer(bos=True))
+    encoder._around = np.array([7], np.int32), np.zeros(0, np.int32)
     texts = ["a<|im_end|>b", "<|im_end|>"]
-    expected = [encoder._called([text], False)[0] for text in texts]
-    assert [ids.tolist() for ids in encoder.ids(texts, False)] == expected
-    assert encoder._ends is None
+    expected = [encoder._called([text], True)[0] for text in texts]
+    assert [ids.tolist() for ids in encoder.ids(texts, True)] == expected
+    assert encoder._pieces is None
 
 
 @pytest.mark.parametrize(
@@ -207,11 +209,11 @@ def test_tokenizers_that_mark_beginnings_are_given_whole_texts(changed: dict[str
     tokenizer = byte_tokenizer()
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps({**rules, **changed}))
-    assert pieces_end(byte_tokenizer()) is not None
-    assert pieces_end(tokenizer) is None
+    assert text_pieces(byte_tokenizer()) is not None
+    assert text_pieces(tokenizer) is None
 
 
 def test_a_special_token_that_takes_in_spaces_is_no_end_of_a_piece() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|x|>", rstrip=True, special=True)]})
-    assert pieces_end(tokenizer) is None
+    assert text_pieces(tokenizer) is None
