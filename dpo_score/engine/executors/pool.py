@@ -29,7 +29,7 @@ SLOW_SECONDS = 20.0
 LONGEST_RUN = 32
 """Blocks given out at once: a large row group is read once for them, and what is lost is asked for again soon."""
 ATTEMPTS = 3
-"""How many workers a block may cost before the run ends."""
+"""How many workers may die while they compute a block before the run ends."""
 
 
 class LostError(Exception):
