@@ -54,9 +54,11 @@ def with_ray_workers(config: RunConfig, context: RunContext) -> Iterator[tuple[R
     if find_spec("ray") is None:
         raise ConfigError("--engine ray needs Ray, which is not installed: pip install 'dpo-score[ray]'")
     import ray
+    import torch
 
     with _cluster(ray, config):
-        config = shared_config(config, context, _threads(config))
+        threads = max(torch.get_num_threads() // config.compute.tensor_parallel, 1)  # a worker's ranks share a machine
+        config = shared_config(config, context, threads)
         with WorkerPool(RayBackend(ray, _device(ray, config, context)), config, context) as pool:
             if read_manifest(context.store) is None:
                 pool.decide()
@@ -133,16 +135,12 @@ def _join(ray: Any, address: str) -> None:
                     "memory; the same command resumes, and --engine local needs no Ray"
                 ) from error
         else:
-            _keep_stdout_clean()
+            # Ray prints what its node reports ("Task … failed") to standard output, where a result or its JSON is
+            # expected; there is no public switch for it. What matters of it is said by the worker pool.
+            from ray._private import worker
+
+            worker._worker_logs_enabled = False
             return
-
-
-def _keep_stdout_clean() -> None:
-    """Ray prints what its node reports ("Task … failed") to standard output, where a result or its JSON is expected;
-    there is no public switch for it. What matters of it is said by the worker pool."""
-    from ray._private import worker
-
-    worker._worker_logs_enabled = False
 
 
 def _refuse_unreachable(address: str) -> None:
@@ -156,13 +154,6 @@ def _refuse_unreachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         raise ConfigError(f"no Ray cluster at {address}: {error}") from None
-
-
-def _threads(config: RunConfig) -> int:
-    """Threads of one process: the ranks of a worker share its machine."""
-    import torch
-
-    return max(torch.get_num_threads() // config.compute.tensor_parallel, 1)
 
 
 @dataclass(frozen=True, slots=True)
