@@ -25,7 +25,8 @@ SETTINGS = """
 source_paths = ["dpo_score"]
 only_mutate = {files}
 also_copy = ["dpo_score", "data", "pipelines", "README.md", "CHANGELOG.md"]
-pytest_add_cli_args = ["-m", "not slow", "-x", "-q", "-p", "no:cacheprovider", "-k", "{left_in}"]
+pytest_add_cli_args = ["-m", "not slow", "-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=ci",
+    "-k", "{left_in}"]
 pytest_add_cli_args_test_selection = {tests}
 """
 

@@ -10,9 +10,12 @@ command needs at its top, since it is loaded only when one of its commands is ca
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
+import signal
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -93,6 +96,11 @@ OTHER_NAMES = {
 """Commands that people try → what does it here."""
 
 
+OUTPUT_LOST = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
+"""Errors without a file's name: the disk behind `> file` is full, or the terminal is gone. Files of OUT and CACHE have
+errors of their own (storage/faults.py)."""
+
+
 class Commands(TyperGroup):
     """The commands by name. The file that defines one, and all that it imports, is loaded when it is called."""
 
@@ -157,9 +165,20 @@ def main(argv: list[str] | None = None) -> None:
     except typer.Abort:
         typer.echo("aborted", err=True)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise SystemExit(128 + signal.SIGINT) from None
     except _ClickError as error:
         typer.echo(_parse_error(error), err=True, nl=bool(str(error)))
         raise SystemExit(getattr(error, "exit_code", 2)) from None
+    except OSError as error:
+        if error.filename is not None or error.errno not in OUTPUT_LOST:
+            raise
+        with suppress(OSError):  # the interpreter would try once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError):
+            typer.echo(f"error: standard output cannot be written: {error.strerror}", err=True)
+        raise SystemExit(1) from None
     raise SystemExit(code if isinstance(code, int) else 0)
 
 

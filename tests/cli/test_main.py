@@ -165,3 +165,22 @@ def test_completion_for_each_shell_offers_options_and_choices(shell: str) -> Non
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False, cwd=ROOT
     )
     assert "bfloat16" in done.stdout, done.stderr[-500:]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_behind_standard_output_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        words = [sys.executable, "-m", "dpo_score", "formats"]
+        found = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+    said = "error: standard output cannot be written: No space left on device\n"
+    assert (found.returncode, found.stderr) == (1, said)
+
+
+def test_ctrl_c_outside_a_run_is_one_word(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpo_score.cli.main.app", stopped)
+    with pytest.raises(SystemExit) as ended:
+        main(["status", "x"])
+    assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
