@@ -377,22 +377,21 @@ def select(
     >>> select(scores, rule="margin:high", keep=2)["kept"].to_list()
     [True, False, True]
     """
-    from dpo_score.results.select import Request
+    from dpo_score.results.select import Folds, Request
     from dpo_score.results.select import select as apply
 
     request = Request(
-        rule,
-        keep,
-        policies if policies is None or isinstance(policies, str) else ",".join(policies),
-        per_token,
-        scaled,
-        by_subset,
-        length_match,
-        dedupe,
-        ",".join(score_columns) if score_columns else None,
-        folds[0] if folds else None,
-        ",".join(f"{fold}={name}" for fold, name in folds[1].items()) if folds else None,
-        seed,
+        rule=rule,
+        keep=keep,
+        policies=policies.split(",") if isinstance(policies, str) else policies,
+        per_token=per_token,
+        scaled=scaled,
+        by_subset=by_subset,
+        length_match=length_match,
+        dedupe=dedupe,
+        score_columns=score_columns,
+        folds=Folds(folds[0], {str(fold): name for fold, name in folds[1].items()}) if folds else None,
+        seed=seed,
     )
     return apply(os.fspath(source) if isinstance(source, str | Path) else source, request).frame
 

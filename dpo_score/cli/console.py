@@ -370,6 +370,90 @@ def _group_rows(name: str, group: Cell) -> Iterator[list[object]]:
         heads = ["", ""]
 
 
+# --- select -----------------------------------------------------------------------------------------------------------
+
+_RULES = ("rule", "kept", "accuracy", "nats", "length", "suspect", "learnt", "as random")
+_RULES_SAY = (
+    "accuracy: ranked as labelled by the policies · nats: mean margin · length: chosen minus rejected tokens · "
+    "suspect: every policy disagrees with the label · learnt: DPO weight under 0.1 · as random: also kept by chance"
+)
+_NEAR = {
+    "chosen": "chosen, nats/token",
+    "rejected": "rejected, nats/token",
+    "displaced": "displaced",
+    "saturated": "learnt",
+}
+
+
+def selected(summary: Cell, written: str | None, as_json: bool = False) -> None:
+    """What one rule keeps and leaves out, who judged, and where the data set is."""
+    if as_json:
+        print_json({**summary, "written": written})
+        return
+    counts = dict(summary["counts"])
+    kept = counts.pop("kept", 0)
+    threshold = "" if summary["threshold"] is None else f", lowest score {summary['threshold']:.4g}"
+    left = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in counts.items())
+    where = "nothing was written: --to DIR writes the data set of the kept pairs, and why each row is in or out"
+    if written is not None:
+        where = f"{written}: data/, selection.parquet, selection.json, README.md; load_dataset finds it"
+    lines(
+        [
+            f"{summary['rule']} keeps {kept:,} of {summary['rows']:,} rows{threshold}: {summary['keeps']}",
+            *([f"left out: {left}"] if left else []),
+            f"judges: {', '.join(summary['policies'])} ({summary['judged']}); source of the rule: {summary['source']}",
+            where,
+        ]
+    )
+
+
+def rules_compared(found: Cell, as_json: bool = False) -> None:
+    """Every rule on the same pairs: what it keeps, how far rules agree, what they would teach, and the diagnosis."""
+    if as_json:
+        print_json(found)
+        return
+    screen, elsewhere = console(), " (with --json)"
+    judges = f"{', '.join(found['policies'])} ({found['judged']})"
+    lines([f"each rule keeps {found['keep']:,} of {found['scored']:,} scored pairs; judges: {judges}"])
+    rows = [_rule(rule) for rule in (*found["rules"], {"rule": "(all pairs)", **found["all"]})]
+    fitted_table(screen, _RULES, rows, spare=("as random", "learnt", "suspect"), elsewhere=elsewhere)
+    screen.print(Text(_RULES_SAY, style="dim"))
+    screen.print(Text("\nshare of a rule's pairs that another rule keeps too", style="bold"))
+    applied = {rule["rule"]: rule["overlap"] for rule in found["rules"] if "overlap" in rule}
+    overlaps = [[name, *(percent(overlap[other]) for other in applied)] for name, overlap in applied.items()]
+    fitted_table(screen, ("rule", *applied), overlaps, spare=tuple(applied)[::-1], elsewhere=elsewhere)
+    screen.print(Text("\nwhat training on them would teach", style="bold"))
+    lines(f"{rule['rule']}: {rule.get('teaches') or rule.get('reason')}" for rule in found["rules"])
+    screen.print(Text("\nhow near the pairs lie to each policy", style="bold"))
+    last = list(found["on_policy"])[-1]
+    subsets = {f"  {last}: {name}": cell for name, cell in found["on_policy"][last]["subsets"].items()}
+    near = [[name, *(_near(key, cell[key]) for key in _NEAR)] for name, cell in (found["on_policy"] | subsets).items()]
+    fitted_table(screen, ("policy", *_NEAR.values()), near, elsewhere=elsewhere)
+    for key, word in _NEAR.items():
+        screen.print(Text(f"{word.partition(',')[0]}: {found['definitions'][key]}", style="dim"))
+
+
+def _rule(rule: Cell) -> list[object]:
+    if "accuracy" not in rule:
+        return [rule["rule"], 0, *["-"] * (len(_RULES) - 2)]
+    nats, length = rule["margins_nats"]["value"], rule["length_difference"]["value"]
+    return [
+        rule["rule"],
+        f"{rule['kept']:,}",
+        share(rule["accuracy"]),
+        "-" if nats is None else f"{nats:.2f}",
+        "-" if length is None else f"{length:+.0f}",
+        share(rule["suspect"]),
+        share(rule["saturated"]),
+        percent(rule.get("overlap", {}).get("random")),
+    ]
+
+
+def _near(key: str, cell: Cell) -> str:
+    """A share with its interval, or nats per token."""
+    return share(cell) if key in ("displaced", "saturated") else number(cell["value"])
+
+
 # --- other commands that read results ---------------------------------------------------------------------------------
 
 

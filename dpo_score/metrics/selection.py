@@ -73,14 +73,15 @@ class Candidates:
     """The scored pairs of a run, one element a pair.
 
     `prompts`: each pair's prompt, as a place in `prompt_keys` (digests); pairs of one prompt are kept or left out
-    together.
+    together. `subsets`: each pair's subset, as a place in `subset_names`, −1 without one.
     `stored`: the columns that an expression or an outside score may name (a polars frame of as many rows).
     """
 
-    row_ids: Sequence[str]
+    row_ids: Sequence[str] | pl.Series
     prompts: NDArray[np.int64]
-    prompt_keys: Sequence[str]
-    subsets: Sequence[str | None]
+    prompt_keys: Sequence[str] | pl.Series
+    subsets: NDArray[np.int64]
+    subset_names: Sequence[str]
     chosen_tokens: Floats
     rejected_tokens: Floats
     tied: NDArray[np.bool_]
@@ -248,14 +249,16 @@ def closeness(candidates: Candidates, judge: Judge) -> Floats:
 
 
 def _random(candidates: Candidates, settings: Settings) -> Floats:
-    """Uniform in [0, 1) by prompt and seed: the same pair has the same draw in any set and any order."""
-    draws = np.array([_draw(key, settings.seed) for key in candidates.prompt_keys], np.float64)
-    return np.asarray(draws[candidates.prompts], np.float64)
+    return _draws(candidates, settings.seed)[candidates.prompts]
 
 
-def _draw(text: str, seed: int) -> float:
-    digest = hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2.0**64
+def _draws(candidates: Candidates, seed: int) -> Floats:
+    """A number in [0, 1) for each prompt, by its key and the seed: the same in any set of pairs and any order."""
+
+    def draw(key: str) -> float:
+        return int.from_bytes(hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest(), "big") / 2.0**64
+
+    return np.fromiter((draw(key) for key in candidates.prompt_keys), np.float64, len(candidates.prompt_keys))
 
 
 def label_probability(candidates: Candidates, votes: int, against: bool = False) -> Floats:
@@ -434,14 +437,13 @@ def select_pairs(candidates: Candidates, rule: Rule, settings: Settings) -> Sele
             reasons[np.isfinite(scores) & ~rule.admits(scores)] = Reason.OUTSIDE_RULE
     reasons[candidates.tied] = Reason.LABELLED_TIE
 
-    order = _in_order(candidates, scores, np.flatnonzero(reasons == Reason.BELOW_CUT), settings)
+    ranked, sizes = _in_order(candidates, scores, np.flatnonzero(reasons == Reason.BELOW_CUT), settings)
     if settings.duplicates is not None:
-        order, repeated = _first_of_each(order, settings.duplicates)
-        reasons[repeated] = Reason.DUPLICATE_PROMPT
-    sizes = np.array([len(unit) for unit in order], np.int64)
-    count = len(order) if settings.keep is None else _prefix(sizes, settings.keep, rule, len(candidates))
-    ranked = np.concatenate(order) if order else np.empty(0, np.int64)
-    kept = np.concatenate(order[:count]) if count else np.empty(0, np.int64)
+        first = _first_of_each(ranked[np.cumsum(sizes) - sizes], settings.duplicates)
+        reasons[ranked[~np.repeat(first, sizes)]] = Reason.DUPLICATE_PROMPT
+        ranked, sizes = ranked[np.repeat(first, sizes)], sizes[first]
+    count = len(ranked) if settings.keep is None else _prefix(sizes, settings.keep, rule, len(candidates))
+    kept = ranked[:count]
     reasons[kept] = Reason.KEPT
     ranks = np.zeros(len(candidates), np.int64)
     ranks[ranked] = np.arange(1, len(ranked) + 1)
@@ -449,40 +451,39 @@ def select_pairs(candidates: Candidates, rule: Rule, settings: Settings) -> Sele
 
 
 def _prefix(sizes: NDArray[np.int64], keep: int, rule: Rule, pairs: int) -> int:
-    """How many units make at most `keep` pairs."""
+    """How many pairs the first units have together that make at most `keep`."""
     total = int(sizes.sum())
     if keep > total:
         raise ConfigError(
             f"--keep {keep:,}: the rule {rule.name} has {total:,} pairs to choose from, of {pairs:,} scored ones; "
             f"ask for {total:,} or fewer"
         )
-    count = int(np.searchsorted(np.cumsum(sizes), keep, side="right"))
-    if count == 0 and keep > 0:
+    together = np.cumsum(sizes)
+    units = int(np.searchsorted(together, keep, side="right"))
+    if units == 0 and keep > 0:
         raise ConfigError(
             f"--keep {keep:,}: the first prompt alone has {int(sizes[0]):,} pairs; ask for as many or more"
         )
-    return count
+    return int(together[units - 1]) if units else 0
 
 
 def _in_order(
     candidates: Candidates, scores: Floats, rows: NDArray[np.int64], settings: Settings
-) -> list[NDArray[np.int64]]:
-    """The rows in units of one prompt each, first the one to keep first; within a unit by score."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows in units of one prompt each, first the one to keep first, within a unit by score; the units' sizes."""
     if not len(rows):
-        return []
+        return rows, rows
     prompts, unit_of = np.unique(candidates.prompts[rows], return_inverse=True)
     sizes = np.bincount(unit_of)
     score = np.bincount(unit_of, scores[rows]) / sizes
-    draws = np.array([_draw(candidates.prompt_keys[prompt], settings.seed + 1) for prompt in prompts.tolist()])
-    best_first = np.lexsort((draws, -score))
+    best_first = np.lexsort((_draws(candidates, settings.seed + 1)[prompts], -score))
     if settings.by_subset or settings.length_match:
         stratum, weight = _strata(candidates, rows, unit_of, sizes, settings)
         best_first = _evenly(best_first, stratum, sizes, weight)
     place = np.empty(len(prompts), np.int64)
     place[best_first] = np.arange(len(prompts))
     by_unit = np.lexsort((-scores[rows], place[unit_of]))
-    ends = np.cumsum(sizes[best_first])[:-1]
-    return list(np.split(rows[by_unit], ends))
+    return rows[by_unit], sizes[best_first]
 
 
 def _strata(
@@ -496,7 +497,7 @@ def _strata(
     whole = np.flatnonzero(~candidates.tied)
     code = np.zeros(len(candidates), np.int64)
     if settings.by_subset:
-        _, code = np.unique(np.array([subset or "" for subset in candidates.subsets], str), return_inverse=True)
+        code = candidates.subsets + 1
     if settings.length_match:
         difference = np.nan_to_num(candidates.length_difference)
         edges = np.unique(np.quantile(difference[whole], np.linspace(0.0, 1.0, LENGTH_BINS + 1)[1:-1]))
@@ -524,18 +525,14 @@ def _evenly(
     return best_first[np.argsort(middle, kind="stable")]
 
 
-def _first_of_each(
-    order: Sequence[NDArray[np.int64]], keys: Sequence[str]
-) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
-    """The units whose group of near-duplicates has not come before, and the rows of the others."""
+def _first_of_each(rows: NDArray[np.int64], keys: Sequence[str]) -> NDArray[np.bool_]:
+    """Whether the near-duplicate group of each row, in the order given, has not come before."""
     seen: set[str] = set()
-    kept: list[NDArray[np.int64]] = []
-    repeated: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
-    for unit in order:
-        key = keys[int(unit[0])]
-        (repeated if key in seen else kept).append(unit)
-        seen.add(key)
-    return kept, np.concatenate(repeated)
+    found = np.zeros(len(rows), np.bool_)
+    for place, row in enumerate(rows.tolist()):
+        found[place] = keys[row] not in seen
+        seen.add(keys[row])
+    return found
 
 
 # --- helpers --------------------------------------------------------------------------------------------------------

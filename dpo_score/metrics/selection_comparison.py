@@ -6,7 +6,6 @@ training tells. Intervals are those of a sample of as many pairs from the same s
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
@@ -32,6 +31,16 @@ SATURATED = 0.1
 """A pair whose DPO weight σ(−margin) is below this moves a policy by less than a tenth of what it could."""
 OVER = 1.5
 """A subset or a kind of pair is called out when the kept set has this many times its share of the whole set."""
+DEFINITIONS: Mapping[str, str] = {
+    "chosen": "mean log-probability per token of the chosen answers under the policy, in nats: how far they lie from "
+    "what it writes itself (WPO, arXiv 2406.11827)",
+    "rejected": "the same of the rejected answers",
+    "displaced": "share of pairs whose chosen answer is less probable than under the reference although the margin "
+    "grew (likelihood displacement, arXiv 2410.08847; by training step: arXiv 2502.07599)",
+    "saturated": f"share of pairs with a DPO weight σ(−margin) under {SATURATED}: learnt already (arXiv 2305.18290, "
+    "section 4)",
+}
+"""What each number of `diagnose_on_policy` is, in a sentence with its source."""
 Mask = NDArray[np.bool_]
 
 
@@ -41,21 +50,20 @@ def compare_rules(candidates: Candidates, rules: Sequence[Rule], settings: Setti
     A rule that admits fewer pairs than `settings.keep` keeps what it admits; one that cannot be applied says why.
     `overlap`: the share of the rule's kept pairs that each other rule keeps too.
     """
-    chosen: dict[str, Selection | str] = {}
+    kept: dict[str, Mask] = {}
+    refused: dict[str, str] = {}
     for rule in rules:
         try:
-            chosen[rule.name] = _selected(candidates, rule, settings)
+            kept[rule.name] = _selected(candidates, rule, settings).kept
         except ConfigError as error:
-            chosen[rule.name] = str(error)
+            refused[rule.name] = str(error)
     whole = measures(candidates, ~candidates.tied)
-    kept = {name: found.kept for name, found in chosen.items() if isinstance(found, Selection)}
     entries = []
     for rule in rules:
-        found = chosen[rule.name]
-        if isinstance(found, str):
-            entries.append({**describe(rule), "kept": 0, "reason": found})
+        if rule.name in refused:
+            entries.append({**describe(rule), "kept": 0, "reason": refused[rule.name]})
             continue
-        own = measures(candidates, found.kept)
+        own = measures(candidates, kept[rule.name])
         overlap = {name: _overlap(kept[rule.name], other) for name, other in kept.items()}
         entries.append({**describe(rule), **own, "overlap": overlap, "teaches": teaches(own, whole)})
     return {"all": whole, "rules": entries}
@@ -131,11 +139,9 @@ def _stated(interval: Interval | None) -> dict[str, Any]:
 
 def _mix(candidates: Candidates, rows: NDArray[np.int64]) -> dict[str, float]:
     """The share of each subset among some rows, largest first; nothing where the data has no subsets."""
-    counts = Counter(candidates.subsets[row] for row in rows.tolist())
-    counts.pop(None, None)
-    return {
-        str(name): count / len(rows) for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    }
+    counts = np.bincount(candidates.subsets[rows] + 1, minlength=len(candidates.subset_names) + 1)[1:].tolist()
+    named = [(name, count) for name, count in zip(candidates.subset_names, counts, strict=True) if count]
+    return {name: count / len(rows) for name, count in sorted(named, key=lambda item: (-item[1], item[0]))}
 
 
 def teaches(own: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
@@ -193,18 +199,11 @@ def _mix_says(own: Mapping[str, Any], whole: Mapping[str, Any]) -> list[str]:
 
 
 def diagnose_on_policy(candidates: Candidates) -> dict[str, Any]:
-    """How near the pairs lie to what each policy writes itself; one entry a policy, and its subsets.
-
-    chosen, rejected: mean log-prob per token of each side under the policy, in nats (arXiv 2406.11827).
-    displaced: share of pairs whose chosen answer became less likely than under the reference, although the margin grew
-    (likelihood displacement, arXiv 2410.08847; by training step: arXiv 2502.07599).
-    saturated: share of pairs with a DPO weight σ(−margin) under SATURATED.
-    """
+    """How near the pairs lie to what each policy writes itself: DEFINITIONS for each policy, and for its subsets."""
     known = candidates.reference_chosen_logps
     reference = np.full(len(candidates), np.nan) if known is None else known
-    names = sorted({name for name in candidates.subsets if name is not None})
     groups = {"": np.ones(len(candidates), np.bool_)}
-    groups |= {name: np.array([subset == name for subset in candidates.subsets], np.bool_) for name in names}
+    groups |= {name: candidates.subsets == place for place, name in enumerate(candidates.subset_names)}
     clusters = candidates.prompts
     found: dict[str, Any] = {}
     for judge in candidates.judges:

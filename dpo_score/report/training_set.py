@@ -36,8 +36,8 @@ def training_set(aligned: AlignedPolicies) -> dict[str, Any] | None:
     found = compare_rules(candidates, rules, settings)
     applied = [rule for rule in found["rules"] if "overlap" in rule]
     names = [rule["rule"] for rule in applied]
-    if not applied:
-        return None  # one prompt holds more pairs than a rule may keep
+    if "random" not in names:
+        return None  # one prompt holds more pairs than a rule keeps, so there is no control
     return {
         "keep": settings.keep,
         "rows": [_row(rule) for rule in applied] + [_row({"rule": "all pairs", "teaches": "", **found["all"]})],
@@ -55,10 +55,9 @@ def training_set(aligned: AlignedPolicies) -> dict[str, Any] | None:
 def _candidates(aligned: AlignedPolicies) -> Candidates:
     """The pairs of the page in the form that the rules read."""
     rows = aligned.first.rows
-    subsets: list[str | None] = [None] * len(rows)
-    if "subset" in rows.labels:
-        names = rows.names["subset"]
-        subsets = [names[code] or None for code in rows.labels["subset"].tolist()]
+    names = rows.present("subset")
+    place = {name: names.index(name) if name in names else -1 for name in rows.names["subset"]}
+    places = np.array([place[name] for name in rows.names["subset"]], np.int64)
     judges = [
         Judge(
             policy.name,
@@ -74,7 +73,8 @@ def _candidates(aligned: AlignedPolicies) -> Candidates:
         row_ids=aligned.first.row_ids,
         prompts=prompts,
         prompt_keys=[str(key) for key in keys.tolist()],
-        subsets=subsets,
+        subsets=places[rows.labels["subset"]],
+        subset_names=names,
         chosen_tokens=rows.values["chosen_tokens"].astype(np.float64),
         rejected_tokens=rows.values["rejected_tokens"].astype(np.float64),
         tied=rows.flags["tied"],

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from dpo_score.errors import ConfigError, UsageError, nearest
 from dpo_score.losses.ops import Floats
@@ -28,16 +29,13 @@ from dpo_score.metrics.selection import (
     parse_rule,
     select_pairs,
 )
-from dpo_score.metrics.selection_comparison import compare_rules, diagnose_on_policy
+from dpo_score.metrics.selection_comparison import DEFINITIONS, compare_rules, diagnose_on_policy
 from dpo_score.metrics.suspect_labels import near_duplicates
 from dpo_score.results.run_folder import chosen_names, open_out, parts
 from dpo_score.results.source_text import plain_text, text_source
 from dpo_score.storage.base import Store
 from dpo_score.storage.fingerprint import digest
 from dpo_score.storage.manifest import Manifest
-
-if TYPE_CHECKING:
-    import polars as pl
 
 PAIR_COLUMNS = (
     "row_id",
@@ -111,7 +109,17 @@ def parse_folds(column: str | None, given: str | None) -> Folds | None:
     return Folds(column, policy_of)
 
 
-def read_run(out: str, policies: str | None, columns: Iterable[str], folds: Folds | None) -> RunRows:
+def parse_score_columns(given: str | None) -> tuple[str, str] | None:
+    """`--score-columns CHOSEN,REJECTED`. Raises ConfigError."""
+    if given is None:
+        return None
+    names = [name.strip() for name in given.split(",")]
+    if len(names) != 2 or not all(names):
+        raise ConfigError(f"--score-columns {given}: name two columns, of the chosen and rejected answer")
+    return names[0], names[1]
+
+
+def read_run(out: str, policies: Sequence[str] | None, columns: Iterable[str], folds: Folds | None) -> RunRows:
     """The rows of a run, one element a pair, in the order of the data.
 
     `policies`: names, or None for all; with folds, those that judge one. `columns`: what a rule reads besides; a
@@ -119,11 +127,10 @@ def read_run(out: str, policies: str | None, columns: Iterable[str], folds: Fold
     score a pair leaves its values null. Raises UsageError, ConfigError.
     """
     store, manifest = open_out(out)
-    asked = policies if folds is None else ",".join(dict.fromkeys(folds.policy_of.values()))
-    names = chosen_names(store, manifest, asked, out)
+    asked = policies if folds is None else tuple(dict.fromkeys(folds.policy_of.values()))
+    names = chosen_names(store, manifest, ",".join(asked or ()), out)
     wanted = dict.fromkeys((*columns, *([folds.column] if folds else [])))
-    tables = {name: _scores(store, name, names, wanted, out) for name in names}
-    frame = _joined(tables)
+    frame = _joined(_tables(store, names, wanted, out))
     judges = [_judge(frame, name) for name in names]
     if folds is not None:
         judges = [_out_of_fold(frame, judges, folds)]
@@ -131,7 +138,20 @@ def read_run(out: str, policies: str | None, columns: Iterable[str], folds: Fold
     return RunRows(_candidates(frame, judges), frame, _rejects(store, names, frame), names, _identity(manifest, names))
 
 
-def _scores(store: Store, policy: str, names: Sequence[str], wanted: Iterable[str], out: str) -> pl.DataFrame:
+def _tables(store: Store, names: Sequence[str], wanted: Iterable[str], out: str) -> dict[str, pl.DataFrame]:
+    """The scores of each policy; what is true of a pair is read of the first one where all have the same rows."""
+    first = _scores(store, names[0], names, wanted, out, PAIR_COLUMNS)
+    found = {names[0]: first}
+    for name in names[1:]:
+        found[name] = _scores(store, name, names, wanted, out, ("row_id",))
+        if not found[name]["row_id"].equals(first["row_id"]):
+            found[name] = _scores(store, name, names, wanted, out, PAIR_COLUMNS)
+    return found
+
+
+def _scores(
+    store: Store, policy: str, names: Sequence[str], wanted: Iterable[str], out: str, of_pairs: Sequence[str]
+) -> pl.DataFrame:
     """The columns of one policy that are needed; those that are its own are named POLICY.COLUMN."""
     found = []
     for name in parts(store, policy):
@@ -140,7 +160,7 @@ def _scores(store: Store, policy: str, names: Sequence[str], wanted: Iterable[st
         own = [c for c in (*JUDGE_COLUMNS, *SQUARES) if c in there]
         extra = [c for c in (_bare(c, names) for c in wanted) if c not in (*PAIR_COLUMNS, *own)]
         _check_stored(extra, there, out)
-        kept = [c for c in (*PAIR_COLUMNS, *own, *dict.fromkeys(extra)) if c in there]
+        kept = [c for c in (*of_pairs, *own, *dict.fromkeys(extra)) if c in there]
         found.append(pl.DataFrame(pl.from_arrow(store.read_table(name, kept).replace_schema_metadata(None))))
     frame = pl.concat(found, how="diagonal_relaxed")
     shared = [*PAIR_COLUMNS, "id", "group_id"]
@@ -170,6 +190,9 @@ def _joined(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     first, *others = tables.values()
     frame = first
     for table in others:
+        if table["row_id"].equals(frame["row_id"]):
+            frame = frame.hstack(table.select(name for name in table.columns if name not in frame.columns))
+            continue
         shared = [name for name in table.columns if name in frame.columns and name != "row_id"]
         frame = frame.join(table, on="row_id", how="full", coalesce=True, suffix=" of another")
         frame = frame.with_columns(pl.coalesce(name, f"{name} of another").alias(name) for name in shared)
@@ -231,13 +254,16 @@ def _out_of_fold(frame: pl.DataFrame, judges: Sequence[Judge], folds: Folds) -> 
 
 def _candidates(frame: pl.DataFrame, judges: Sequence[Judge]) -> Candidates:
     tied = frame["tied"].fill_null(False).cast(pl.Boolean).to_numpy() if "tied" in frame.columns else None
-    keys = frame["prompt_digest" if "prompt_digest" in frame.columns else "row_id"].cast(pl.String).fill_null("")
-    prompt_keys = keys.unique().sort()
+    keys = frame["prompt_digest" if "prompt_digest" in frame.columns else "row_id"]
+    prompts, prompt_keys = _places(keys.cast(pl.String).fill_null(""))
+    without = pl.Series([None], dtype=pl.String).new_from_index(0, len(frame))
+    subsets, subset_names = _places(frame["subset"] if "subset" in frame.columns else without)
     return Candidates(
-        row_ids=frame["row_id"].to_list(),
-        prompts=keys.replace_strict(prompt_keys, np.arange(len(prompt_keys)), return_dtype=pl.Int64).to_numpy(),
-        prompt_keys=prompt_keys.to_list(),
-        subsets=frame["subset"].cast(pl.String).to_list() if "subset" in frame.columns else [None] * len(frame),
+        row_ids=frame["row_id"],
+        prompts=prompts,
+        prompt_keys=prompt_keys,
+        subsets=subsets,
+        subset_names=subset_names.to_list(),
         chosen_tokens=_numbers(frame, "chosen_tokens"),
         rejected_tokens=_numbers(frame, "rejected_tokens"),
         tied=np.zeros(len(frame), np.bool_) if tied is None else tied.astype(np.bool_),
@@ -245,6 +271,15 @@ def _candidates(frame: pl.DataFrame, judges: Sequence[Judge]) -> Candidates:
         stored=frame,
         reference_chosen_logps=_numbers(frame, "ref_chosen_logps"),
     )
+
+
+def _places(column: pl.Series) -> tuple[NDArray[np.int64], pl.Series]:
+    """Each text's place among the different texts in order, −1 for null; and these texts."""
+    names = column.cast(pl.String).drop_nulls().unique().sort()
+    places = pl.DataFrame({"name": column.cast(pl.String)}).join(
+        pl.DataFrame({"name": names, "place": np.arange(len(names))}), on="name", how="left", maintain_order="left"
+    )
+    return places["place"].fill_null(-1).to_numpy(), names
 
 
 def _rejects(store: Store, names: Sequence[str], frame: pl.DataFrame) -> pl.DataFrame:
@@ -279,11 +314,12 @@ def selection_frame(run: RunRows, selection: Selection) -> pl.DataFrame:
     where = [
         c for c in ("row_id", "dataset", "source_file", "source_row", "pair_id", "subset") if c in run.frame.columns
     ]
+    words = {reason: str(reason) for reason in Reason}
     scored = run.frame.select(where).with_columns(
         pl.Series("select_score", selection.scores, nan_to_null=True),
         pl.Series("select_rank", np.where(selection.ranks > 0, selection.ranks, -1)).replace(-1, None),
         pl.Series("kept", selection.kept),
-        pl.Series("reason", [str(reason) for reason in selection.reasons]),
+        pl.Series("reason", [words[reason] for reason in selection.reasons]),
         pl.lit(None, pl.String).alias("code"),
     )
     others = run.rejects.with_columns(
@@ -324,19 +360,18 @@ def summary(run: RunRows, selection: Selection, settings: Settings, folds: Folds
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What `dpo-score select` was asked for, as typed on the command line."""
+    """What `dpo-score select` was asked for. `policies`: those that judge, None for all."""
 
     rule: str
     keep: str | int | float | None = None
-    policies: str | None = None
+    policies: Sequence[str] | None = None
     per_token: bool = False
     scaled: bool = False
     by_subset: bool = False
     length_match: bool = False
     dedupe: bool = False
-    score_columns: str | None = None
-    folds: str | None = None
-    policy_of_fold: str | None = None
+    score_columns: tuple[str, str] | None = None
+    folds: Folds | None = None
     seed: int = 0
 
 
@@ -355,19 +390,17 @@ class Selected:
 def select(source: str | pl.DataFrame, request: Request) -> Selected:
     """Apply one rule to a run, or to a frame of score columns. Raises UsageError, ConfigError."""
     rule = parse_rule(request.rule)
-    folds = parse_folds(request.folds, request.policy_of_fold)
-    run = _rows(source, request, rule, folds)
+    run = _rows(source, request, rule)
     settings = settings_of(request, run, source)
     if settings.keep is None and not rule.is_filter:
         raise ConfigError(f"--rule {rule.name} puts pairs in order: say how many to keep (--keep 10%, or a number)")
     selection = select_pairs(run.pairs, rule, settings)
-    return Selected(selection_frame(run, selection), summary(run, selection, settings, folds))
+    return Selected(selection_frame(run, selection), summary(run, selection, settings, request.folds))
 
 
 def compare(source: str | pl.DataFrame, request: Request) -> dict[str, Any]:
     """`--rule all`: every rule on the same pairs, and how near the pairs lie to each policy. Raises as `select`."""
-    folds = parse_folds(request.folds, request.policy_of_fold)
-    run = _rows(source, request, None, folds)
+    run = _rows(source, request, None)
     if request.keep is None:
         raise ConfigError("--rule all compares sets of one size: say how many each keeps (--keep 10%, or a number)")
     settings = settings_of(request, run, source)
@@ -377,17 +410,18 @@ def compare(source: str | pl.DataFrame, request: Request) -> dict[str, Any]:
         "rows": run.rows,
         "scored": len(run.frame),
         "policies": list(run.policies),
-        "judged": MAYBE_TRAINED if folds is None else OUT_OF_FOLD,
+        "judged": MAYBE_TRAINED if request.folds is None else OUT_OF_FOLD,
         **found,
         "on_policy": diagnose_on_policy(run.pairs),
+        "definitions": dict(DEFINITIONS),
     }
 
 
-def _rows(source: str | pl.DataFrame, request: Request, rule: Rule | None, folds: Folds | None) -> RunRows:
-    columns = [*(rule.columns if rule else ()), *(_score_columns(request) or ())]
+def _rows(source: str | pl.DataFrame, request: Request, rule: Rule | None) -> RunRows:
+    columns = [*(rule.columns if rule else ()), *(request.score_columns or ())]
     if isinstance(source, str):
-        return read_run(source, request.policies, columns, folds)
-    return from_frame(source, request.policies, columns, folds)
+        return read_run(source, request.policies, columns, request.folds)
+    return from_frame(source, request.policies, columns, request.folds)
 
 
 def settings_of(request: Request, run: RunRows, source: str | pl.DataFrame) -> Settings:
@@ -398,21 +432,10 @@ def settings_of(request: Request, run: RunRows, source: str | pl.DataFrame) -> S
         scaled=request.scaled,
         by_subset=request.by_subset,
         length_match=request.length_match,
-        score_columns=_score_columns(request),
+        score_columns=request.score_columns,
         duplicates=duplicate_keys(run, source) if request.dedupe else None,
         seed=request.seed,
     )
-
-
-def _score_columns(request: Request) -> tuple[str, str] | None:
-    if request.score_columns is None:
-        return None
-    names = [name.strip() for name in request.score_columns.split(",")]
-    if len(names) != 2 or not all(names):
-        raise ConfigError(
-            f"--score-columns {request.score_columns}: name two columns, of the chosen and rejected answer"
-        )
-    return names[0], names[1]
 
 
 def duplicate_keys(run: RunRows, source: str | pl.DataFrame) -> list[str]:
@@ -427,7 +450,7 @@ def duplicate_keys(run: RunRows, source: str | pl.DataFrame) -> list[str]:
     if isinstance(found, str):
         raise UsageError(f"--dedupe reads the prompts again, and {found}")
     of_prompt = run.pairs.prompts.tolist()
-    first_row = dict(zip(reversed(of_prompt), reversed(run.pairs.row_ids), strict=True))
+    first_row = dict(zip(reversed(of_prompt), reversed(list(run.pairs.row_ids)), strict=True))
     pairs = found.pairs(first_row.values())
     known = [prompt for prompt, row_id in first_row.items() if row_id in pairs][::-1]
     same_as = near_duplicates([plain_text(pairs[first_row[prompt]].prompt) for prompt in known])
@@ -435,13 +458,15 @@ def duplicate_keys(run: RunRows, source: str | pl.DataFrame) -> list[str]:
     return [first_row[key.get(prompt, prompt)] for prompt in of_prompt]
 
 
-def from_frame(frame: pl.DataFrame, policies: str | None, columns: Iterable[str], folds: Folds | None) -> RunRows:
+def from_frame(
+    frame: pl.DataFrame, policies: Sequence[str] | None, columns: Iterable[str], folds: Folds | None
+) -> RunRows:
     """A frame of score columns, as `dpo_score.score` returns it: one policy, or several named by a column `policy`."""
     if folds is not None:
         raise ConfigError("folds name the policies of a run: give the folder of a run instead of a frame")
     several = "policy" in frame.columns
     known = [str(name) for name in frame["policy"].unique(maintain_order=True)] if several else ["policy"]
-    names = [name.strip() for name in policies.split(",")] if policies else known
+    names = list(policies or known)
     for name in names:
         if name not in known:
             raise UsageError(f"the frame has no policy {name!r}; {nearest(name, known)}")

@@ -40,6 +40,8 @@ COMMANDS = (
     "compare OUT --baseline a --slice length",
     "report OUT --no-text",
     "audit OUT --no-text",
+    "select OUT --rule margin:high --keep 10%",
+    "select OUT --rule all --keep 10%",
     "cache verify --cache-dir CACHE",
 )
 

@@ -48,7 +48,8 @@ def pairs(margins: Any = MARGINS, *more: Any, **changes: Any) -> Candidates:
         row_ids=[f"0:{i}" for i in range(count)],
         prompts=np.arange(count),
         prompt_keys=[f"prompt {i}" for i in range(count)],
-        subsets=["ab"[i % 2] for i in range(count)],
+        subsets=np.arange(count) % 2,
+        subset_names=["a", "b"],
         chosen_tokens=np.arange(1.0, count + 1.0),
         rejected_tokens=np.full(count, 2.0),
         tied=np.zeros(count, np.bool_),
@@ -208,7 +209,7 @@ def test_kept_sets_are_nested_and_do_not_depend_on_the_order_of_rows(
         candidates,
         row_ids=[candidates.row_ids[i] for i in turned],
         prompts=candidates.prompts[turned],
-        subsets=[candidates.subsets[i] for i in turned],
+        subsets=candidates.subsets[turned],
         chosen_tokens=candidates.chosen_tokens[turned],
         rejected_tokens=candidates.rejected_tokens[turned],
         judges=[

@@ -12,7 +12,7 @@ import pytest
 import dpo_score
 from dpo_score.cli.main import main
 from dpo_score.errors import ConfigError, UsageError
-from dpo_score.results.select import Request, compare, parse_keep, select
+from dpo_score.results.select import Folds, Request, compare, parse_folds, parse_keep, parse_score_columns, select
 from tests.run_fixtures import WORDS, Runner, preference_rows, write_rows
 
 
@@ -60,7 +60,7 @@ def test_scores_are_the_mean_margin_of_the_policies(out: str) -> None:
 
 
 def test_each_pair_is_judged_by_the_policy_of_its_fold(out: str) -> None:
-    found = select(out, Request("margin:low", 5, folds="fold", policy_of_fold="0=better,1=worse"))
+    found = select(out, Request("margin:low", 5, folds=Folds("fold", {"0": "better", "1": "worse"})))
     own = {name: dict(scores(out, name).select("row_id", "margins_nats").iter_rows()) for name in ("better", "worse")}
     for row_id, score in (
         found.frame.filter(pl.col("select_score").is_not_null()).select("row_id", "select_score").rows()
@@ -86,11 +86,10 @@ def test_an_expression_reads_one_policy_or_the_mean_over_them(out: str) -> None:
         (Request("margin:high"), ConfigError, "say how many to keep"),
         (Request("margin:high", 100), ConfigError, "39 pairs to choose from"),
         (Request("margin:high", "110%"), ConfigError, "at most 100 %"),
-        (Request("margin:high", 5, policies="beter"), UsageError, "better"),
-        (Request("dual", 5, score_columns="a,b"), ConfigError, "--keep-columns a"),
+        (Request("margin:high", 5, policies=["beter"]), UsageError, "better"),
+        (Request("dual", 5, score_columns=("a", "b")), ConfigError, "--keep-columns a"),
         (Request("policy_chosen_log_sum_sq_probs < 0"), ConfigError, "--stats wpo"),
-        (Request("margin:high", 5, folds="fold", policy_of_fold="0=better"), UsageError, "fold '1'"),
-        (Request("margin:high", 5, folds="fold"), ConfigError, "belong together"),
+        (Request("margin:high", 5, folds=Folds("fold", {"0": "better"})), UsageError, "fold '1'"),
         (Request("all"), ConfigError, "name one rule"),
     ],
 )
@@ -147,3 +146,15 @@ def test_how_many(given: Any, kept: int | None) -> None:
 def test_how_many_not(given: str) -> None:
     with pytest.raises(ConfigError, match="--keep"):
         parse_keep(given, 140)
+
+
+def test_options_that_belong_together_or_name_too_few() -> None:
+    assert parse_folds("fold", "0=a, 1=b") == Folds("fold", {"0": "a", "1": "b"})
+    assert parse_score_columns("good, bad") == ("good", "bad")
+    for column, given in (("fold", None), (None, "0=a")):
+        with pytest.raises(ConfigError, match="belong together"):
+            parse_folds(column, given)
+    with pytest.raises(ConfigError, match="write FOLD=POLICY"):
+        parse_folds("fold", "0=")
+    with pytest.raises(ConfigError, match="name two columns"):
+        parse_score_columns("good")
