@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -23,9 +23,6 @@ from numpy.typing import NDArray
 
 from dpo_score.errors import ConfigError, nearest
 from dpo_score.losses.ops import Floats, sigmoid
-
-if TYPE_CHECKING:
-    import polars as pl
 
 LENGTH_BINS = 10
 """Bins of equal count of chosen − rejected tokens, in each of which `length_match` keeps the same share."""
