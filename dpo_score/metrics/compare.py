@@ -5,7 +5,7 @@ subtracted follows from the policies' settings. A policy is ranked by its own ac
 each other policy on the pairs that both rank; one that ties on more than half of the pairs, or of one run has scores of
 fewer than half, takes no part. "Best" is
 picked from the same pairs, so its p values are adjusted as if every two policies had been tested; differences to a
-baseline that was named beforehand are adjusted over the other policies (Holm 1979).
+baseline that was named beforehand are adjusted over the other policies (Holm 1979), also where it is the best.
 """
 
 from __future__ import annotations
@@ -224,6 +224,12 @@ def compare_policies(aligned: AlignedPolicies, baseline: str | None = None) -> d
     edges, clusters = margin_edges(aligned.policies), aligned.clusters
     sizes = cluster_sizes(clusters)
     anchor = baseline or best
+    versus_baseline = {} if baseline is None else _versus_all(aligned, baseline)
+    if best is not None and best == baseline:  # it was named beforehand, so no pick has to be allowed for
+        items = [item for item in versus_baseline["accuracy"] if item["policy"] in ranked]
+        versus_best = {"accuracy": items}
+    else:
+        versus_best = {} if best is None else _versus_best(aligned, ranked, best)
     found: dict[str, Any] = {
         "pairs": len(aligned),
         "groups": len(sizes),
@@ -239,8 +245,8 @@ def compare_policies(aligned: AlignedPolicies, baseline: str | None = None) -> d
         "best": best,
         "highest_margin": _highest_margin(aligned),
         "baseline": baseline,
-        "versus_best": {} if best is None else _versus_best(aligned, ranked, best),
-        "versus_baseline": {} if baseline is None else _versus_all(aligned, baseline),
+        "versus_best": versus_best,
+        "versus_baseline": versus_baseline,
         "subsets": {label: _by_group(aligned, label, anchor, baseline) for label in ("dataset", "subset")},
         "slices": {
             name: {"cut": how, "groups": _by_group(aligned, name, anchor, baseline)}

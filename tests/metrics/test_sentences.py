@@ -83,6 +83,10 @@ def check(found: dict[str, Any]) -> None:
     versus = {item["policy"]: item for item in found["versus_best"].get("accuracy", [])}
     baseline = {item["policy"]: item for item in found["versus_baseline"].get("accuracy", [])}
     known = [item for item in versus.values() if item["mean"] is not None]
+    if found["best"] is not None and found["best"] == found["baseline"]:
+        assert versus == {name: item for name, item in baseline.items() if policies[name]["ranked"]}, (
+            "one table is shown"
+        )
     said: dict[str, str | None] = {}
     for sentence in sentences(found):
         match = next((m for pattern in PATTERNS if (m := re.fullmatch(pattern, sentence))), None)
