@@ -3,9 +3,9 @@
 Rows are joined by pair_id, the k-th occurrence with the k-th, in the first policy's order; which values may be
 subtracted follows from the policies' settings. A policy is ranked by its own accuracy, ties left out, and compared with
 each other policy on the pairs that both rank; one that ties on more than half of the pairs, or of one run has scores of
-fewer than half, takes no part. "Best" is
-picked from the same pairs, so its p values are adjusted as if every two policies had been tested; differences to a
-baseline that was named beforehand are adjusted over the other policies (Holm 1979), also where it is the best.
+fewer than half, takes no part. "Best" is picked from the same pairs, so its p values are adjusted as if every two
+policies had been tested; differences to a baseline that was named beforehand are adjusted over the other policies
+(Holm 1979), also where it is the best.
 """
 
 from __future__ import annotations
