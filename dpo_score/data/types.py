@@ -209,6 +209,9 @@ class Pair:
     """The row has no prompt of its own: `prompt` is empty, both sides are whole; `text.prompt_split` divides them."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Columns carried to the output: id, subset, group_id, and those of --keep-columns."""
+    answer_start: str = ""
+    """How both answers begin, which is not scored: the steps before the judged one. The sides of an arranged
+    conversation hold it; of strings it ends the prompt there."""
     marks: tuple[str, ...] = ()
     """Names from MARKS that the reader of the format found; those of the rendering are beside the token ids."""
     pair_id: str = ""

@@ -58,15 +58,12 @@ class Consumer:
 CONSUMERS = {consumer.name: consumer for consumer in (Consumer("trl", texts=True), Consumer("ids", texts=False))}
 
 
-def consumer_of(name: str, config: RunConfig, holds_ids: bool, encoder_decoder: bool) -> Consumer:
-    """The consumer called `name`; ConfigError when there is none, or when it would score other tokens.
-
-    `holds_ids`: whether a set is token ids.
-    """
+def consumer_of(name: str, config: RunConfig, datasets: Sequence[Dataset], encoder_decoder: bool) -> Consumer:
+    """The consumer called `name`; ConfigError when there is none, or when it would score other tokens."""
     if name not in CONSUMERS:
         raise ConfigError(f"--to {name}: {nearest(name, CONSUMERS)}")
     consumer = CONSUMERS[name]
-    rule = rule_unlike_trl(config, holds_ids, encoder_decoder) if consumer.texts else None
+    rule = rule_unlike_trl(config, datasets, encoder_decoder) if consumer.texts else None
     if rule is not None:
         raise ConfigError(
             f"--to trl: {rule}, so its trainer would put other tokens behind these values. Use --to ids for a trainer "
@@ -75,7 +72,7 @@ def consumer_of(name: str, config: RunConfig, holds_ids: bool, encoder_decoder: 
     return consumer
 
 
-def rule_unlike_trl(config: RunConfig, holds_ids: bool, encoder_decoder: bool) -> str | None:
+def rule_unlike_trl(config: RunConfig, datasets: Sequence[Dataset], encoder_decoder: bool) -> str | None:
     """Which of TRL's rules a run breaks, as a clause: completion tokens alone, cut from the end, a causal model, text
     that it tokenises itself. None where TRL would score the same tokens."""
     text = config.text
@@ -83,7 +80,10 @@ def rule_unlike_trl(config: RunConfig, holds_ids: bool, encoder_decoder: bool) -
         return f"TRL scores every token of the answer, this run --score {text.score}"
     if text.truncation == "keep_end":
         return "TRL keeps the first max_length tokens of a row, this run the last ones (--truncation keep_end)"
-    if holds_ids:
+    chats = (dataset for dataset in datasets if text.render == "chat" or dataset.is_conversational)
+    if any(dataset.format.answer_start for dataset in chats):
+        return "TRL scores the whole turn of the assistant, this run what follows the steps that it begins with"
+    if any(dataset.format.holds_ids for dataset in datasets):
         return "TRL tokenises text, and this data is token ids"
     if encoder_decoder:
         return "TRL trains causal models only, and the reference is an encoder-decoder"

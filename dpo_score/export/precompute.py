@@ -233,14 +233,15 @@ def loader_source() -> str:
 
 def export_of(plan: RunPlan, to: str, rename: str | None) -> Export:
     source = plan.references[0].source
-    holds_ids = any(dataset.format.holds_ids for dataset in plan.datasets)
-    consumer = consumer_of(to, plan.config, holds_ids, bool(source and source.is_encoder_decoder))
+    consumer = consumer_of(to, plan.config, plan.datasets, bool(source and source.is_encoder_decoder))
     text = plan.config.text
     return Export(
         consumer=consumer,
         emit_ids=plan.config.emit_ids or not consumer.texts,
         per_token=plan.config.compute.per_token,
-        masks=holds_ids or text.score != "completion" or text.truncation == "keep_end",
+        masks=any(dataset.format.holds_ids for dataset in plan.datasets)
+        or text.score != "completion"
+        or text.truncation == "keep_end",
         ld_alpha=parse_loss(plan.config.loss).modifiers.ld_alpha,
         renames=renaming(rename),
     )

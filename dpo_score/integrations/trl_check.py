@@ -139,8 +139,7 @@ def _reference(source: TextSource, manifest: Manifest) -> ModelSource:
 def _refuse_other_rules(source: TextSource, manifest: Manifest, reference: ModelSource) -> None:
     """Runs whose tokens are not those that TRL would score."""
     config, rendered = source.config, manifest.notes.get("date")
-    holds_ids = any(dataset.format.holds_ids for dataset in source.datasets)
-    rule = rule_unlike_trl(config, holds_ids, reference.is_encoder_decoder)
+    rule = rule_unlike_trl(config, source.datasets, reference.is_encoder_decoder)
     if config.rewardbench == "exact":
         rule = "--rewardbench exact adds and drops tokens that no trainer would"
     if rendered not in (None, date.today().isoformat()):

@@ -119,13 +119,13 @@ def _is_missing(text: str, full: str, begin: int) -> bool:
     return full.find(text, max(begin - len(text), 0)) < 0
 
 
-def is_empty(side: Text) -> bool:
-    """An answer of white space, with no tool call to make up for it."""
+def is_empty(side: Text, start: str = "") -> bool:
+    """An answer of white space behind its given `start`, with no tool call to make up for it."""
     if isinstance(side, str):
         return not side.strip()
     return (
         not any(message.get("tool_calls") or message.get("function_calls") for message in side)
-        and not last_words(side).strip()
+        and not last_words(side).removeprefix(start).strip()
     )
 
 

@@ -28,13 +28,13 @@ def arranged(pair: Pair, text: TextSpec) -> Pair | Problem:
         return found
     if not found.is_conversation and text.render != "chat":
         _refuse_system_in_text(found, text)
-        return found
+        return begun(found)
     if found.is_conversation and text.render == "raw":
         raise ConfigError(
             f"--render raw cannot score conversations, but row {pair.source.row_id} of {pair.source.file} is one; "
             "leave --render at auto, or give the set as strings"
         )
-    return _checked(with_system(wrapped(found), text))
+    return _checked(with_system(begun(wrapped(found)), text))
 
 
 def _refuse_system_in_text(pair: Pair, text: TextSpec) -> None:
@@ -55,6 +55,22 @@ def _checked(pair: Pair) -> Pair | Problem:
             "bad_role_order", "the prompt ends with the assistant, who answers again", "prompt", last["role"]
         )
     return pair
+
+
+def begun(pair: Pair) -> Pair:
+    """The pair with the start of its answers in place: behind a prompt of text, at the head of an answer's message."""
+    start = pair.answer_start
+    if not start:
+        return pair
+    if isinstance(pair.prompt, str):
+        return replace(pair, prompt=f"{pair.prompt}\n{start}", answer_start="")
+    assert not isinstance(pair.chosen, str)
+    assert not isinstance(pair.rejected, str)
+    sides = [
+        ({**side[0], "content": f"{start}{text_of(side[0].get('content'))}"}, *side[1:])
+        for side in (pair.chosen, pair.rejected)
+    ]
+    return replace(pair, chosen=sides[0], rejected=sides[1])
 
 
 def wrapped(pair: Pair) -> Pair:

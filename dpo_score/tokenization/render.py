@@ -166,7 +166,7 @@ class Renderer:
             text = self._applied(pair, messages, to_answer)
             if isinstance(text, Problem):
                 return text
-            texts.append(text)
+            texts.append(text + pair.answer_start if to_answer else text)
         apart = pair.pictures is not None and self.text.prompt_split == "trl"
         if apart and self.text.score != "completion":
             raise ConfigError(
@@ -235,16 +235,18 @@ class Renderer:
         """`begin`: where in `chosen` and `rejected_` the answers' own tokens begin."""
         assert self._ends is not None
         pair = item.pair
+        asked = item.prompt.removesuffix(pair.answer_start)
         seen = {
             "boundary_shift": shifted,
             "special_in_text": marks.has_special(pair, self._special, self._eos),
-            "content_altered": pair.is_conversation and marks.is_altered(pair, *item.texts),
+            "content_altered": pair.is_conversation and marks.is_altered(pair, asked, *item.texts[1:]),
             "no_eos": not all(self._ends.close(ids[begin:]) for ids in (chosen, rejected_)),
             "double_bos": marks.doubles_bos(chosen, self._bos_id),
-            "empty_answer": marks.is_empty(pair.chosen) or marks.is_empty(pair.rejected),
+            "empty_answer": marks.is_empty(pair.chosen, pair.answer_start)
+            or marks.is_empty(pair.rejected, pair.answer_start),
             "prompt_in_answer": marks.repeats_prompt(pair),
             "empty_prompt": marks.has_empty_turn(pair.prompt),
-            "tools_unseen": bool(pair.tools) and not self._shows_tools(pair, item.prompt),
+            "tools_unseen": bool(pair.tools) and not self._shows_tools(pair, asked),
         }
         return [*pair.marks, *(mark for mark, found in seen.items() if found)]
 

@@ -23,7 +23,7 @@ from dpo_score.data.formats.base import assistant_answer, user_prompt
 from dpo_score.data.types import EncodedPair, Ids, Mask, Message, Pair, Problem, Text, TokenIds
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.tokenization.pictures import PictureProcessor
-from dpo_score.tokenization.prompt import divided
+from dpo_score.tokenization.prompt import begun, divided
 from dpo_score.tokenization.render import PartIds, Rendered, Renderer, encoded_pair, unscorable
 from dpo_score.tokenization.truncation import shared_ids
 
@@ -168,6 +168,8 @@ def _as_turns(pair: Pair) -> Pair | Problem:
     found = divided(pair, "auto")
     if isinstance(found, Problem):
         return found
+    if isinstance(found.prompt, str):
+        found = begun(found)
     prompt = user_prompt(found.prompt) if isinstance(found.prompt, str) else _by_position(found.prompt)
     if len(prompt) % 2 == 0:
         return Problem("bad_role_order", f"the prompt has {len(prompt)} turns: the last is not the user's", "prompt")

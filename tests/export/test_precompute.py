@@ -255,6 +255,13 @@ def test_an_export_for_another_rule_is_refused(options: Any, rule: str, model: P
     assert not (tmp_path / "out/data").exists()
 
 
+def test_steps_that_begin_the_turn_are_no_data_for_trl(model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "q?", "initial_reason_steps": "Step 1.", "chosen": "yes", "rejected": "no"}]
+    data = write_rows(tmp_path / "d.parquet", rows)
+    with pytest.raises(ConfigError, match="what follows the steps that it begins with"):
+        export(data, model, tmp_path / "out", render="chat")
+
+
 def test_token_ids_are_no_data_for_trl(model: Path, tmp_path: Path) -> None:
     rows = [{"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4]}]
     with pytest.raises(ConfigError, match="this data is token ids"):

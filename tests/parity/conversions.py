@@ -155,10 +155,9 @@ def output_list(pair: Row, number: int) -> Written:
 
 
 def steps(pair: Row, number: int) -> Written:
-    """The last line of a question as the first step: both are the prompt."""
-    first, _, last = (alone(pair) or "").rpartition("\n")
+    """No step is taken yet: where the steps stand is asked in tests/tokenization/test_render.py."""
     better, worse = said(pair)
-    row = {"prompt": first or last, "initial_reason_steps": last if first else "", "chosen": better, "rejected": worse}
+    row = {"prompt": alone(pair), "initial_reason_steps": "", "chosen": better, "rejected": worse}
     return None if alone(pair) is None else [row]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,19 @@ def test_a_conversation_is_rendered_by_its_template() -> None:
         "yes<|im_end|>\n",
         "no<|im_end|>\n",
     )
+
+
+def test_how_answers_begin_is_read_and_not_scored() -> None:
+    """Steps before the judged one: a prompt of text ends with them, with a chat template they begin the answer."""
+    pair = Pair(at(0), "q?", "yes", "no", answer_start="Step 1. ")
+    [raw], [chat_], [empty] = (
+        encode(pair), encode(pair, render="chat"), encode(replace(pair, chosen=""), render="chat"),
+    )  # fmt: skip
+    assert decoded(raw) == ("q?\nStep 1. ", "yes<|im_end|>", "no<|im_end|>")
+    turn = "<|im_start|>user\nq?<|im_end|>\n<|im_start|>assistant\n"
+    assert decoded(chat_) == (f"{turn}Step 1. ", "yes<|im_end|>\n", "no<|im_end|>\n")
+    assert (raw.marks, chat_.marks, empty.marks) == ((), (), ("empty_answer",))
+    assert chat_.pair.chosen == (bot("Step 1. yes"),)
 
 
 def test_one_result_a_pair_in_order_with_rejects_in_their_places() -> None:

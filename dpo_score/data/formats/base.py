@@ -104,6 +104,7 @@ class Format:
     beside: columns that public sets have next to these and that are no part of the question; a set is not refused
     for leaving them unread.
     categories: the reader itself gives each pair a subset.
+    answer_start: pairs tell how both answers begin, which is not scored.
     grouped_by: where several rows are the answers to one prompt: the name of the column that they share. The reader
     then gets them together, as `row["rows"]`.
     """
@@ -121,6 +122,7 @@ class Format:
     sample_fits: Callable[[Sequence[Row]], bool] | None = None
     beside: tuple[str, ...] = ()
     categories: bool = False
+    answer_start: bool = False
     grouped_by: str | None = None
     version: int = 1
 

@@ -240,13 +240,15 @@ def output_list(row: Row, options: ReadOptions) -> Found:
         Column("initial_reason_steps", is_text),
         *_sides(is_text),
     ),
-    columns="prompt, initial_reason_steps (which follow it on a new line), chosen, rejected: strings (Step-DPO)",
+    columns="prompt, initial_reason_steps (on a new line behind it, or where the assistant's turn begins), chosen, "
+    "rejected: strings (Step-DPO)",
     polarity="chosen is a better next step than rejected",
     beside=("full_chosen", "full_rejected"),
+    answer_start=True,
 )
 def steps(row: Row, options: ReadOptions) -> Found:
-    prompt, first = text_cell(row, "prompt"), optional_text(row, "initial_reason_steps")
-    return [pair(f"{prompt}\n{first}" if first else prompt, text_cell(row, "chosen"), text_cell(row, "rejected"))]
+    prompt, chosen, rejected = (text_cell(row, column) for column in ("prompt", "chosen", "rejected"))
+    return [pair(prompt, chosen, rejected, answer_start=optional_text(row, "initial_reason_steps"))]
 
 
 # --- two whole texts, with or without the markers of hh-rlhf --------------------------------------------------------
