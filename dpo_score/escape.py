@@ -22,12 +22,20 @@ SECRET_VARIABLES = (
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
     "WANDB_API_KEY",
+    "HF_HUB_TOKEN",
     "AZURE_STORAGE_KEY",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_SAS_TOKEN",
+    "AZURE_STORAGE_CONNECTION_STRING",
+    "AZURE_CLIENT_SECRET",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
 )
 """Environment variables whose values are never shown, whatever library puts them into a message."""
 SHORTEST_SECRET = 6
 _SECRETS = (
     (re.compile(r"(?<=://)[^/\s'\"?#]*@"), "***@"),
+    (re.compile(r"(?<=://)[^/\s'\"?#:@]*:(?!:|\d+(?:[/?#\s]|$))[^\s'\"@]*@"), "***@"),  # a password with / ? or # in it
     (
         re.compile(
             r"([?&;#](?:[\w.-]*(?:token|secret|passw|pwd|signature|credential|apikey|accesskey|access[-_]key|api[-_]key)"
@@ -37,6 +45,16 @@ _SECRETS = (
         r"\1***",
     ),
     (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_***"),
+    (re.compile(r"\b(gh[opsu]_|github_pat_|sk-|xox[abp]-)[A-Za-z0-9_-]{12,}"), r"\1***"),
+    (re.compile(r"\b((?:AccountKey|SharedAccessSignature|SharedAccessKey)=)[^;\s'\"]+", re.IGNORECASE), r"\1***"),
+    (
+        re.compile(
+            r"""(['"](?:password|passwd|secret|secret_key|client_secret|token|hf_token|access_token|api_key|account_key"""
+            r"""|sas_token|connection_string|secret_access_key|session_token)['"]\s*:\s*['"])[^'"]+""",
+            re.IGNORECASE,
+        ),
+        r"\1***",
+    ),
     (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{12,}"), "***"),
     (re.compile(r"\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE), r"\1 ***"),
     (
@@ -47,7 +65,10 @@ _SECRETS = (
         r"\1***",
     ),
 )
-_MAY_HOLD_SECRETS = re.compile(r"://|[?&;#][\w.-]+=|hf_|AKIA|ASIA|bearer|basic|aws_", re.IGNORECASE)
+_MAY_HOLD_SECRETS = re.compile(
+    r"://|[?&;#][\w.-]+=|hf_|AKIA|ASIA|bearer|basic|aws_|gh[opsu]_|github_pat_|sk-|xox|Shared|AccountKey|['\"]\s*:",
+    re.IGNORECASE,
+)
 
 
 def without_secrets(text: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpo_score.cli.main import main
-from dpo_score.config.load import dump_config, load_config
+from dpo_score.config.load import dump_config, load_config, with_secrets_again
 from dpo_score.errors import ConfigError, StorageError
 from dpo_score.escape import safe, without_secrets
 from dpo_score.storage.faults import explain
@@ -29,6 +29,10 @@ SHOWN = (
     ("key AKIAIOSFODNN7EXAMPLE is unknown", "key *** is unknown"),
     (f"Authorization: Bearer {SECRET}", "Authorization: Bearer ***"),
     (f"aws_secret_access_key={SECRET}", "aws_secret_access_key=***"),
+    (f"https://user:pa/{SECRET}?#x@host/x", "https://***@host/x"),
+    (f"AccountName=a;AccountKey={SECRET};Suffix=b", "AccountName=a;AccountKey=***;Suffix=b"),
+    (f"options {{'key': 'a', 'secret': '{SECRET}'}}", "options {'key': 'a', 'secret': '***'}"),
+    ("token ghp_abcdefghijklmnop is bad", "token ghp_*** is bad"),
 )
 KEPT = (
     "hf://datasets/owner/name@main/data/train.parquet",
@@ -36,6 +40,9 @@ KEPT = (
     "https://host/x.parquet?download=true&page=2",
     "a row with key = value; and a question?",
     "row 3 of data/pairs.parquet: basic error",
+    "http://host:8080/a@b/x.parquet",
+    '{"pad_token": "<|pad|>"}',
+    "zip://pairs.csv::https://host/x.zip",
 )
 
 
@@ -65,6 +72,18 @@ def test_no_secret_is_in_the_copy_of_a_pipeline() -> None:
     url = f"https://user:{SECRET}@host/x.parquet?token={SECRET}"
     options = {"data": [url], "policy": ["a=b"], "reference": "c", "out": f"memory://u:{SECRET}@host/out"}
     assert SECRET not in dump_config(load_config(None, options, environment={}))
+
+
+def test_a_url_that_is_given_again_stands_where_its_secrets_were_left_out(tmp_path: Path) -> None:
+    url = f"https://user:{SECRET}@host/x.parquet?token={SECRET}"
+    options = {"data": [f"a={url}", "b=data/y.parquet"], "policy": ["a=b"], "reference": "c"}
+    (tmp_path / "pipeline.yaml").write_text(dump_config(load_config(None, options, environment={})))
+    stored = load_config(str(tmp_path / "pipeline.yaml"), {}, environment={})
+    for given in (url, f"a={url};b=data/y.parquet"):
+        again = with_secrets_again(stored, "OUT/pipeline.yaml", {"DPO_SCORE_DATA": given})
+        assert [spec.path for spec in again.data] == [url, "data/y.parquet"]
+    with pytest.raises(ConfigError, match=r"holds https://\*\*\*@host.*set DPO_SCORE_DATA to the URL"):
+        with_secrets_again(stored, "OUT/pipeline.yaml", {})
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,28 @@ def dump_config(config: RunConfig) -> str:
     return without_secrets(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
 
 
+def with_secrets_again(config: RunConfig, file: str, environment: Mapping[str, str] | None = None) -> RunConfig:
+    """A configuration that `dump_config` wrote, with the URLs of its data as they were given.
+
+    The file has `***` for a password or a token. Whoever reads the data again gives the same URLs once more, in the
+    environment variable of --data: the one is taken that is the stored one where its secrets are left out. ConfigError
+    where there is none.
+    """
+    named = ENV_PREFIX + "DATA"
+    given = (os.environ if environment is None else environment).get(named, "").split(";")
+    whole = {without_secrets(url): url for text in given for url in (text, text.partition("=")[2])}
+    sets = []
+    for spec in config.data:
+        known = whole.get(spec.path, spec.path)
+        if "***" in known and "://" in known:
+            raise ConfigError(
+                f"{file} holds {known} without its password or token: set {named} to the URL that the run was given "
+                "(several with ; between them), then run this command again"
+            )
+        sets.append(spec.model_copy(update={"path": known}))
+    return config.model_copy(update={"data": tuple(sets)})
+
+
 def default_cache_dir() -> Path:
     """DPO_SCORE_CACHE_DIR, else dpo-score under the user's cache folder (XDG_CACHE_HOME)."""
     root = os.environ.get("DPO_SCORE_CACHE_DIR")

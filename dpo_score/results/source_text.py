@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dpo_score.config.load import load_config
+from dpo_score.config.load import load_config, with_secrets_again
 from dpo_score.config.schema import RunConfig
 from dpo_score.data.dataset import DataFile, Dataset, open_data, read_rows_at
 from dpo_score.data.types import EncodedPair, Pair, Rejected, Text, row_place
@@ -95,7 +95,7 @@ def text_source(store: Store, manifest: Manifest, remember: bool = True) -> Text
     remember: keep the digests of the files under the cache folder that the run had.
     """
     try:
-        config = stored_config(store)
+        config = with_secrets_again(stored_config(store), store.url(PIPELINE))
         digests = FileDigests(cache_folder(config.cache_dir)).sha256 if remember else None
         datasets = open_data(config, sha256=digests)
     except (UsageError, DamageError) as error:

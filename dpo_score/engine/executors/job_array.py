@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from itertools import groupby
 
-from dpo_score.config.load import dump_config
+from dpo_score.config.load import dump_config, with_secrets_again
 from dpo_score.config.schema import PolicySpec, RunConfig
 from dpo_score.engine.context import RunContext, run_context
 from dpo_score.engine.finish import Outcome, manifest_with_warnings
@@ -120,7 +120,7 @@ def _begun_at(out: str, allowed: Collection[str]) -> RunConfig:
             f"{out} has no {PIPELINE}: the run that was begun there has not ended, and no share (--blocks I/N) was "
             "started. Start the same command again, or its shares"
         )
-    return stored_config(store, allowed).model_copy(update={"out": out})
+    return with_secrets_again(stored_config(store, allowed), store.url(PIPELINE)).model_copy(update={"out": out})
 
 
 def _left(config: RunConfig, found: Manifest, without: Sequence[str]) -> RunConfig:
