@@ -8,6 +8,7 @@ import typer
 
 from dpo_score.cli import console
 from dpo_score.cli.options import AsJson, Out, Slices
+from dpo_score.engine.progress import Progress
 from dpo_score.report import build as page
 from dpo_score.results import audit as labels
 from dpo_score.results import compare as pairwise
@@ -29,7 +30,7 @@ def verify(
 
     --loss-file: your file of a custom loss, run to recompute it where its sha256 is the stored one.
     --against trl scores sampled rows again with the installed TRL, on the reference's weights."""
-    findings = proof.verify(out, loss_file or [])
+    findings = proof.verify(out, loss_file or [], Progress().reading)
     if against is not None and not findings.damage:
         from dpo_score.integrations.trl_check import comparison  # torch
 
@@ -50,7 +51,7 @@ def report(
     if format_ != "html":
         typer.echo(page.tables(out, format_, baseline, slices or [], no_text))
         return
-    where, found = page.report(out, no_text=no_text, baseline=baseline, slices=slices or [])
+    where, found = page.report(out, no_text=no_text, baseline=baseline, slices=slices or [], reading=Progress().reading)
     console.compared(found, as_json=as_json)
     if not as_json:
         console.lines([f"report: {where}"])
@@ -72,7 +73,8 @@ def compare(
     --fail-if: [diff.]METRIC[group].bound OP NUMBER, joined by and / or. METRIC: accuracy, margins, margins_nats, loss,
     chosen_rewards, rejected_rewards. Group: a subset, worst_subset or COL=GROUP of a --slice. Bound: low, high,
     p. NUMBER: or baseline."""
-    found = pairwise.compare([out, *([other] if other else [])], policies, baseline, fail_if or [], slices or [])
+    folders = [out, *([other] if other else [])]
+    found = pairwise.compare(folders, policies, baseline, fail_if or [], slices or [], Progress().reading)
     console.compared(found, as_json=as_json)
     pairwise.raise_failed(found)
 
@@ -89,7 +91,7 @@ def rescore(
     as_json: AsJson = False,
 ) -> None:
     """Any grid of losses and betas from the stored log-probs: no model, no GPU."""
-    found = grid.rescore(out, loss, beta, label_smoothing, loss_param or [], reference_policy)
+    found = grid.rescore(out, loss, beta, label_smoothing, loss_param or [], reference_policy, Progress().reading)
     console.rescored(found, as_json=as_json)
 
 
@@ -100,4 +102,4 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Labels worth a second look: pairs that every policy ranks against the label, as OUT/audit.parquet."""
-    console.audited(labels.audit(out, policies, no_text), as_json=as_json)
+    console.audited(labels.audit(out, policies, no_text, Progress().reading), as_json=as_json)

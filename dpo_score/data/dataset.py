@@ -41,7 +41,7 @@ from dpo_score.data.pictures import PictureColumn, holds_paths, located, paths_o
 from dpo_score.data.row_reader import RawRow, RowFile, first_rows, open_rows
 from dpo_score.data.types import Pair, Problem, Rejected, Source
 from dpo_score.errors import DataError, nearest
-from dpo_score.escape import seen
+from dpo_score.escape import seen, without_secrets
 
 SAMPLED_FILES = 8
 SHOWN_FILES = 10
@@ -259,7 +259,9 @@ def open_datasets(
         files = []
         for index, found in enumerate(located, first_index):
             content, digest = open_rows(found), found.sha256 or (sha256 or content_sha256)(found.path)
-            file = DataFile(found.path, found.name, index, content.rows, found.size, digest, content, found.commit)
+            file = DataFile(
+                found.path, without_secrets(found.name), index, content.rows, found.size, digest, content, found.commit
+            )
             files.append(file)
         if not sum(file.rows for file in files):
             raise DataError(f"data set {spec.name!r}: {spec.path} holds no rows")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -18,6 +18,8 @@ from dpo_score.escape import safe
 
 PLAIN_SECONDS = 30.0
 """Between two lines where standard error is no terminal."""
+SHORT_SECONDS = 2.0
+"""A command that reads for less shows no bar."""
 
 
 class Progress:
@@ -80,6 +82,36 @@ class Progress:
             yield
         finally:
             self._close()
+
+    @contextmanager
+    def reading(self, label: str, rows: int) -> Iterator[Callable[[int], None]]:
+        """A command that reads `rows` rows of OUT and computes no token; the result takes how many were read more."""
+        on_terminal = self._stream.isatty() and not self._quiet
+        bar = tqdm(
+            total=rows,
+            desc=safe(label, 40),
+            file=self._stream,
+            delay=SHORT_SECONDS,
+            leave=False,
+            disable=not on_terminal,
+        )
+        begun = said = time.monotonic()
+        done = 0
+
+        def read(more: int) -> None:
+            nonlocal done, said
+            done += more
+            bar.update(more)
+            now = time.monotonic()
+            if not on_terminal and now - said > PLAIN_SECONDS:
+                said = now
+                left = (now - begun) * (rows - done) / max(done, 1)
+                self.say(f"{label}: {done:,}/{rows:,} rows, about {clock(max(left, 0.0))} left")
+
+        try:
+            yield read
+        finally:
+            bar.close()
 
     def block(self, rows: int, tokens: int) -> None:
         """A block begins: `tokens` are the unique tokens of its rows."""

@@ -25,7 +25,7 @@ from dpo_score.report.numbers import numbers
 from dpo_score.report.page import render
 from dpo_score.report.tables import FORMATS, write
 from dpo_score.results.groups import numbered_groups, read_policies
-from dpo_score.results.run_folder import chosen_names, open_out, parts
+from dpo_score.results.run_folder import Reading, chosen_names, open_out, parts, unseen
 from dpo_score.results.source_text import Reader, TextSource, plain_text, stored_config, stored_reader, text_source
 from dpo_score.results.token_view import side_tokens, stored_shares
 from dpo_score.storage.base import Store
@@ -37,14 +37,18 @@ Tokens = dict[tuple[int, str], dict[str, list[tuple[str, float]]]]
 
 
 def report(
-    out: str, no_text: bool = False, baseline: str | None = None, slices: Sequence[str] = ()
+    out: str,
+    no_text: bool = False,
+    baseline: str | None = None,
+    slices: Sequence[str] = (),
+    reading: Reading = unseen,
 ) -> tuple[str, Mapping[str, Any]]:
     """Write OUT/report.html; returns where it is and the compare_policies it shows. Raises UsageError, StorageError.
 
     slices: columns to group pairs by; none: those that the run was asked for.
     """
     store, manifest = open_out(out)
-    facts = gather(store, manifest, out, no_text=no_text, baseline=baseline, slices=slices)
+    facts = gather(store, manifest, out, no_text=no_text, baseline=baseline, slices=slices, reading=reading)
     write_page(store, facts)
     return store.url(FILE), facts.found
 
@@ -68,6 +72,7 @@ def gather(
     no_text: bool = False,
     baseline: str | None = None,
     slices: Sequence[str] = (),
+    reading: Reading = unseen,
 ) -> Facts:
     """Everything the page needs."""
     summary = read_summary(store, out)
@@ -104,27 +109,37 @@ def read_summary(store: Store, out: str) -> Mapping[str, Any]:
 
 
 def sliced_policies(
-    store: Store, manifest: Manifest, names: Sequence[str], out: str, slices: Sequence[str]
+    store: Store,
+    manifest: Manifest,
+    names: Sequence[str],
+    out: str,
+    slices: Sequence[str],
+    reading: Reading = unseen,
 ) -> tuple[AlignedPolicies, list[str]]:
     """The policies, grouped by what was asked for now, else by what the run was asked for.
 
     Of the latter, what cannot be had any more is said in the second result instead of raised.
     """
     if slices or not store.exists("pipeline.yaml") or not (stored := stored_config(store).slices):
-        return aligned_policies(store, manifest, names, out, slices), []
+        return aligned_policies(store, manifest, names, out, slices, reading), []
     try:
-        return aligned_policies(store, manifest, names, out, stored), []
+        return aligned_policies(store, manifest, names, out, stored, reading), []
     except UsageError as error:
         return aligned_policies(store, manifest, names, out), [f"No slices: {safe(error)}"]
 
 
 def aligned_policies(
-    store: Store, manifest: Manifest, names: Sequence[str], out: str, slices: Sequence[str] = ()
+    store: Store,
+    manifest: Manifest,
+    names: Sequence[str],
+    out: str,
+    slices: Sequence[str] = (),
+    reading: Reading = unseen,
 ) -> AlignedPolicies:
     """The policies of one folder on their common pairs. Raises UsageError when there are none."""
     if not names:
         raise UsageError(f"{out} holds no finished policy yet: let `dpo-score run` finish one")
-    scored = read_policies(store, manifest, sorted(names, key=natural), slices)
+    scored = read_policies(store, manifest, sorted(names, key=natural), slices, reading)
     try:
         return align_policies(scored, of_one_run=True)
     except ValueError:

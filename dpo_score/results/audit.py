@@ -16,7 +16,7 @@ from dpo_score.data.types import Pair
 from dpo_score.metrics.compare import align_policies
 from dpo_score.metrics.suspect_labels import NEAR, Audit, Suspect, label_audit, near_duplicates, similarity
 from dpo_score.results.groups import read_policies
-from dpo_score.results.run_folder import chosen_names, open_out, parts
+from dpo_score.results.run_folder import Reading, chosen_names, open_out, parts, unseen
 from dpo_score.results.source_text import TextSource, plain_text, text_source
 from dpo_score.storage.base import Store
 from dpo_score.storage.manifest import Manifest
@@ -49,11 +49,11 @@ SCHEMA = pa.schema(
 )
 
 
-def audit(out: str, policies: str | None = None, no_text: bool = False) -> dict[str, Any]:
+def audit(out: str, policies: str | None = None, no_text: bool = False, reading: Reading = unseen) -> dict[str, Any]:
     """Write OUT/audit.parquet, one row a suspect; returns counts, the file and the first ten rows."""
     store, manifest = open_out(out)
     names = chosen_names(store, manifest, policies, out)
-    found = label_audit(align_policies(read_policies(store, manifest, names)))
+    found = label_audit(align_policies(read_policies(store, manifest, names, (), reading)))
     texts, reason = _texts(store, manifest, found, no_text)
     first: list[dict[str, Any]] = []
     near_identical = near_duplicates_found = 0

@@ -15,7 +15,7 @@ from dpo_score.errors import FailIfError, UsageError, nearest
 from dpo_score.metrics.compare import AlignedPolicies, ScoredPolicy, align_policies, compare_policies
 from dpo_score.metrics.gate import failed_conditions, gate_notes, needs_baseline, parse_condition
 from dpo_score.results.groups import read_policies
-from dpo_score.results.run_folder import chosen_names, open_out
+from dpo_score.results.run_folder import Reading, chosen_names, open_out, unseen
 
 
 def compare(
@@ -24,6 +24,7 @@ def compare(
     baseline: str | None = None,
     fail_if: Sequence[str] = (),
     slices: Sequence[str] = (),
+    reading: Reading = unseen,
 ) -> dict[str, Any]:
     """The comparison as strict JSON; `failed` holds a sentence for each condition that holds.
 
@@ -32,7 +33,7 @@ def compare(
     first policy where none is named; `notes` says so, and what a condition overlooks.
     """
     conditions = [parse_condition(text) for text in fail_if]
-    scored = _scored(outs, policies, baseline, slices)
+    scored = _scored(outs, policies, baseline, slices, reading)
     aligned = _joined(scored, of_one_run=len(outs) == 1)
     if conditions and aligned.partial:
         raise UsageError(
@@ -56,12 +57,12 @@ def raise_failed(found: dict[str, Any]) -> None:
 
 
 def _scored(
-    outs: Sequence[str], policies: str | None, baseline: str | None, slices: Sequence[str]
+    outs: Sequence[str], policies: str | None, baseline: str | None, slices: Sequence[str], reading: Reading
 ) -> list[ScoredPolicy]:
     """Groups follow the first policy's rows, so only those are read with the slices."""
     if len(outs) == 1:
-        return _of_folder(outs[0], policies, baseline, slices)
-    found = [_of_folder(outs[0], policies, None, slices), *(_of_folder(out, policies, None) for out in outs[1:])]
+        return _of_folder(outs[0], policies, baseline, slices, reading)
+    found = [_of_folder(out, policies, None, () if place else slices, reading) for place, out in enumerate(outs)]
     return [replace(policy, name=name) for policy, name in zip(_flat(found), _labels(outs, found), strict=True)]
 
 
@@ -69,12 +70,14 @@ def _flat(found: Sequence[Sequence[ScoredPolicy]]) -> list[ScoredPolicy]:
     return [policy for policies in found for policy in policies]
 
 
-def _of_folder(out: str, policies: str | None, baseline: str | None, slices: Sequence[str] = ()) -> list[ScoredPolicy]:
+def _of_folder(
+    out: str, policies: str | None, baseline: str | None, slices: Sequence[str], reading: Reading
+) -> list[ScoredPolicy]:
     store, manifest = open_out(out)
     names = chosen_names(store, manifest, policies, out)
     if baseline is not None and baseline not in names:
         names = [*chosen_names(store, manifest, baseline, out), *names]
-    return read_policies(store, manifest, names, slices)
+    return read_policies(store, manifest, names, slices, reading)
 
 
 def _labels(outs: Sequence[str], found: Sequence[Sequence[ScoredPolicy]]) -> list[str]:

@@ -21,7 +21,7 @@ from dpo_score.losses.columns import as_arrow, check_columns, derive, numeric_co
 from dpo_score.losses.parse import ResolvedLoss, parse_loss
 from dpo_score.metrics.arrays import ScoreArrays, collect
 from dpo_score.metrics.summary import accuracies, finite_mean
-from dpo_score.results.run_folder import open_out, policy_names
+from dpo_score.results.run_folder import Reading, open_out, policy_names, unseen
 from dpo_score.results.run_folder import parts as committed
 from dpo_score.storage.base import FileRecord, Store
 from dpo_score.storage.commits import sealed
@@ -40,6 +40,7 @@ def rescore(
     label_smoothing: float | None,
     params: Sequence[str],
     reference_policy: str | None,
+    reading: Reading = unseen,
 ) -> dict[str, Any]:
     """One row per pair × combination in rescored/<digest>/<policy>/, and a summary of every combination.
 
@@ -53,11 +54,15 @@ def rescore(
     rows: list[dict[str, Any]] = []
     files: list[FileRecord] = []
     left_out: dict[str, int] = {}
-    for name in _names(policy_names(store, manifest), reference_policy, out):
-        policy = PolicyGrid(store, manifest, name, grid, reference_policy)
-        files += [store.write_table(f"{folder}/{name}/{part}", table, {}) for part, table in policy.tables()]
-        rows += policy.summary()
-        left_out |= {name: policy.left_out} if policy.left_out else {}
+    names = _names(policy_names(store, manifest), reference_policy, out)
+    with reading("rescore", len(names) * manifest.rows) as read:
+        for name in names:
+            policy = PolicyGrid(store, manifest, name, grid, reference_policy)
+            for part, table in policy.tables():
+                files.append(store.write_table(f"{folder}/{name}/{part}", table, {}))
+                read(table.num_rows // len(grid))
+            rows += policy.summary()
+            left_out |= {name: policy.left_out} if policy.left_out else {}
     found: dict[str, Any] = {"rows": rows, **asked, "left_out": left_out}
     told = {"specs": [spec.model_dump() for spec in specs], "files": [file.to_json() for file in files]}
     store.write_json(f"{folder}/{SUMMARY}", sealed({**found, **told}))

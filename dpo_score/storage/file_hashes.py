@@ -20,6 +20,7 @@ from typing import Any
 import fsspec
 
 from dpo_score.errors import DamageError, StorageError
+from dpo_score.escape import without_secrets
 from dpo_score.storage.faults import translated, translated_remote
 from dpo_score.storage.fingerprint import digest
 from dpo_score.storage.open import open_store
@@ -80,7 +81,11 @@ def _state(path: str) -> dict[str, Any]:
         with translated_remote(path):
             fs, root = fsspec.core.url_to_fs(path, use_listings_cache=False)
             found = fs.info(root)
-        return {"path": path, "size": found.get("size"), "version": hashlib.sha256(repr(found).encode()).hexdigest()}
+        return {
+            "path": without_secrets(path),
+            "size": found.get("size"),
+            "version": hashlib.sha256(repr(found).encode()).hexdigest(),
+        }
     with translated(path):
         stat = Path(path).stat()
     times = {"mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
