@@ -38,7 +38,7 @@ from dpo_score.models.parallel.sharded_lora import ShardedSlot
 from dpo_score.models.parallel.sharding import load_options, localized, refuse_undealt
 from dpo_score.models.quantized import keep_four_bits_unpacked, quantization_config
 from dpo_score.models.resolve import ModelSource
-from dpo_score.models.state_dict import is_wrapped, read_state
+from dpo_score.models.state_dict import are_renamed, read_state
 from dpo_score.models.weights import EMBEDDINGS, brief
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def read_model(source: ModelSource, options: dict[str, Any], trust_remote_code: 
                 safe = all(path.suffix == ".safetensors" for path in source.weights)
                 asked = {**options, "use_safetensors": safe, "local_files_only": True, **code}
                 model, info = auto.from_pretrained(source.folder, **asked)
-                if any(is_wrapped(key) for key in info["unexpected_keys"]):
+                if are_renamed(info["missing_keys"], info["unexpected_keys"]):
                     model, info = _from_state(auto, source, options, code)
         except UNLOADABLE as error:
             if memory.is_out_of_memory(error):

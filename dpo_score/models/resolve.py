@@ -330,12 +330,13 @@ def without_adapter(source: ModelSource) -> ModelSource:
 def _no_config(folder: Path) -> ModelError:
     """Why a folder without config.json is no model: what lies there instead, and what to name."""
     refuse_named(folder)
+    files.refuse_outer(folder)
     gguf = sorted(path.name for path in folder.glob("*.gguf"))
     clue = f"; name one of its files ({', '.join(gguf[:3])}) to read a GGUF model" if gguf else ""
     states = [path.name for path in files.lone_states(folder)]
     clue += f"; to read one of {', '.join(states[:3])} over a base, name that file" if states else ""
     text = f"{folder} has no config.json: it is not a model folder, or is half written{clue}"
-    return ModelError(text) if gguf else HalfWrittenError(text, folder)
+    return ModelError(text) if gguf or states else HalfWrittenError(text, folder)
 
 
 def _stamps(paths: Iterable[Path]) -> tuple[Stamp, ...]:

@@ -81,6 +81,7 @@ def own_names(stored: Iterable[str], expected: Collection[str], path: Path) -> d
     """Model name → stored name, for the part of a checkpoint that holds the model.
 
     The part is the prefix under which most of the expected names occur; behind it, wrappers' segments are left out.
+    Raises ModelError where two parts hold as many, such as a policy and its reference, or a moving average.
     """
     names = list(stored)
     votes = Counter(prefix for name in names for prefix in _prefixes(name, expected))
@@ -90,6 +91,13 @@ def own_names(stored: Iterable[str], expected: Collection[str], path: Path) -> d
             "name the base that it was trained from"
         )
     best = max(votes, key=lambda prefix: (votes[prefix], -len(prefix)))
+    equals = sorted(p for p, n in votes.items() if n == votes[best] and "optim" not in p)
+    if len(equals) > 1:
+        raise ModelError(
+            f"{path} holds {len(equals)} models, under {', '.join(p.rstrip('.') or '(no name)' for p in equals[:5])}: "
+            "nothing says which is meant. Save the one to score in a file of its own"
+        )
+    best = next(iter(equals), best)
     return {_unwrapped(name.removeprefix(best)): name for name in names if name.startswith(best)}
 
 
@@ -101,9 +109,14 @@ def _prefixes(name: str, expected: Collection[str]) -> Iterator[str]:
             yield "".join(f"{outer}." for outer in parts[:start])
 
 
-def is_wrapped(name: str) -> bool:
-    """Whether a stored name has a segment that a wrapper added: DDP, torch.compile, FSDP."""
-    return not WRAPPERS.isdisjoint(name.split("."))
+def are_renamed(missing: Collection[str], unexpected: Iterable[str]) -> bool:
+    """Whether tensors that a model misses are there by longer names: behind the segments of a wrapper (DDP,
+    torch.compile, FSDP), or all of them behind a prefix of a trainer (`policy.`, `pretrained_model.`)."""
+    unexpected = list(unexpected)
+    if any(not WRAPPERS.isdisjoint(name.split(".")) for name in unexpected):
+        return True
+    tails = {name.split(".", n)[-1] for name in unexpected for n in range(1, name.count(".") + 1)}
+    return len(missing) > 0 and tails >= set(missing)
 
 
 def _unwrapped(name: str) -> str:

@@ -78,7 +78,10 @@ def brief(error: BaseException) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a model folder; ModelError when it is not one, or nested so deeply that libraries fail."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        if text.startswith("version https://git-lfs"):
+            raise ModelError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its repository")
+        value = json.loads(text)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
     except RecursionError as error:
@@ -191,6 +194,8 @@ def model_weights(folder: Path, config: Mapping[str, Any], allow_pickle: bool) -
     found = _safetensors(folder, named) if named else _safetensors(folder, SAFE_WEIGHTS)
     if found is not None:
         return found
+    if (shards := _shards_without_index(folder)) is not None:
+        return shards
     if _has_any(folder, PICKLES):
         return _pickles(folder, allow_pickle)
     layout = trainer_layout(folder)
@@ -266,7 +271,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _shards(index: Path) -> tuple[tuple[Path, ...], bool]:
-    """The shards of an index of safetensors, and whether it names every tensor that they hold.
+    """The shards of an index of safetensors, and whether transformers reads all of their tensors by it.
 
     A shard that the index leaves out belongs to it where its name says so (…-00002-of-00003 beside …-of-00003).
     Raises HalfWrittenError for shards that are absent, ModelError for tensors that are in none of them.
@@ -288,7 +293,17 @@ def _shards(index: Path) -> tuple[tuple[Path, ...], bool]:
                 f"{path} lacks {len(absent)} tensors that {index.name} names (first: {absent[0]}): the shards belong "
                 "to different saves. Save the model again, or copy the folder anew"
             )
-    return tuple(held), {tensor for tensors in held.values() for tensor in tensors} <= weight_map.keys()
+    whole = {tensor for tensors in held.values() for tensor in tensors} <= weight_map.keys()
+    return tuple(held), whole and "metadata" in read_json(index)  # without it transformers does not read an index
+
+
+def _shards_without_index(folder: Path) -> WeightFiles | None:
+    """Shards of one save whose names say that all of them are there, where no index does."""
+    found = {path: match for path in sorted(folder.glob("*.safetensors")) if (match := SHARD.fullmatch(path.name))}
+    saves = {(match["stem"], int(match["count"])) for match in found.values()}
+    if len(saves) != 1 or len(found) != next(iter(saves))[1]:
+        return None
+    return _refuse_unwritten(WeightFiles(tuple(found), pickle=False, as_state=True))
 
 
 def refuse_absent(index: Path, named: Iterable[Path]) -> None:
@@ -339,7 +354,10 @@ def _pickles(folder: Path, allow_pickle: bool) -> WeightFiles:
         )
     names = [name for name in PICKLES if (folder / name).is_file()]
     if not names:
-        raise ModelError(f"{folder}: {found[0].name} is not a name that transformers reads ({PICKLES[0]} is)")
+        raise ModelError(
+            f"{folder}: {found[0].name} is not a name that transformers reads ({PICKLES[0]} is). If it is the whole "
+            f"model, name it over a base: `--policy NAME={found[0]} --policy-base reference`"
+        )
     files = [folder / names[0]]
     if names[0].endswith(".json"):
         files = sorted({folder / name for name in _weight_map(folder / names[0]).values()})
@@ -349,12 +367,29 @@ def _pickles(folder: Path, allow_pickle: bool) -> WeightFiles:
     return WeightFiles(tuple(sorted(files)), pickle=True)
 
 
+def refuse_outer(folder: Path) -> None:
+    """Raise ModelError for a folder without a model whose subfolders are models, with the names to choose from: what a
+    trainer calls its output."""
+    found = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if found:
+        raise ModelError(
+            f"{folder} is no model itself, but holds {len(found)} in subfolders ({', '.join(found[:5])}): name one of "
+            f"them, as {folder / found[0]}, or all of them as a pattern"
+        )
+
+
 def _no_weights(folder: Path) -> ModelError:
     """Why a folder with a configuration has nothing to read: a format that is not read here, or no weights yet."""
     for pattern, what in OTHER_FORMATS.items():
         if found := sorted(folder.glob(pattern)):
             return ModelError(f"{folder} holds its weights as {found[0].name}, {what}")
+    refuse_outer(folder)
     stray = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(stray) == 1 and not SHARD.fullmatch(stray[0]) and "tmp" not in stray[0]:
+        return ModelError(
+            f"{folder}: its only weights are {stray[0]}, a name that transformers does not read. If they are the whole "
+            f"model, call them {SAFE_WEIGHTS[0]}"
+        )
     clue = f" ({', '.join(stray[:3])} but no index)" if stray else ""
     return HalfWrittenError(
         f"{folder} has no weights: neither {' nor '.join(SAFE_WEIGHTS)} is there{clue}. Either they are still to be "
