@@ -13,7 +13,7 @@ import pytest
 
 from tests.crash.world import Ended, World
 
-SPREAD = 12
+SPREAD = 6
 CONSECUTIVE = 28
 """A whole block commit, with what the next block writes beside it."""
 

@@ -91,14 +91,6 @@ def test_two_workers_leave_what_one_process_leaves(
     assert workers() == []
 
 
-def test_a_worker_of_two_ranks_leaves_what_they_leave_here(ray: Any, runner: Any, data: Path, tmp_path: Path) -> None:
-    split = {"tensor_parallel": 2, "limit": 128}
-    engines.run(on_ray(runner.config(data, tmp_path / "out", **split)), QUIET)
-    verify(str(tmp_path / "out")).raise_damage()
-    local.run(runner.config(data, tmp_path / "here", cache_dir=str(tmp_path / "other"), **split), QUIET)
-    assert results(tmp_path / "out") == results(tmp_path / "here")
-
-
 def test_a_data_set_precomputed_by_workers(ray: Any, runner: Any, data: Path, tmp_path: Path) -> None:
     found = {}
     for name in ("here", "there"):
