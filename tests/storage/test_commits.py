@@ -10,7 +10,15 @@ import pytest
 
 from dpo_score.errors import DamageError, StorageError, UsageError
 from dpo_score.storage.base import FileRecord
-from dpo_score.storage.commits import CommitRecord, DamagedRecord, commit, read_record, read_records, record_name
+from dpo_score.storage.commits import (
+    CommitRecord,
+    DamagedRecord,
+    commit,
+    read_record,
+    read_records,
+    record_name,
+    typed,
+)
 from dpo_score.storage.local import LocalStore
 from tests.storage import shim
 
@@ -111,3 +119,10 @@ def test_a_sealed_record_of_other_fields_is_damage_not_a_traceback() -> None:
     for data in ([], None, 3, "x", {"stage": 1}):
         with pytest.raises(DamageError, match="has no checksum"):
             CommitRecord.from_json(data)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("value", "error"), [("1", TypeError), (1.0, TypeError), (True, TypeError), (-1, ValueError)])
+def test_a_count_is_a_whole_number_from_0(value: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match="rows is"):
+        typed({"rows": value}, "rows", int)
+    assert typed({"rows": 0}, "rows", int) == 0
