@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_score.config.checkpoint_glob import natural
+from dpo_score.data.pictures import read_again, thumbnail
 from dpo_score.data.types import MARKS, EncodedPair, Pair
-from dpo_score.errors import UsageError, nearest
+from dpo_score.errors import DataError, UsageError, nearest
 from dpo_score.escape import safe
 from dpo_score.metrics.compare import AlignedPolicies, align_policies, compare_policies
 from dpo_score.metrics.suspect_labels import label_audit
@@ -34,6 +35,9 @@ from dpo_score.tokenization.prompt import arranged
 
 FILE = "report.html"
 Tokens = dict[tuple[int, str], dict[str, list[tuple[str, float]]]]
+Pictures = dict[int, list[tuple[str, str]]]
+PICTURE_BYTES = 2 << 20
+"""Characters of the small pictures of a page, all together."""
 
 
 def report(
@@ -83,7 +87,7 @@ def gather(
         raise UsageError(f"--baseline {baseline}: not among the compared policies {', '.join(aligned.names)}")
     found, audit = compare_policies(aligned, baseline), label_audit(aligned)
     selection = choose_examples(aligned, audit, found["best"])
-    texts, tokens, notes = _passages(store, manifest, aligned, selection, no_text)
+    texts, tokens, pictures, notes = _passages(store, manifest, aligned, selection, no_text)
     return Facts(
         title=safe(out.rstrip("/").rsplit("/", 1)[-1], 120),
         aligned=aligned,
@@ -98,6 +102,7 @@ def gather(
         warnings=[safe(warning) for warning in manifest.warnings],
         notes=[*_skipped(summary), *unsliced, *notes],
         provenance=_provenance(manifest, names, aligned),
+        pictures=pictures,
     )
 
 
@@ -151,18 +156,39 @@ def aligned_policies(
 
 def _passages(
     store: Store, manifest: Manifest, aligned: AlignedPolicies, selection: ExampleRows, no_text: bool
-) -> tuple[dict[int, dict[str, str]], Tokens, list[str]]:
-    """Texts by row, tokens of the changed pairs, and what to say where something is left out."""
+) -> tuple[dict[int, dict[str, str]], Tokens, Pictures, list[str]]:
+    """Texts by row, tokens of the changed pairs, small pictures, and what to say where something is left out."""
     if no_text or not selection.rows:
-        return {}, {}, ["Texts are left out, as asked (--no-text)."] if no_text else []
+        return {}, {}, {}, ["Texts are left out, as asked (--no-text)."] if no_text else []
     source = text_source(store, manifest)
     if isinstance(source, str):
-        return {}, {}, [f"Texts are left out: {safe(source)}."]
+        return {}, {}, {}, [f"Texts are left out: {safe(source)}."]
     ids = {row: aligned.first.row_ids[row] for row in selection.rows}
     pairs = source.pairs(ids.values())
     texts = {row: _texts(pairs[row_id], source) for row, row_id in ids.items() if row_id in pairs}
     tokens, notes = _tokens(store, manifest, aligned, selection, source, pairs)
-    return texts, tokens, notes
+    pictures, left_out = _pictures({row: pairs[row_id] for row, row_id in ids.items() if row_id in pairs})
+    return texts, tokens, pictures, [*notes, *left_out]
+
+
+def _pictures(pairs: Mapping[int, Pair]) -> tuple[Pictures, list[str]]:
+    """Small copies of the pictures of each pair, at most PICTURE_BYTES in all; one that cannot be had is left out."""
+    found: Pictures = {}
+    size = lost = 0
+    for row, pair in pairs.items():
+        try:
+            held = read_again(pair.pictures or ())
+        except DataError:
+            lost += len(pair.pictures or ())
+            continue
+        for picture in pair.pictures or ():
+            url = thumbnail(held[picture.sha256]) if size < PICTURE_BYTES else ""
+            size += len(url)
+            if not url or size > PICTURE_BYTES:
+                lost += 1
+                continue
+            found.setdefault(row, []).append((url, f"{picture.width} × {picture.height} pixels"))
+    return found, [f"{lost} pictures are left out: the page holds {PICTURE_BYTES >> 20} MB of them."] if lost else []
 
 
 def _texts(pair: Pair, source: TextSource) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_score.metrics import sentences
@@ -37,6 +37,8 @@ class Facts:
     warnings: Sequence[str]
     notes: Sequence[str]
     provenance: Sequence[tuple[str, str]]
+    pictures: Mapping[int, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    """Row → (data: URL of a small copy, what it is) of each picture of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)

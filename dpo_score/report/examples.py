@@ -62,6 +62,7 @@ def _passage(facts: Facts, row: int) -> dict[str, Any]:
         "tokens": [_whole(values[f"{side}_tokens"][row]) for side in SIDES],
         "margins": [(p.name, float(p.margins[row]), signed(float(p.margins[row]))) for p in facts.aligned.policies],
         "judged": float(facts.aligned[facts.selection.worst_of].margins[row]),
+        "pictures": facts.pictures.get(row, ()),
         "text": None if text is None else {side: cut(text[side]) for side in ("prompt", *SIDES)},
     }
 

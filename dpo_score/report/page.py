@@ -55,7 +55,8 @@ def page(values: dict[str, Any]) -> str:
     """The template with `values`; style and script inlined. No control or bidi character of any value comes through."""
     style, script = _asset("style.css"), _asset("script.js")
     allowed = f"script-src {_hash(script)}; style-src {_hash(style)}"
-    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
+    pictures = "; img-src data:" if getattr(values.get("facts"), "pictures", None) else ""
+    policy = f"default-src 'none'; {allowed}{pictures}; base-uri 'none'; form-action 'none'"
     template = _environment().get_template("page.html.jinja")
     rendered = template.render(values | {"csp": policy, "style": Markup(style), "script": Markup(script)})  # noqa: S704
     return safe(rendered, keep_newlines=True)

@@ -107,3 +107,19 @@ def test_trl_takes_a_step_on_reference_values_of_pictures(models: Path, tmp_path
     wrong = rows.map(lambda row: {**row, "pair_digest": "0" * 32})
     with pytest.raises(ValueError, match="are not those that were scored"):
         DPOTrainerWithRefLogps(model, args=args, train_dataset=wrong, **given).train()
+
+
+def test_the_report_shows_small_pictures_and_leaves_them_out_when_asked(models: Path, tmp_path: Path) -> None:
+    from dpo_score.report.build import report
+
+    data, out = pairs(tmp_path / "pairs.parquet"), tmp_path / "out"
+    options = {"reference": str(models / "base"), "policy": {"p": str(models / "other")}}
+    run(data=data, out=out, cache_dir=str(tmp_path / "cache"), **options)
+    page = (out / "report.html").read_text()
+    worst = [row for row in scored(out) if row["margins"] < 0 and row["row_id"] != "0:1"]
+    assert page.count('<img src="data:image/jpeg;base64,') >= min(len(worst), 1)
+    assert ("img-src data:" in page) == bool(worst)
+    report(str(out), no_text=True)
+    bare = (out / "report.html").read_text()
+    assert "data:image" not in bare
+    assert "img-src" not in bare
