@@ -257,6 +257,14 @@ def completions(better: str, worse: str) -> Row:
     return {"completions": [{"model": "m", "response": t, "overall_score": score} for t, score in scores.items()]}
 
 
+def rated_aspects(better: str, worse: str) -> Row:
+    ratings = {worse: (5, 1), MIDDLING: (3, 4), better: (4, 4)}
+    aspects = {
+        text: {"Helpfulness": {"Rating": str(a)}, "Ethics": {"Rating": str(b)}} for text, (a, b) in ratings.items()
+    }
+    return {"completions": [{"response": text, "annotations": given} for text, given in aspects.items()]}
+
+
 def ranked_completions(pair: Row, number: int) -> Written:
     first, second, better_first = turned(number, pair["chosen"], pair["rejected"])
     ranks = (0, 1) if better_first else (1, 0)
