@@ -6,7 +6,6 @@ Settings are those of the command line by their names: `max_length=512`, `loss_p
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import os
 import tempfile
@@ -25,7 +24,6 @@ from dpo_score.storage.cache.location import cache_folder
 if TYPE_CHECKING:
     import polars as pl
 
-    from dpo_score.engine.in_memory import InMemoryModel
     from dpo_score.export.precompute import PrecomputeOutcome
 
 __all__ = ["RunResult", "precompute", "rescore", "run", "score", "select"]
@@ -296,17 +294,9 @@ def _path_of(given: Any, cache_dir: PathLike | None) -> str:
     """A path as it is; a table as a file of the cache that is named after its content."""
     if isinstance(given, str | os.PathLike):
         return os.fspath(given)
-    from dpo_score.engine.in_memory import written
-    from dpo_score.storage.open import open_store
+    from dpo_score.engine.in_memory import kept_table
 
-    with tempfile.TemporaryDirectory(prefix="dpo-score-") as folder:
-        made = written(given, Path(folder))
-        content = made.read_bytes()
-    store = open_store(str(cache_folder(None if cache_dir is None else os.fspath(cache_dir))))
-    name = f"tables/{hashlib.sha256(content).hexdigest()[:32]}/{made.name}"
-    if not store.exists(name):
-        store.write_bytes(name, content)
-    return store.url(name)
+    return kept_table(given, cache_folder(None if cache_dir is None else os.fspath(cache_dir)))
 
 
 def rescore(
@@ -377,10 +367,9 @@ def select(
     >>> select(scores, rule="margin:high", keep=2)["kept"].to_list()
     [True, False, True]
     """
-    from dpo_score.results.select import Folds, Request
-    from dpo_score.results.select import select as apply
+    from dpo_score.results import select as selecting
 
-    request = Request(
+    request = selecting.Request(
         rule=rule,
         keep=keep,
         policies=policies.split(",") if isinstance(policies, str) else policies,
@@ -390,10 +379,10 @@ def select(
         length_match=length_match,
         dedupe=dedupe,
         score_columns=score_columns,
-        folds=Folds(folds[0], {str(fold): name for fold, name in folds[1].items()}) if folds else None,
+        folds=selecting.Folds(folds[0], {str(fold): name for fold, name in folds[1].items()}) if folds else None,
         seed=seed,
     )
-    return apply(os.fspath(source) if isinstance(source, str | Path) else source, request).frame
+    return selecting.select(os.fspath(source) if isinstance(source, str | Path) else source, request).frame
 
 
 @_with_signature(ScoreSettings)
@@ -440,13 +429,11 @@ def score(
 def _scored(
     pairs: Any, policy: Any, reference: Any, tokenizer: Any, quiet: bool, options: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
-    from dpo_score.engine.context import open_context
-    from dpo_score.engine.in_memory import scored_tables, written
-    from dpo_score.storage.open import open_store
+    from dpo_score.engine.in_memory import loaded_models, scored_tables, written
 
     _refuse_options_of_runs(options)
     policies = dict(policy) if isinstance(policy, Mapping) else {"policy": policy}
-    loaded = _loaded(policies, reference)
+    loaded = loaded_models(policies, reference)
     settings = {
         **options,
         "data": [f"pairs={os.fspath(pairs) if isinstance(pairs, str | os.PathLike) else written(pairs, folder)}"],
@@ -455,10 +442,10 @@ def _scored(
         **({"tokenizer": os.fspath(tokenizer)} if isinstance(tokenizer, str | Path) else {}),
     }
     config = configured(None, settings)
-    context = open_context(config, Progress(quiet), open_store(folder / "out"))
     if config.compute.tensor_parallel > 1:
         raise ConfigError("score computes in one process: for tensor_parallel, write the pairs to a file and use run")
-    return scored_tables(config, context, loaded, None if isinstance(tokenizer, str | Path) else tokenizer)
+    own_tokenizer = None if isinstance(tokenizer, str | Path) else tokenizer
+    return scored_tables(config, Progress(quiet), folder, loaded, own_tokenizer)
 
 
 def _refuse_options_of_runs(options: Mapping[str, Any]) -> None:
@@ -467,17 +454,3 @@ def _refuse_options_of_runs(options: Mapping[str, Any]) -> None:
             f"score() takes no {name!r}, which says something of files, folders or workers: leave it out (a part of "
             "the pairs is given by giving that part), or call dpo_score.run on a file"
         )
-
-
-def _loaded(policies: Mapping[str, Any], reference: Any) -> dict[str, InMemoryModel]:
-    """The models among policies and reference that are objects, not names; "" is the reference."""
-    from dpo_score.engine.in_memory import InMemoryModel
-
-    loaded = {name: InMemoryModel(model) for name, model in policies.items() if not isinstance(model, str | Path)}
-    if reference == "base" and len(loaded) != 1:
-        raise ConfigError('reference "base": give one loaded PEFT model as the policy, whose base is meant')
-    if reference == "base":
-        loaded[""] = InMemoryModel(next(iter(loaded.values())).model, bare=True)
-    elif reference is not None and not isinstance(reference, str | Path):
-        loaded[""] = InMemoryModel(reference)
-    return loaded

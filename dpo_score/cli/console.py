@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_score.escape import safe
+from dpo_score.metrics.compare import LEAST_RANKED
 from dpo_score.metrics.rewardbench import PRIOR, SECTIONS
 from dpo_score.metrics.sentences import p_value
 from dpo_score.storage.open import open_store
@@ -187,8 +188,6 @@ def _written(out: str) -> list[str]:
 
 def _best(policies: Mapping[str, Cell]) -> str | None:
     """The policy of the highest accuracy, where there are several and one alone has it, ranked as `compare` does."""
-    from dpo_score.metrics.compare import LEAST_RANKED
-
     found: dict[str, float | None] = {}
     for name, policy in policies.items():
         cell = policy["overall"]

@@ -7,7 +7,9 @@ and the active adapter.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,18 +24,20 @@ from dpo_score.data.dataset import PairReader
 from dpo_score.data.pictures import with_files
 from dpo_score.data.types import TokenSequence, row_place
 from dpo_score.engine.block_inputs import BlockText, TextPlan, encoded_block
-from dpo_score.engine.context import RunContext
+from dpo_score.engine.context import RunContext, open_context
 from dpo_score.engine.limits import TokenGuard, refuse_long, refuse_other_kind
 from dpo_score.engine.model_logprobs import CachedLogprobs, Computed, LogprobSource, Lookup, with_slower_way
 from dpo_score.engine.plan import PolicyTask, RowBlocks, RunPlan, Task
 from dpo_score.engine.prepare import resolve_plan
+from dpo_score.engine.progress import Progress
 from dpo_score.engine.run import BlockSteps
 from dpo_score.engine.stages import BlockResult
-from dpo_score.errors import DataError, ModelError
+from dpo_score.errors import ConfigError, DataError, ModelError
 from dpo_score.logprobs.numerics import resolve_numerics
 from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
 from dpo_score.results.schemas import STATS
+from dpo_score.storage.open import open_store
 from dpo_score.storage.parquet import fitted
 from dpo_score.tokenization.pictures import PictureInputs
 
@@ -73,6 +77,18 @@ def _has_picture(row: Any) -> bool:
     return any(isinstance(item, bytes) or hasattr(item, "getexif") for item in flat)
 
 
+def kept_table(pairs: Any, cache: Path) -> str:
+    """`pairs` as a file of the cache that is named after its content: the same table is the same file."""
+    with tempfile.TemporaryDirectory(prefix="dpo-score-") as folder:
+        made = written(pairs, Path(folder))
+        content = made.read_bytes()
+    store = open_store(cache)
+    name = f"tables/{hashlib.sha256(content).hexdigest()[:32]}/{made.name}"
+    if not store.exists(name):
+        store.write_bytes(name, content)
+    return store.url(name)
+
+
 def _row(row: Any) -> Mapping[str, Any]:
     if not isinstance(row, Mapping):
         raise DataError(f"pairs holds a {type(row).__name__}: each row must be a dict with columns by name")
@@ -85,14 +101,27 @@ def _plain(value: Any) -> Any:
     raise DataError(f"pairs holds a {type(value).__name__}, which is not text, a number, a list or a dict")
 
 
+def loaded_models(policies: Mapping[str, Any], reference: Any) -> dict[str, InMemoryModel]:
+    """The models among policies and reference that are objects, not names; "" is the reference."""
+    loaded = {name: InMemoryModel(model) for name, model in policies.items() if not isinstance(model, str | Path)}
+    if reference == "base" and len(loaded) != 1:
+        raise ConfigError('reference "base": give one loaded PEFT model as the policy, whose base is meant')
+    if reference == "base":
+        loaded[""] = InMemoryModel(next(iter(loaded.values())).model, bare=True)
+    elif reference is not None and not isinstance(reference, str | Path):
+        loaded[""] = InMemoryModel(reference)
+    return loaded
+
+
 def scored_tables(
-    config: RunConfig, context: RunContext, loaded: Mapping[str, InMemoryModel], tokenizer: Any = None
+    config: RunConfig, progress: Progress, folder: Path, loaded: Mapping[str, InMemoryModel], tokenizer: Any = None
 ) -> dict[str, pa.Table]:
     """Policy → score columns, a row for every pair in the order of the input; `status` says which were scored.
 
-    `loaded`: models by policy name, "" being the reference; all others are named in `config`. Rows that could not be
-    scored are null but for where they come from. Raises UsageError.
+    `folder`: for files of this call alone. `loaded`: models by policy name, "" being the reference; all others are
+    named in `config`. Rows that could not be scored are null but for where they come from. Raises UsageError.
     """
+    context = open_context(config, progress, open_store(folder / "out"))
     plan = resolve_plan(config, context, in_memory=loaded, tokenizer=tokenizer)
     for policy in plan.policies:
         if policy.failure is not None:

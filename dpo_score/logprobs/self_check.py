@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dpo_score.data.pictures import pillow
 from dpo_score.data.types import Ids, Problem, TokenSequence
 from dpo_score.errors import ModelError
 from dpo_score.logprobs.attention.interface import Unshareable
@@ -355,8 +356,6 @@ def probe_rows(config: Any) -> list[TokenSequence]:
 
 def picture_rows(pictures: PictureInputs, config: Any) -> list[TokenSequence]:
     """Rows about pictures of noise: one picture with three answers, two pictures of other sizes with text between."""
-    from dpo_score.data.pictures import pillow
-
     ids, random, place = _Ids(config), np.random.default_rng(1), pictures.processor.place
     rows = []
     for text, sizes in ((f"{place}What is this?", [(60, 40)]), (f"{place} or {place}?", [(40, 48), (64, 36)])):

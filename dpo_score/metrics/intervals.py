@@ -289,11 +289,9 @@ def wilson(successes: float, n: float, z: float | None = None) -> tuple[float, f
 
 def clopper_pearson(successes: float, n: float, level: float = LEVEL) -> tuple[float, float]:
     """The exact interval of a share. Clopper and Pearson 1934. `n` may be an effective size, not whole."""
-    from scipy import special
-
     tail = (1.0 - level) / 2
-    low = float(special.betaincinv(successes, n - successes + 1.0, tail)) if successes > 0.0 else 0.0
-    high = float(special.betaincinv(successes + 1.0, n - successes, 1.0 - tail)) if successes < n else 1.0
+    low = float(scipy.special.betaincinv(successes, n - successes + 1.0, tail)) if successes > 0.0 else 0.0
+    high = float(scipy.special.betaincinv(successes + 1.0, n - successes, 1.0 - tail)) if successes < n else 1.0
     return low, high
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 
 from dpo_score.data.pictures import decoded, pillow, read_again
 from dpo_score.data.types import Ids, Media, Message, Picture, Problem
@@ -163,7 +164,6 @@ def _parts(content: Any) -> Sequence[Mapping[str, Any]]:
 def load_processor(folder: str, trust_remote_code: bool = False) -> PictureProcessor:
     """The processor of a model folder or hub id. Raises ModelError where there is none for pictures."""
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
 
     pillow()
     if not trust_remote_code:
