@@ -121,18 +121,15 @@ def _digests(tensor: Any) -> dict[str, str]:
     """Of 8 evenly spaced values of each of the first, middle and last rows, as float32 after rounding."""
     import torch
 
+    def spaced(values: Any) -> Any:
+        flat = values.reshape(-1)
+        return flat[torch.linspace(0, flat.numel() - 1, min(SAMPLED_VALUES, flat.numel())).long()]
+
     shape = tensor.get_shape()
     rows = sorted({0, shape[0] // 2, shape[0] - 1}) if len(shape) > 1 else []
-    parts = [_spaced(tensor[row : row + 1]) for row in rows] or [_spaced(tensor[:] if shape else tensor[...])]
+    parts = [spaced(tensor[row : row + 1]) for row in rows] or [spaced(tensor[:] if shape else tensor[...])]
     found = {}
     for dtype in DTYPES:
         rounded = [part.to(getattr(torch, dtype)).float().numpy().astype("<f4").tobytes() for part in parts]
         found[dtype] = hashlib.blake2b(b"".join(rounded), digest_size=8).hexdigest()
     return found
-
-
-def _spaced(values: Any) -> Any:
-    import torch
-
-    flat = values.reshape(-1)
-    return flat[torch.linspace(0, flat.numel() - 1, min(SAMPLED_VALUES, flat.numel())).long()]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import flex_attention
 
 from dpo_score.logprobs.attention.bmm import bmm_attention
 from dpo_score.logprobs.packing import BUCKETS, Pack
@@ -214,11 +215,9 @@ def flex() -> Any:
 
     Beyond torch's usual number of shapes it would run uncompiled as well, in memory of the size of a whole mask.
     """
-    from torch.nn.attention.flex_attention import flex_attention
-
     if not torch.cuda.is_available():
-        return flex_attention
-    compiled = torch.compile(flex_attention, dynamic=False)
+        return flex_attention.flex_attention
+    compiled = torch.compile(flex_attention.flex_attention, dynamic=False)
 
     def attend(*args: Any, **given: Any) -> Any:
         with torch._dynamo.config.patch(recompile_limit=FLEX_SHAPES):
@@ -230,8 +229,6 @@ def flex() -> Any:
 @cache
 def _wants_mass() -> dict[str, Any]:
     """How this torch is asked for the log-sum-exp: the request object came after the flag, which is on its way out."""
-    from torch.nn.attention import flex_attention
-
     request = getattr(flex_attention, "AuxRequest", None)
     return {"return_lse": True} if request is None else {"return_aux": request(lse=True)}
 
@@ -259,8 +256,6 @@ class _Masks:
 
 def block_mask(pack: Pack, window: int, device: torch.device) -> Any:
     """The pack's mask for FlexAttention, its block table worked out from the segments instead of from T² elements."""
-    from torch.nn.attention.flex_attention import BlockMask
-
     T = len(pack.ids)
     counts, indices = block_table(pack)
     table = pack.segment_table
@@ -273,7 +268,7 @@ def block_mask(pack: Pack, window: int, device: torch.device) -> Any:
         seen = ((k >= start[q]) & (k <= q)) | ((k >= prefix[q]) & (k < prefix_end[q]))
         return seen & (position[q] - position[k] < window) if window else seen
 
-    return BlockMask.from_kv_blocks(
+    return flex_attention.BlockMask.from_kv_blocks(
         to_device(counts, device)[None, None],
         to_device(indices, device)[None, None],
         BLOCK_SIZE=FLEX_BLOCK,
