@@ -98,8 +98,14 @@ def to_table(block: EntryBlock) -> pa.Table:
         "check": pa.array(row_checks(block)),
     }
     for name in sorted(block.columns):
-        absent = None if block.present[name].all() else pa.array(~block.present[name])
-        arrays[name] = pa.ListArray.from_arrays(offsets, pa.array(block.columns[name]), mask=absent)
+        present, values = block.present[name], block.columns[name]
+        if present.all():
+            arrays[name] = pa.ListArray.from_arrays(offsets, pa.array(values))
+            continue
+        lengths = np.diff(block.offsets)  # an absent list has no values of its own: pyarrow 21 writes no others
+        own = np.concatenate([[0], np.cumsum(np.where(present, lengths, 0))]).astype(np.int32)
+        there = pa.array(values[np.repeat(present, lengths)])
+        arrays[name] = pa.ListArray.from_arrays(pa.array(own), there, mask=pa.array(~present))
     return pa.table(arrays)
 
 
