@@ -18,9 +18,9 @@ from torch import Tensor
 
 from dpo_score.data.types import TokenSequence
 from dpo_score.errors import ModelError
+from dpo_score.logprobs.lm_head import read_logits
 from dpo_score.logprobs.packing import prompt_groups
 from dpo_score.logprobs.padded import pad
-from dpo_score.logprobs.softmax import read_logits
 from dpo_score.logprobs.transfer import split
 from dpo_score.logprobs.types import Values
 from dpo_score.models.numerics import Numerics

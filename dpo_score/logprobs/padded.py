@@ -18,8 +18,7 @@ from torch import Tensor
 
 from dpo_score.data.types import TokenSequence
 from dpo_score.logprobs.lengths import fresh_rope, length_rules, row_length
-from dpo_score.logprobs.lm_head import token_values
-from dpo_score.logprobs.softmax import CHUNK_LOGITS, read_logits
+from dpo_score.logprobs.lm_head import CHUNK_LOGITS, read_logits, token_values
 from dpo_score.logprobs.transfer import split, to_device
 from dpo_score.logprobs.types import Values
 from dpo_score.models.numerics import Kernel, Numerics

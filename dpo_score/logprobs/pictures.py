@@ -27,9 +27,8 @@ from dpo_score.data.types import Media, TokenSequence
 from dpo_score.errors import ModelError
 from dpo_score.logprobs import packing
 from dpo_score.logprobs.attention import interface as attention
-from dpo_score.logprobs.lm_head import token_values
+from dpo_score.logprobs.lm_head import CHUNK_LOGITS, read_logits, token_values
 from dpo_score.logprobs.packed import PackedPath, prepared_pack
-from dpo_score.logprobs.softmax import CHUNK_LOGITS, read_logits
 from dpo_score.logprobs.transfer import split, to_device
 from dpo_score.logprobs.types import Values
 from dpo_score.logprobs.upcast import is_wide

@@ -38,11 +38,11 @@ from dpo_score.logprobs.lengths import (
     length_rules,
     smallest_window,
 )
+from dpo_score.logprobs.lm_head import log_softmax
 from dpo_score.logprobs.numerics import ways
 from dpo_score.logprobs.packed import PackedPath, uncompile_layers
 from dpo_score.logprobs.padded import PaddedPath
 from dpo_score.logprobs.pictures import PicturePath, WrapperPath
-from dpo_score.logprobs.softmax import log_softmax
 from dpo_score.logprobs.torch_settings import running
 from dpo_score.logprobs.types import Values
 from dpo_score.logprobs.upcast import CannotWiden, refuse_quantized, widened

@@ -7,10 +7,9 @@ import torch
 
 from dpo_score.logprobs import lm_head as tiled
 from dpo_score.logprobs import packed as fast
-from dpo_score.logprobs.lm_head import Fold, token_values
+from dpo_score.logprobs.lm_head import Fold, read_logits, token_values
 from dpo_score.logprobs.numerics import _can_compile
 from dpo_score.logprobs.scorer import PairScorer
-from dpo_score.logprobs.softmax import read_logits
 from dpo_score.logprobs.types import STATS
 from dpo_score.models.parts import Head
 from tests.families import family

@@ -244,6 +244,7 @@ ELSEWHERE = {
     "data_revision": "the commit that it names is part of the data, on the hub alone: tests/data/test_hub.py",
     "reference_revision": "a commit of the hub gives other weights or the same: tests/engine/test_revisions.py",
     "log_to": "writes to trackers, after the run: tests/report/test_trackers.py",
+    "media_root": "where pictures are looked for; their bytes are the data: tests/data/test_pictures.py",
     "text_processes": "the same token ids: tests/engine/test_text_processes.py",
 }
 
