@@ -61,6 +61,11 @@ def select(spec: DataSpec) -> tuple[list[Located], Mapping[str, str]]:
 
     Raises DataError where there are none, or where it is not clear which ones are meant.
     """
+    if "***" in spec.path and "://" in spec.path:
+        raise DataError(
+            f"data set {spec.name!r}: {spec.path} was written down without its password or token (***): give the "
+            f"whole URL again, --data {spec.name}=URL"
+        )
     try:
         fs, root = fsspec.core.url_to_fs(spec.path)
     except client_errors(OSError, ValueError, ImportError) as error:

@@ -136,6 +136,11 @@ def test_an_unknown_scheme_is_one_sentence() -> None:
         open_datasets([spec("nowhere://x")])
 
 
+def test_a_url_whose_secret_was_left_out_says_what_to_give() -> None:
+    with pytest.raises(DataError, match=r"without its password or token \(\*\*\*\): give the whole URL again, --data"):
+        open_datasets([spec("https://***@example.invalid/pairs.parquet?token=***")])
+
+
 def test_a_json_file_without_objects_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("{broken\n{broken\n")
     with pytest.raises(DataError, match="none of the first 2 rows is a JSON object"):
