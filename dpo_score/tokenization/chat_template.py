@@ -25,6 +25,8 @@ from dpo_score.errors import ConfigError, ModelError
 from dpo_score.escape import seen
 
 MAX_RENDERED = 4 * MAX_CHARACTERS
+MAX_TEMPLATE = 1_000_000
+"""Characters of a template that is compiled. The longest ones of public models have some 20,000."""
 TEMPLATE_SECONDS = 60.0
 """A template needs about a millisecond for a conversation, so a slow machine never comes near this limit."""
 TICK_SECONDS = 0.2
@@ -127,6 +129,11 @@ def chat_template(tokenizer: Any, text: TextSpec) -> ChatTemplate | None:
         with_tools = tokenizer.get_chat_template(asked, tools=[{}])
     except ValueError as error:
         raise ModelError(f"no chat template to use: {str(error)[:300]}. Name one with --chat-template.") from None
+    if (length := max(len(plain), len(with_tools))) > MAX_TEMPLATE:
+        raise ModelError(
+            f"the chat template has {length:,} characters, and one of more than {MAX_TEMPLATE:,} is not compiled: name "
+            "another with --chat-template, or --render raw for texts without one"
+        )
     date = _date(text.date) if _CLOCK in plain + with_tools else None
     return ChatTemplate(
         tokenizer,

@@ -51,6 +51,11 @@ def test_another_template_comes_as_text_as_file_or_by_name(tmp_path: Path) -> No
         template(chat_template=str(tmp_path / "missing.jinja"))
 
 
+def test_a_template_of_ten_million_characters_is_not_compiled() -> None:
+    with pytest.raises(ModelError, match=r"10,000,0\d\d characters.*--chat-template"):
+        template("{{ messages[0].content }}" + "{# long #}" * 1_000_000)
+
+
 def test_tools_may_have_a_template_of_their_own() -> None:
     both = template({"default": "plain", "tool_use": "tools"})
     assert both.render(ASKED, None, {}) == "plain"
