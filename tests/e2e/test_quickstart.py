@@ -111,5 +111,10 @@ def test_what_follows_a_run_works_on_it(out: Path, command: str, capsys: pytest.
 def test_each_command_of_the_readme_works_after_the_quickstart(
     out: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if any(word.startswith("runs/pictures/") for word in words) and not Path("runs/pictures").exists():
+        pytest.importorskip("PIL")
+        from data.make_pictures import main as make_pictures
+
+        make_pictures(Path("runs/pictures"))
     main_ok(*words)
     assert capsys.readouterr().out

@@ -41,7 +41,7 @@ def test_an_architecture_that_nobody_can_deal_out_is_refused_with_the_alternativ
     refuse_loading(monkeypatch)
     folder = save_tiny(tmp_path / "gpt2", "gpt2", n_embd=32, n_head=4, n_layer=2)
     data = write_rows(tmp_path / "pairs.parquet", preference_rows(3))
-    with pytest.raises(ConfigError, match=r"no plan to deal out the layers of 'gpt2' models.*--device-map auto"):
+    with pytest.raises(ConfigError, match=r"no plan to shard the layers of 'gpt2' models.*--device-map auto"):
         runner(data, tmp_path / "out", tensor_parallel=2, reference=str(folder), policy=[f"same={folder}"])
 
 

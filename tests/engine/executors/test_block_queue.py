@@ -41,5 +41,5 @@ def test_a_block_that_kills_its_workers_ends_the_run() -> None:
     backlog = BlockQueue([5])
     for _ in range(ATTEMPTS - 1):
         backlog.put_back(backlog.take(1))
-    with pytest.raises(StorageError, match="3 workers died while they computed block 5"):
+    with pytest.raises(StorageError, match="block 5 was being computed by 3 workers when they died"):
         backlog.put_back(backlog.take(1))

@@ -302,4 +302,4 @@ def test_a_folder_of_several_state_files_names_them(runner: Runner, data: Path, 
     sweep = {"policy": [f"dpo={steps}/step-*"], "policy_base": "reference", "allow_pickle": True}
     found = runner(data, tmp_path / "out", **sweep)
     assert list(found.summary["policies"]) == ["dpo-9"]
-    assert "to read one of a.pt, b.pt over a base, name that file" in found.summary["skipped"]["dpo-10"]
+    assert "to read one of a.pt, b.pt over a base, name that file" in found.summary["failed"]["dpo-10"]
