@@ -25,7 +25,7 @@ from dpo_score.data.types import Ids, Media, Message, Picture, Problem
 from dpo_score.errors import ConfigError, ModelError
 from dpo_score.escape import seen
 from dpo_score.tokenization.chat_template import ChatTemplate
-from dpo_score.tokenization.tokenizer import checked
+from dpo_score.tokenization.tokenizer import checked, refuse_remote_code, settings_file
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets")
@@ -167,7 +167,8 @@ def load_processor(folder: str, trust_remote_code: bool = False) -> PictureProce
 
     pillow()
     if not trust_remote_code:
-        _refuse_remote_code(folder)
+        instead = "leave the pictures out with --ignore-columns"
+        refuse_remote_code(folder, PROCESSOR_FILES, "AutoProcessor", "processor", instead)
     wrong = (OSError, ValueError, ImportError, LookupError, AttributeError, TypeError, RuntimeError)
     with _quiet():
         try:
@@ -230,23 +231,7 @@ def _json(folder: str, name: str) -> Mapping[str, Any]:
     from transformers.utils.hub import cached_file
 
     path = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
-    found = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-    return found if isinstance(found, dict) else {}
-
-
-def _refuse_remote_code(folder: str) -> None:
-    """Code that a processor brings along is never run unless asked."""
-    for name in PROCESSOR_FILES:
-        path = Path(folder) / name
-        try:
-            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:
-            raise ModelError(f"{path} is not JSON: {error}") from None
-        if isinstance(found, dict) and "AutoProcessor" in (found.get("auto_map") or {}):
-            raise ModelError(
-                f"{folder}: its processor is code of its own (auto_map in {name}). If you have read and trust it, say "
-                "--trust-remote-code; otherwise leave the pictures out with --ignore-columns"
-            )
+    return {} if path is None else settings_file(Path(path))
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from huggingface_hub import errors
 from numpy.typing import NDArray
 
 from dpo_score.data.types import Ids
-from dpo_score.errors import ModelError
+from dpo_score.errors import DamageError, ModelError
+from dpo_score.storage.base import parse_json
 
 _PROBES = ("", "a", " The quick  brown\n\nfox 1234567.\t", "naïve — 東京 🙂", "<s>[INST] x </s>")
 BATCH_CHARACTERS = 1 << 20
@@ -35,7 +36,8 @@ def load_tokenizer(name_or_folder: str, revision: str | None = None, trust_remot
     from transformers import AutoTokenizer
 
     if not trust_remote_code:
-        _refuse_remote_code(name_or_folder)
+        files = ("tokenizer_config.json",)
+        refuse_remote_code(name_or_folder, files, "AutoTokenizer", "tokenizer", "name another with --tokenizer.")
     load = partial(AutoTokenizer.from_pretrained, revision=revision, trust_remote_code=trust_remote_code, use_fast=True)
     try:
         tokenizer = _guarded(partial(load, name_or_folder))
@@ -72,20 +74,27 @@ def checked(tokenizer: Any, name: str) -> Any:
     return tokenizer
 
 
-def _refuse_remote_code(folder: str) -> None:
-    """Code that a tokenizer brings along is never run unless asked, even where it would not be needed."""
-    path = Path(folder) / "tokenizer_config.json"
-    if not path.is_file():
-        return
+def refuse_remote_code(folder: str, names: Iterable[str], loader: str, what: str, instead: str) -> None:
+    """Code that a model folder brings along is never run unless asked, even where it would not be needed.
+
+    names: the settings files of the `what` (tokenizer, processor). loader: the key of `auto_map` that names its code.
+    instead: what else a person can do. Raises ModelError.
+    """
+    for name in names:
+        if loader in (settings_file(Path(folder) / name).get("auto_map") or {}):
+            raise ModelError(
+                f"{folder}: its {what} is code of its own (auto_map in {name}). If you have read and trust it, say "
+                f"--trust-remote-code; otherwise {instead}"
+            )
+
+
+def settings_file(path: Path) -> dict[str, Any]:
+    """A JSON file of settings; empty where there is none, or no object in it. ModelError where it cannot be read."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}") from None
-    if isinstance(config, dict) and "AutoTokenizer" in (config.get("auto_map") or {}):
-        raise ModelError(
-            f"{folder}: its tokenizer is code of its own (auto_map in tokenizer_config.json). If you have read and "
-            "trust it, say --trust-remote-code; otherwise name another with --tokenizer."
-        )
+        found = parse_json(path.read_bytes(), str(path)) if path.is_file() else {}
+    except DamageError as error:
+        raise ModelError(str(error)) from None
+    return found if isinstance(found, dict) else {}
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

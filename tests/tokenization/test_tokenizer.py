@@ -14,11 +14,13 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dpo_score.errors import ModelError
+from dpo_score.tokenization.pictures import PROCESSOR_FILES
 from dpo_score.tokenization.tokenizer import (
     BatchEncoder,
     TokenizerFailedError,
     checked,
     load_tokenizer,
+    refuse_remote_code,
     same_ids,
     special_ids,
     special_texts,
@@ -131,6 +133,24 @@ def test_code_that_comes_along_is_not_run_unasked(tmp_path: Path) -> None:
     (tmp_path / "evil.py").write_text("raise SystemExit('this code ran')")
     with pytest.raises(ModelError, match="--trust-remote-code"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ['{"a": ' + "[" * 20_000 + "]" * 20_000 + "}", "{cut", "\xff"])
+def test_settings_that_are_no_settings_are_one_sentence(content: str, tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json: (not JSON|JSON nested 20,001 deep)"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["processor_config.json", "preprocessor_config.json"])
+def test_code_of_a_processor_is_refused_by_the_same_rule(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(json.dumps({"auto_map": {"AutoProcessor": "evil.Evil"}}))
+    rule = (str(tmp_path), PROCESSOR_FILES, "AutoProcessor", "processor", "leave the pictures out")
+    with pytest.raises(ModelError, match=rf"its processor is code of its own \(auto_map in {name}\)"):
+        refuse_remote_code(*rule)
+    (tmp_path / name).write_text(json.dumps({"auto_map": {"AutoTokenizer": "evil.Evil"}}))
+    refuse_remote_code(*rule)
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
