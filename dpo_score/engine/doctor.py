@@ -8,7 +8,6 @@ checks (`cuda_settings`) also runs before each CUDA run.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -33,6 +32,7 @@ from dpo_score.models.memory import peak_bytes, total_memory
 from dpo_score.models.resolve import Resolver
 from dpo_score.storage.cache.location import cache_folder
 from dpo_score.storage.file_hashes import FileDigests
+from dpo_score.storage.manifest import installed_version
 
 NCCL_TIMEOUT = 60.0
 """Seconds that a real compilation, and two ranks up and down, may take."""
@@ -79,12 +79,7 @@ def examine(reference: str | None = None, device: str = "auto", cache_dir: str |
 
 def software() -> Iterator[Finding]:
     """Versions that decide numbers or speed."""
-    versions = []
-    for name in PACKAGES:
-        try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions = [f"{name} {version}" for name in PACKAGES if (version := installed_version(name)) is not None]
     yield Finding("software", f"Python {platform.python_version()}, {', '.join(versions)}")
 
 

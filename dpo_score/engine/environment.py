@@ -10,7 +10,6 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 from dpo_score.config.schema import RunConfig
@@ -21,6 +20,7 @@ from dpo_score.logprobs.numerics import in_effect, present
 from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource
 from dpo_score.storage.fingerprint import diff, listed
+from dpo_score.storage.manifest import installed_version
 
 LIBRARIES = ("dpo-score", "torch", "transformers", "tokenizers", "pyarrow", "numpy", "peft")
 COMPUTING = ("device", "kernel")
@@ -38,7 +38,7 @@ def host() -> str:
 def versions(numerics: Numerics | None) -> dict[str, str]:
     """Libraries and Python; with numerics also the device and the kernel that compute them here: what may move the
     last bits. Nothing of a device that this machine lacks."""
-    found = {name: version for name in LIBRARIES if (version := _version(name)) is not None}
+    found = {name: version for name in LIBRARIES if (version := installed_version(name)) is not None}
     found["python"] = ".".join(map(str, sys.version_info[:3]))
     found["machine"] = platform.machine()
     if numerics is None or not present(numerics.device):
@@ -78,15 +78,6 @@ def compared_environment(
     for change in changes:
         progress.warn(f"continued in another environment: {change}")
     return found
-
-
-@cache
-def _version(name: str) -> str | None:
-    """Remembered: every committed block names it, and reading a package's metadata takes milliseconds."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 # --- commits of models that came from the hub ---

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
+from importlib import metadata
 from typing import Any, Literal
 
 from dpo_score.errors import DamageError, IdentityError, StorageError, UsageError
@@ -25,6 +27,18 @@ MANIFEST = "manifest.json"
 MANIFEST_COPY = f"{COMMITS}/manifest.json"
 OWN_FOLDERS = ("reference", "scores", "rejects", "rescored")
 OWN_FILES = ("summary.json", "report.html", "audit.parquet", "README.md", "pipeline.yaml")
+
+
+@cache
+def installed_version(name: str) -> str | None:
+    """The version of an installed package, as `Manifest.versions` records it; None where it is not installed.
+
+    Remembered: every committed block names some, and reading a package's metadata takes milliseconds.
+    """
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ TOLERANCE. Columns of the data that pairs are grouped by are read from the data 
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from dpo_score.results.rescore import GRIDS, PolicyGrid
 from dpo_score.results.source_text import PIPELINE, stored_config
 from dpo_score.storage.base import FileRecord, Store, json_bytes, parse_json
 from dpo_score.storage.commits import CHECKSUM, CommitRecord, read_record, record_name, unsealed
-from dpo_score.storage.manifest import MANIFEST, Manifest
+from dpo_score.storage.manifest import MANIFEST, Manifest, installed_version
 from dpo_score.storage.parquet import fitted
 from dpo_score.storage.resume import FileState, file_state
 from dpo_score.tokenization.rewardbench import text_of
@@ -84,11 +83,8 @@ def summary_damage(
 
 def by_this_release(manifest: Manifest, summary: Mapping[str, Any]) -> bool:
     """Whether this release made the folder, so that intervals and sentences come out the same as well."""
-    try:
-        here = importlib.metadata.version("dpo-score")
-    except importlib.metadata.PackageNotFoundError:
-        here = None
-    return manifest.versions.get("dpo-score") == here and (not summary or "failed" in summary)
+    same = manifest.versions.get("dpo-score") == installed_version("dpo-score")
+    return same and (not summary or "failed" in summary)
 
 
 def _data_again(manifest: Manifest, summary: Mapping[str, Any], totals: Totals) -> dict[str, Any]:
