@@ -81,8 +81,10 @@ def asides(facts: Facts) -> list[str]:
 def _against_best(policy: Cell, best: str | None, against: Mapping[str, Cell]) -> str:
     """What the comparison with the best policy says, in the sentence's words."""
     if policy["name"] == best:
-        told = [item for item in against.values() if not item["tied"]]
-        return "best" if told or not against else "highest, not told apart"
+        tied = [item["tied"] for item in against.values()]
+        if not tied:
+            return "nothing to compare with"
+        return "highest, not told apart" if all(tied) else "highest" if any(tied) else "best"
     item = against.get(policy["name"])
     if item is None:
         return "not ranked: ties"

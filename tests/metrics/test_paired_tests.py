@@ -154,7 +154,7 @@ def test_thirty_equal_policies_raise_few_false_alarms() -> None:
     """Family-wise: a repetition counts when any policy is called different from the best, or from a baseline."""
     rng = np.random.default_rng(5)
     alarms_best = alarms_baseline = 0
-    repetitions = 2000
+    repetitions = 1000
     for _ in range(repetitions):
         common = rng.normal(size=200)
         values = {f"p{k}": common + rng.normal(0.0, 0.5, 200) for k in range(30)}

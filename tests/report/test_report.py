@@ -218,3 +218,21 @@ def test_chips_subset_differences_and_calibration_say_what_the_comparison_says()
     assert "Differences to base by subset, with adjusted p" in html
     assert "not ranked: ties" in html
     assert "if calibrated" in html
+
+
+@pytest.mark.parametrize(
+    ("right", "chip"),
+    [
+        ({"a": 60}, "nothing to compare with"),
+        ({"a": 60, "b": 59}, "highest, not told apart"),
+        ({"a": 60, "b": 59, "c": 20}, "highest"),
+        ({"a": 90, "b": 20}, "best"),
+    ],
+)
+def test_only_a_policy_that_every_other_is_worse_than_is_called_the_best(right: dict[str, int], chip: str) -> None:
+    made = [
+        scored(name, np.where((np.arange(100) * 37 + 11 * i) % 100 < share, 1.0, -1.0).tolist())
+        for i, (name, share) in enumerate(right.items())
+    ]
+    chips = re.findall(r'<span class="chip strong">([^<]*)</span>', render(facts(made, baseline=None)))
+    assert chips[0] == chip

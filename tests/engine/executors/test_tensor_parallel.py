@@ -20,7 +20,7 @@ from dpo_score.results.verify.verify import verify
 from tests.engine.executors.test_job_array import results
 from tests.engine.executors.test_ray import AtRow
 from tests.engine.test_run import refuse_loading
-from tests.run_fixtures import preference_rows, write_rows
+from tests.run_fixtures import Runner, preference_rows, write_rows
 
 pytestmark = pytest.mark.slow
 QUIET = Progress(quiet=True)
@@ -32,6 +32,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = preference_rows(64 * BLOCKS - 10)
     rows[130]["chosen"] = None
     return write_rows(tmp_path_factory.mktemp("data") / "pairs.parquet", rows)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, models: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one group leaves that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    Runner(folder / "cache", models)(data, folder / "out", tensor_parallel=2)
+    assert gone()
+    return results(folder / "out")
 
 
 def ranks() -> list[psutil.Process]:
@@ -69,7 +78,9 @@ class Watching(AtRow):
         self.most = max(self.most, len(ranks()))
 
 
-def test_one_group_stopped_resumed_and_a_rank_killed(runner: Any, data: Path, tmp_path: Path) -> None:
+def test_one_group_stopped_resumed_and_a_rank_killed(
+    runner: Any, data: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
     """In this process, without Ray: the bytes of an undisturbed run, and the rows of a whole model within its noise."""
     split = runner.config(data, tmp_path / "split", tensor_parallel=2)
     with pytest.raises(Interrupted) as stopped:
@@ -82,25 +93,20 @@ def test_one_group_stopped_resumed_and_a_rank_killed(runner: Any, data: Path, tm
     assert [line for line in progress.warnings if "its processes are started again" in line], progress.warnings
     verify(str(tmp_path / "split")).raise_damage()
     assert gone()
-    runner(data, tmp_path / "one", tensor_parallel=2, cache_dir=str(tmp_path / "one-cache"))
-    assert gone()
-    assert results(tmp_path / "split") == results(tmp_path / "one")
+    assert results(tmp_path / "split") == undisturbed
     runner(data, tmp_path / "whole")
     refuse_differences(scores(tmp_path / "split"), scores(tmp_path / "whole"))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_two_groups_on_ray_and_a_rank_killed(
-    runner: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runner: Any, data: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bytes of one group in one process."""
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]), prepend=os.pathsep)
-    runner(data, tmp_path / "one", tensor_parallel=2)
     progress = Watching()
-    shared = runner.config(
-        data, tmp_path / "two", tensor_parallel=2, workers=2, engine="ray", cache_dir=str(tmp_path / "two-cache")
-    )
+    shared = runner.config(data, tmp_path / "two", tensor_parallel=2, workers=2, engine="ray")
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         engines.run(shared, progress)
@@ -109,7 +115,7 @@ def test_two_groups_on_ray_and_a_rank_killed(
     assert progress.most == 2
     assert [line for line in progress.warnings if "a worker was lost" in line], progress.warnings
     verify(str(tmp_path / "two")).raise_damage()
-    assert results(tmp_path / "two") == results(tmp_path / "one")
+    assert results(tmp_path / "two") == undisturbed
 
 
 def refuse_differences(ours: pl.DataFrame, theirs: pl.DataFrame) -> None:
