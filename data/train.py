@@ -121,10 +121,10 @@ def saving_callback(recipe: Recipe, adapters: Path) -> Any:
     from transformers import TrainerCallback
 
     class SaveAdapter(TrainerCallback):  # type: ignore[misc]
-        """Saves the adapter after each of the chosen steps."""
+        """Saves the adapter after each of the chosen steps, and after the last one of a run of another length."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step in recipe.saved_steps:
+            if state.global_step in (*recipe.saved_steps, state.max_steps):
                 save_adapter(kwargs["model"], adapters / f"step-{state.global_step}")
 
     return SaveAdapter()
