@@ -25,7 +25,7 @@ from typer.main import get_command
 
 from dpo_score import __version__
 from dpo_score.cli.options import help_of
-from dpo_score.config.hints import MEANINGS, meant_by
+from dpo_score.config.hints import option_meant
 from dpo_score.errors import DpoScoreError
 from dpo_score.escape import make_encodable, safe
 
@@ -195,10 +195,8 @@ def _parse_error(error: Exception) -> str:
     if isinstance(name, str):
         flags = [flag for parameter in context.command.params for flag in (*parameter.opts, *parameter.secondary_opts)]
         said = f"there is no option {name}"
-        if "--policy" in flags and name.lstrip("-").replace("-", "_").lower() in MEANINGS:
-            said += f": {meant_by(name, ())}"
-        elif close := difflib.get_close_matches(name, flags, n=1, cutoff=0.5):
-            said += f": did you mean {close[0]}?"
+        if meant := option_meant(name, flags):
+            said += f": {meant}"
     elif command is not None:
         known = getattr(context.command, "commands", {})
         near = difflib.get_close_matches(command[1], known, n=1, cutoff=0.5)

@@ -6,7 +6,9 @@ transformers, lm-evaluation-harness and RewardBench, and words that come to mind
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+import re
+from collections.abc import Collection, Iterable
 
 from dpo_score.errors import nearest
 
@@ -66,12 +68,42 @@ _GROUPS = (
     ("no --reference at all, or --loss-param reference_free=true", "ref_free reference_free"),
     ("--cache-dir DIR", "cache use_cache cache_path hf_cache"),
     ("--slice COLUMN", "group_by by slices groups"),
+    ("--quiet for less; all else is always said", "verbose v log_level logging_level"),
+    (
+        "a trainer for that: dpo-score scores and does not train",
+        "lr learning_rate epochs num_train_epochs max_steps optim warmup_steps warmup_ratio weight_decay lora_r",
+    ),
 )
 """What to use here, and the names that other programs have for it."""
 MEANINGS: dict[str, str] = {name: here for here, names in _GROUPS for name in names.split()}
 
 
+def option_meant(typed: str, flags: Collection[str]) -> str | None:
+    """What to say of an option that a command with these `flags` has not; None where nothing is near.
+
+    By meaning where the command has an option of that meaning, else the flag or the known name that is spelled most
+    alike: `--precission` is `--precision`, which is `--dtype` here.
+    """
+    name = _plain(typed)
+    meanings = {name: here for name, here in ((name, _of(here, flags)) for name, here in MEANINGS.items()) if here}
+    own = {_plain(flag): f"did you mean {flag}?" for flag in flags if flag.startswith("--")}
+    said = {name: f"use {here}" for name, here in meanings.items()} | own
+    close = difflib.get_close_matches(name, said, n=1, cutoff=0.6)
+    return said[close[0]] if close else None
+
+
+def _of(here: str, flags: Collection[str]) -> str:
+    """The parts of a meaning whose options are among `flags`; one without an option is for commands that score."""
+    if not here.startswith("--"):
+        return here if "--policy" in flags or "--reference" in flags else ""
+    return ", ".join(part for part in re.split(r", (?=--)", here) if part.split()[0] in flags)
+
+
+def _plain(name: str) -> str:
+    return name.lstrip("-").replace("-", "_").lower()
+
+
 def meant_by(name: str, known: Iterable[str]) -> str:
     """What to use in place of an unknown name: by meaning, else the nearest known name, else all known ones."""
-    here = MEANINGS.get(name.lstrip("-").replace("-", "_").lower())
+    here = MEANINGS.get(_plain(name))
     return nearest(name, known) if here is None else f"use {here}"

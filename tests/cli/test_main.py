@@ -118,6 +118,9 @@ def test_commands_without_a_model_import_neither_torch_nor_transformers(command:
         ("--output_dir", "--out DIR"),
         ("--num_samples", "--limit N for the first N rows"),
         ("--bta", "did you mean --beta?"),
+        ("--precission", "use --dtype float32"),
+        ("--lr", "does not train"),
+        ("--zzz", "there is no option --zzz\n"),
     ],
 )
 def test_names_of_other_programs_get_the_right_hint(
@@ -130,6 +133,22 @@ def test_names_of_other_programs_get_the_right_hint(
         (tmp_path / "job.yaml").write_text(f"data: x\n{key}: y\n")
         code, _, error = run_cli(capsys, "run", str(tmp_path / "job.yaml"))
         assert (code, said in error) == (2, True), error
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("doctor", "--model", "m"), "--model: use --reference MODEL for the frozen model\n"),
+        (("precompute", "--output_dir", "o"), "use --out DIR"),
+        (("compare", "o", "--by", "subset"), "use --slice COLUMN"),
+        (("verify", "o", "--model", "m"), "there is no option --model\n"),
+    ],
+)
+def test_a_hint_names_only_what_the_command_has(
+    command: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, error = run_cli(capsys, *command)
+    assert (code, said in error) == (2, True), error
 
 
 @pytest.mark.parametrize("typed", ["eval", "runn", "evaluate"])
@@ -147,7 +166,7 @@ def test_the_first_ten_options_come_first_and_defaults_are_shown() -> None:
 
 
 def test_every_word_of_the_hints_leads_to_an_option_there_is() -> None:
-    flags = {option.flag for option in OPTIONS} | {"--restart"}
+    flags = {option.flag for option in OPTIONS} | {"--restart", "--quiet"}
     for here in set(MEANINGS.values()):
         assert {word.rstrip(",;:") for word in here.split() if word.startswith("--")} <= flags, here
 
