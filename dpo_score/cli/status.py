@@ -9,6 +9,7 @@ import typer
 from dpo_score.cli import console
 from dpo_score.cli.options import AsJson, CacheDir, Out
 from dpo_score.data.formats.registry import describe_formats
+from dpo_score.engine.progress import Progress
 from dpo_score.results import cache_admin
 from dpo_score.results import status as state
 
@@ -34,7 +35,7 @@ def cache_ls(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
 @cache.command("verify")
 def cache_verify(cache_dir: CacheDir = None) -> None:
     """Read every entry; exit 4 names each damaged file. Nothing is moved: the next run sets such files aside."""
-    console.lines([cache_admin.verify(cache_dir)])
+    console.lines([cache_admin.verify(cache_dir, Progress().reading)])
 
 
 @cache.command("gc")

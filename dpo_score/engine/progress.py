@@ -84,12 +84,13 @@ class Progress:
             self._close()
 
     @contextmanager
-    def reading(self, label: str, rows: int) -> Iterator[Callable[[int], None]]:
-        """A command that reads `rows` rows of OUT and computes no token; the result takes how many were read more."""
+    def reading(self, label: str, rows: int, unit: str = "rows") -> Iterator[Callable[[int], None]]:
+        """A command that reads `rows` rows or files and computes no token; the result takes how many were read more."""
         on_terminal = self._stream.isatty() and not self._quiet
         bar = tqdm(
             total=rows,
             desc=safe(label, 40),
+            unit=f" {unit}",
             file=self._stream,
             delay=SHORT_SECONDS,
             leave=False,
@@ -106,7 +107,7 @@ class Progress:
             if not on_terminal and now - said > PLAIN_SECONDS:
                 said = now
                 left = (now - begun) * (rows - done) / max(done, 1)
-                self.say(f"{label}: {done:,}/{rows:,} rows, about {clock(max(left, 0.0))} left")
+                self.say(f"{label}: {done:,}/{rows:,} {unit}, about {clock(max(left, 0.0))} left")
 
         try:
             yield read

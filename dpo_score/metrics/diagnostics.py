@@ -90,10 +90,15 @@ NO_VARIATION = "one of the two does not vary"
 
 def diagnose(rows: ScoreArrays) -> dict[str, Any]:
     """{"length": …, "calibration": …, "health": …} of one policy."""
-    return {"length": _length(rows), "calibration": _calibration(rows), "health": _health(rows)}
+    return {
+        "length": length_diagnosis(rows),
+        "calibration": calibration_diagnosis(rows),
+        "health": health_diagnosis(rows),
+    }
 
 
-def _length(rows: ScoreArrays) -> dict[str, Any]:
+def length_diagnosis(rows: ScoreArrays) -> dict[str, Any]:
+    """The accuracy at equal lengths, and how the margin goes with the difference of the lengths."""
     v, margins = rows.values, _margins(rows)
     chosen, rejected = v["chosen_tokens"].astype(np.float64), v["rejected_tokens"].astype(np.float64)
     controlled = length_controlled_accuracy(margins, chosen, rejected, rows.repeated)
@@ -115,13 +120,15 @@ def _length(rows: ScoreArrays) -> dict[str, Any]:
     return found
 
 
-def _calibration(rows: ScoreArrays) -> dict[str, Any]:
+def calibration_diagnosis(rows: ScoreArrays) -> dict[str, Any]:
+    """The calibration of the margins as they are, and the β that would fit best."""
     found = calibration(_margins(rows), clusters=rows.repeated)
     fit = asdict(best_beta(rows.values["margins_nats"]))
     return _with_reason(asdict(found)) | {"best_beta": _with_reason(fit)}
 
 
-def _health(rows: ScoreArrays) -> dict[str, Any]:
+def health_diagnosis(rows: ScoreArrays) -> dict[str, Any]:
+    """What training did to the log-probabilities of both answers."""
     v = rows.values
     delta_chosen = v["policy_chosen_logps"] - v["ref_chosen_logps"]
     delta_rejected = v["policy_rejected_logps"] - v["ref_rejected_logps"]

@@ -118,7 +118,7 @@ class Audit:
     identical_rows: NDArray[np.int64]
     confidence: Floats
     margins: Mapping[str, Floats]
-    copies: NDArray[np.int64]
+    copies: NDArray[np.int32]
 
     @property
     def pairs(self) -> int:
@@ -182,8 +182,8 @@ def label_audit(aligned: AlignedPolicies) -> Audit:
     return Audit(aligned, found, np.flatnonzero(identical), confidence, margins, _copies(aligned.first.pair_ids))
 
 
-def _copies(pair_ids: Sequence[str]) -> NDArray[np.int64]:
+def _copies(pair_ids: Sequence[str]) -> NDArray[np.int32]:
     """For each row how many rows hold its pair."""
     column = pair_ids.column if isinstance(pair_ids, Texts) else pa.chunked_array([pa.array(pair_ids, pa.string())])
     codes = column.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
-    return np.bincount(codes, minlength=1)[codes] if len(codes) else np.zeros(0, np.int64)
+    return np.bincount(codes, minlength=1).astype(np.int32)[codes] if len(codes) else np.zeros(0, np.int32)

@@ -26,7 +26,7 @@ from dpo_score.report.numbers import numbers
 from dpo_score.report.page import render
 from dpo_score.report.tables import FORMATS, write
 from dpo_score.results.groups import numbered_groups, read_policies
-from dpo_score.results.run_folder import Reading, chosen_names, open_out, parts, unseen
+from dpo_score.results.run_folder import Reading, chosen_names, open_out, parts, return_memory, unseen
 from dpo_score.results.source_text import Reader, TextSource, plain_text, stored_config, stored_reader, text_source
 from dpo_score.results.token_view import side_tokens, stored_shares
 from dpo_score.storage.base import Store
@@ -87,6 +87,7 @@ def gather(
         raise UsageError(f"--baseline {baseline}: not among the compared policies {', '.join(aligned.names)}")
     found, audit = compare_policies(aligned, baseline), label_audit(aligned)
     selection = choose_examples(aligned, audit, found["best"])
+    return_memory()
     texts, tokens, pictures, notes = _passages(store, manifest, aligned, selection, no_text)
     return Facts(
         title=safe(out.rstrip("/").rsplit("/", 1)[-1], 120),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dpo_score.metrics.compare import AlignedPolicies, per_pair
-from dpo_score.metrics.diagnostics import DEFINITIONS, diagnose
+from dpo_score.metrics.diagnostics import DEFINITIONS, calibration_diagnosis, health_diagnosis, length_diagnosis
 from dpo_score.metrics.summary import ranking, share
 from dpo_score.report import charts
 from dpo_score.report.content import NARROW, Cell, Facts, Palette, bounds, percent, signed
@@ -35,7 +35,7 @@ def calibration(facts: Facts, colours: Palette) -> dict[str, Any]:
     """Reliability of the key policies, and their numbers."""
     rows, lines = [], []
     for name in colours.key:
-        cell = diagnose(facts.aligned[name].rows)["calibration"]
+        cell = calibration_diagnosis(facts.aligned[name].rows)
         lines.append(
             (name, colours.colours[name], [(b["confidence"], b["accuracy"], b["n"]) for b in cell["bins"] if b["n"]])
         )
@@ -70,7 +70,7 @@ def length(facts: Facts, colours: Palette) -> dict[str, Any]:
     rows, reasons = [], []
     for name in colours.key:
         policy = facts.aligned[name]
-        alone, cell = ranking(policy.rows), diagnose(policy.rows)["length"]
+        alone, cell = ranking(policy.rows), length_diagnosis(policy.rows)
         right = share(per_pair(policy.rows, "accuracy"), policy.rows.repeated)
         reasons.append(cell["length_controlled_accuracy"].get("reason"))
         rows.append(
@@ -128,7 +128,7 @@ def health(facts: Facts) -> dict[str, Any]:
     """One row a policy, one column a sign of trouble."""
     rows = []
     for policy in facts.aligned.policies:
-        found = diagnose(policy.rows)["health"]
+        found = health_diagnosis(policy.rows)
         values = [
             "–" if found[name]["value"] is None else form(found[name]["value"]) for name, (_, form) in HEALTH.items()
         ]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpo_score.metrics.compare import ScoredPolicy, counted, per_pair
-from dpo_score.metrics.diagnostics import diagnose
+from dpo_score.metrics.diagnostics import health_diagnosis
 from dpo_score.metrics.sentences import p_value
 from dpo_score.metrics.summary import measure, share
 from dpo_score.report import charts
@@ -273,7 +273,7 @@ def _charts(policies: Sequence[ScoredPolicy], x: Sequence[float], names: Sequenc
 
     right = [share(per_pair(policy.rows, "accuracy"), policy.rows.repeated) for policy in policies]
     accuracy = _series("accuracy", [cell["value"] for cell in right], right, charts.ALL)
-    health = [diagnose(policy.rows)["health"] for policy in policies]
+    health = [health_diagnosis(policy.rows) for policy in policies]
 
     def healthy(name: str, label: str, colour: str = charts.ALL) -> Series:
         return _series(label, [cell[name]["value"] for cell in health], [cell[name] for cell in health], colour)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dpo_score.errors import ConfigError, DamageError
+from dpo_score.results.run_folder import Reading, unseen
 from dpo_score.storage.cache.cache import open_cache
 from dpo_score.storage.cache.location import cache_folder, cache_url
 
@@ -23,10 +24,11 @@ def _line(item: dict[str, Any]) -> dict[str, Any]:
     return {**item, "weights": str(fields.get("weights", "?"))[:12], "numerics": numerics}
 
 
-def verify(cache_dir: str | None) -> str:
+def verify(cache_dir: str | None, reading: Reading = unseen) -> str:
     """One sentence. DamageError (exit 4) naming every damaged file."""
     cache = open_cache(cache_url(cache_dir) or cache_folder(cache_dir))
-    damage = cache.verify()
+    with reading("reading the cache", cache.file_count(), "files") as read:
+        damage = cache.verify(read)
     if damage:
         raise DamageError("\n".join((*damage, "The next run sets damaged files aside and computes their values again")))
     return f"{sum(row['entries'] for row in cache.ls()):,} entries, nothing damaged"

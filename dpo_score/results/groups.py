@@ -22,7 +22,15 @@ from dpo_score.losses.columns import DERIVED
 from dpo_score.metrics.arrays import FLOATS, without_texts
 from dpo_score.metrics.compare import AlignedPolicies, ScoredPolicy
 from dpo_score.metrics.groups import BUILT_IN, DATA, DATASET, LENGTH, TURNS, means, text_of
-from dpo_score.results.run_folder import Reading, read_scored, score_columns, scored_row_ids, shared_ids, unseen
+from dpo_score.results.run_folder import (
+    Reading,
+    read_scored,
+    return_memory,
+    score_columns,
+    scored_row_ids,
+    sharing,
+    unseen,
+)
 from dpo_score.results.schemas import COUNT_FIELDS, SIDES, TEXT_FIELDS
 from dpo_score.results.source_text import text_source
 from dpo_score.storage.base import Store
@@ -88,8 +96,9 @@ def read_policies(
     with reading("reading scores", len(policies) * manifest.rows) as read:
         for policy in policies:
             own = read_scored(store, manifest, policy, () if found else slices, None if found else columns, read)
-            found = [*found, shared_ids([found[0], own])[1]] if found else [own]
-            pa.default_memory_pool().release_unused()  # the columns of one policy, before those of the next are read
+            found.append(sharing(found[0], own) if found else own)
+            del own
+            return_memory()  # of the columns of one policy, before those of the next are read
     return found
 
 

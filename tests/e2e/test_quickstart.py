@@ -20,7 +20,8 @@ from tests.e2e.readme import PROJECT, own_commands
 pytestmark = pytest.mark.slow
 
 LIMIT = None if os.environ.get("DPO_SCORE_QUICKSTART") == "full" else 40
-RUN = ["run", "pipelines/quickstart.yaml", "--quiet", *([] if LIMIT is None else ["--limit", str(LIMIT)])]
+WHOLE = (["quickstart"], ["run", "pipelines/quickstart.yaml", "--quiet"])
+"""Commands of the pages that score all pairs of the quickstart."""
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +42,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def out(workplace: Path) -> Path:
-    main_ok(*RUN)
+    main_ok(*WHOLE[1])
     return workplace / "runs/quickstart"
 
 
 def main_ok(*arguments: str) -> None:
+    if LIMIT is not None and list(arguments[:3]) in WHOLE:
+        arguments = (*arguments, "--limit", str(LIMIT))
     with pytest.raises(SystemExit) as stop:
         main(list(arguments))
     assert not stop.value.code, arguments
@@ -90,8 +93,8 @@ def test_a_second_run_does_no_forward_pass_and_reads_no_weights(
     monkeypatch.setattr(ModelLoader, "load", refused)
     monkeypatch.setattr(PairScorer, "score", refused)
     before = {path: path.read_bytes() for path in (out / "scores").rglob("*.parquet")}
-    main_ok(*RUN)
-    main_ok(*RUN, "--out", str(out.parent / "elsewhere"))
+    main_ok(*WHOLE[1])
+    main_ok(*WHOLE[1], "--out", str(out.parent / "elsewhere"))
     assert {path: path.read_bytes() for path in before} == before
     for path, content in before.items():
         assert (out.parent / "elsewhere/scores" / path.relative_to(out / "scores")).read_bytes() == content

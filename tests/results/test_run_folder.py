@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
+from dpo_score.engine import progress
 from dpo_score.engine.dry_run import dry_run, histogram, probe
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError, DamageError, UsageError
+from dpo_score.results import cache_admin
+from dpo_score.results.groups import read_policies
 from dpo_score.results.rescore import rescore
-from dpo_score.results.run_folder import STEP, step_of
+from dpo_score.results.run_folder import STEP, open_out, read_scored, step_of
 from dpo_score.results.status import status
 from dpo_score.results.verify.verify import verify
 from tests.run_fixtures import preference_rows, write_rows
@@ -58,6 +63,27 @@ def test_a_step_is_a_whole_number_and_no_part_of_another(name: str, step: int | 
 
 def test_a_name_without_a_step_leaves_it_to_the_model() -> None:
     assert step_of("sigmoid-0.05", "data/quickstart-adapters/step-76") == 76
+
+
+def test_policies_hold_what_is_equal_once(out: Path) -> None:
+    store, manifest = open_out(str(out))
+    first, second = read_policies(store, manifest, ["better", "worse"])
+    alone = read_scored(store, manifest, "worse")
+    assert second.row_ids is first.row_ids
+    assert second.rows.clusters is first.rows.clusters
+    shared = {name for name, values in second.rows.values.items() if values is first.rows.values[name]}
+    assert shared == {"ref_chosen_logps", "ref_rejected_logps", "chosen_tokens", "rejected_tokens"}
+    for name, values in alone.rows.values.items():
+        assert np.array_equal(values, second.rows.values[name], equal_nan=True)
+
+
+def test_the_cache_is_verified_file_by_file(runner: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", -1.0)
+    stream = io.StringIO()
+    assert cache_admin.verify(str(runner.cache), Progress(stream=stream).reading) == "600 entries, nothing damaged"
+    said = stream.getvalue().splitlines()
+    assert said[0].startswith(f"reading the cache: 1/{len(said)} files, about ")
+    assert said[-1].startswith(f"reading the cache: {len(said)}/{len(said)} files, ")
 
 
 def test_rescore_reproduces_the_stored_loss_and_extends_it(out: Path) -> None:

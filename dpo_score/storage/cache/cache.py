@@ -11,7 +11,7 @@ numbers of two namespaces need not be equal.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -89,11 +89,18 @@ class LogpCache:
             )
         return rows
 
-    def verify(self) -> tuple[str, ...]:
-        """One sentence per damaged file; nothing is moved or changed."""
+    def file_count(self) -> int:
+        """Value files of all namespaces."""
+        return sum(len(space.snapshot()) for space in self.spaces())
+
+    def verify(self, read: Callable[[int], None] = lambda files: None) -> tuple[str, ...]:
+        """One sentence per damaged file; nothing is moved or changed. `read`: told of each value file that was read."""
         found: list[str] = []
         for space in self.spaces():
-            found += (text for file in space.snapshot() if (text := self._damage(f"{space.folder}/{file}")))
+            for file in space.snapshot():
+                if text := self._damage(f"{space.folder}/{file}"):
+                    found.append(text)
+                read(1)
             if digest(space.fields)[:DIGEST_CHARACTERS] != space.name:
                 found.append(f"{self.store.url(space.folder)}/{DESCRIPTION}: does not describe this namespace")
             found += space.damaged_indexes()
