@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dpo_score.errors import ConfigError
 from dpo_score.losses.ops import Floats, sigmoid
-from dpo_score.metrics.intervals import Interval, mean_interval, share_interval, wilson
+from dpo_score.metrics.intervals import Interval, effective_clusters, mean_interval, share_interval, wilson
 from dpo_score.metrics.selection import (
     Candidates,
     Rule,
@@ -48,7 +48,7 @@ def compare_rules(candidates: Candidates, rules: Sequence[Rule], settings: Setti
     """`{"all": measures of every pair that is no labelled tie, "rules": one entry a rule}`.
 
     A rule that admits fewer pairs than `settings.keep` keeps what it admits; one that cannot be applied says why.
-    `overlap`: the share of the rule's kept pairs that each other rule keeps too.
+    `overlap`: the share of the rule's kept pairs that each other rule keeps too; a count over these pairs, no estimate.
     """
     kept: dict[str, Mask] = {}
     refused: dict[str, str] = {}
@@ -113,7 +113,7 @@ def measures(candidates: Candidates, kept: Mask) -> dict[str, Any]:
         "suspect": _share(_indicator(suspect > 0.5, suspect), clusters),
         "saturated": _share(_indicator(np.max(weight, axis=0) < SATURATED, weight[0]), clusters),
         "closeness": _mean(np.mean(np.stack(near), axis=0), clusters),
-        "subsets": _mix(candidates, rows),
+        "subsets": _mix(candidates, rows, clusters),
     }
 
 
@@ -137,11 +137,18 @@ def _stated(interval: Interval | None) -> dict[str, Any]:
     return {"value": interval.value, "ci95": None if interval.low is None else [interval.low, interval.high]}
 
 
-def _mix(candidates: Candidates, rows: NDArray[np.int64]) -> dict[str, float]:
-    """The share of each subset among some rows, largest first; nothing where the data has no subsets."""
+def _mix(candidates: Candidates, rows: NDArray[np.int64], clusters: NDArray[np.int64]) -> dict[str, dict[str, Any]]:
+    """The share of each subset among some rows, largest first; nothing where the data has no subsets.
+
+    Intervals are Wilson's at the effective number of prompts, since a prompt's pairs are of one subset.
+    """
     counts = np.bincount(candidates.subsets[rows] + 1, minlength=len(candidates.subset_names) + 1)[1:].tolist()
-    named = [(name, count) for name, count in zip(candidates.subset_names, counts, strict=True) if count]
-    return {name: count / len(rows) for name, count in sorted(named, key=lambda item: (-item[1], item[0]))}
+    named = [(name, count / len(rows)) for name, count in zip(candidates.subset_names, counts, strict=True) if count]
+    prompts = effective_clusters(clusters)
+    return {
+        name: {"value": share, "ci95": list(wilson(share * prompts, prompts))}
+        for name, share in sorted(named, key=lambda item: (-item[1], item[0]))
+    }
 
 
 def teaches(own: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
@@ -188,14 +195,14 @@ def _mix_says(own: Mapping[str, Any], whole: Mapping[str, Any]) -> list[str]:
     """The subset that is most over its share of the whole set, where chance does not explain it."""
     z = NormalDist().inv_cdf(1.0 - 0.025 / max(len(own["subsets"]), 1))  # Bonferroni: each subset is a chance to err
     over = []
-    for name, share in own["subsets"].items():
-        usual = whole["subsets"][name]
+    for name, cell in own["subsets"].items():
+        share, usual = cell["value"], whole["subsets"][name]["value"]
         if share > OVER * usual and wilson(share * own["kept"], own["kept"], z)[0] > usual:
             over.append((share / usual, share, name))
     if not over:
         return []
     _, share, name = max(over)
-    return [f"more of {name} ({share:.0%}, {whole['subsets'][name]:.0%} in the whole set)"]
+    return [f"more of {name} ({share:.0%}, {whole['subsets'][name]['value']:.0%} in the whole set)"]
 
 
 def diagnose_on_policy(candidates: Candidates) -> dict[str, Any]:

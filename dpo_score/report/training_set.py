@@ -15,7 +15,7 @@ from dpo_score.metrics.compare import AlignedPolicies, per_pair
 from dpo_score.metrics.selection import Candidates, Judge, Selection, Settings, comparable_rules, select_pairs
 from dpo_score.metrics.selection_comparison import compare_rules, diagnose_on_policy
 from dpo_score.report import charts
-from dpo_score.report.content import Cell, percent, signed
+from dpo_score.report.content import Cell, bounds, percent, signed
 
 KEPT = 0.25
 LEAST, MOST = 40, 50_000
@@ -83,17 +83,25 @@ def _candidates(aligned: AlignedPolicies) -> Candidates:
     )
 
 
-def _row(rule: Cell) -> dict[str, str]:
+def _row(rule: Cell) -> dict[str, Any]:
     return {
         "rule": rule["rule"],
         "kept": f"{rule['kept']:,}",
-        "accuracy": percent(rule["accuracy"]["value"]),
-        "margin": signed(rule["margins_nats"]["value"]),
-        "length": signed(rule["length_difference"]["value"], 0),
-        "suspect": percent(rule["suspect"]["value"]),
-        "saturated": percent(rule["saturated"]["value"]),
+        "accuracy": _share(rule["accuracy"]),
+        "margin": _number(rule["margins_nats"]),
+        "length": _number(rule["length_difference"], 0),
+        "suspect": _share(rule["suspect"]),
+        "saturated": _share(rule["saturated"]),
         "teaches": rule["teaches"],
     }
+
+
+def _share(cell: Cell) -> dict[str, str]:
+    return {"value": percent(cell["value"]), "interval": bounds(cell["ci95"], 100, 0)}
+
+
+def _number(cell: Cell, digits: int = 2) -> dict[str, str]:
+    return {"value": signed(cell["value"], digits), "interval": bounds(cell["ci95"], 1, digits)}
 
 
 def _scatters(candidates: Candidates, settings: Settings, rules: Sequence[Any]) -> list[dict[str, Any]]:
@@ -131,13 +139,24 @@ def _mix(applied: Sequence[Cell], whole: Cell) -> dict[str, Any]:
         {
             "rule": rule["rule"],
             "svg": charts.stacked_bar(
-                [rule["subsets"].get(name, 0.0) for name in names],
-                ", ".join(f"{name} {100 * rule['subsets'].get(name, 0.0):.0f} %" for name in names),
+                [_part(rule, name)["value"] for name in names],
+                ", ".join(f"{name} {_said(_part(rule, name))}" for name in names),
             ),
         }
         for rule in rows
     ]
     return {"mix": drawn, "mix_legend": [(name, charts.part_swatch(index)) for index, name in enumerate(names)]}
+
+
+def _part(rule: Cell, subset: str) -> Cell:
+    """The share of a subset among the pairs of a rule."""
+    found: Cell = rule["subsets"].get(subset, {"value": 0.0, "ci95": None})
+    return found
+
+
+def _said(cell: Cell) -> str:
+    interval = f" ({bounds(cell['ci95'], 100, 0)})" if cell["ci95"] else ""
+    return f"{100 * cell['value']:.0f} %{interval}"
 
 
 def _near(found: Mapping[str, Cell]) -> dict[str, Any]:
@@ -150,11 +169,11 @@ def _near(found: Mapping[str, Cell]) -> dict[str, Any]:
     }
 
 
-def _near_row(name: str, cell: Cell) -> dict[str, str]:
+def _near_row(name: str, cell: Cell) -> dict[str, Any]:
     return {
         "name": name,
-        "chosen": signed(cell["chosen"]["value"]),
-        "rejected": signed(cell["rejected"]["value"]),
-        "displaced": percent(cell["displaced"]["value"]),
-        "saturated": percent(cell["saturated"]["value"]),
+        "chosen": _number(cell["chosen"]),
+        "rejected": _number(cell["rejected"]),
+        "displaced": _share(cell["displaced"]),
+        "saturated": _share(cell["saturated"]),
     }

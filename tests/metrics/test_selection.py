@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_score.errors import ConfigError
+from dpo_score.metrics.intervals import wilson
 from dpo_score.metrics.selection import Candidates, Judge, Reason, Settings, parse_rule, select_pairs
 from dpo_score.metrics.selection_comparison import compare_rules, diagnose_on_policy
 
@@ -261,7 +262,10 @@ def test_rules_are_compared_on_the_same_pairs() -> None:
     assert suspect["overlap"]["margin:low"] == 1.0
     assert "one policy" in impossible["reason"]
     assert low["teaches"].startswith("To turn round what the policies prefer (they rank 0% as labelled)")
-    assert found["all"]["subsets"] == {"a": 0.5, "b": 0.5}
+    assert {name: cell["value"] for name, cell in found["all"]["subsets"].items()} == {"a": 0.5, "b": 0.5}
+    low, high = found["all"]["subsets"]["a"]["ci95"]
+    prompts = len(set(candidates.prompts.tolist()))
+    assert (low, high) == pytest.approx(wilson(prompts / 2, prompts))
 
 
 def test_on_policy_diagnosis_by_hand() -> None:

@@ -23,6 +23,9 @@ def test_every_rule_has_a_row_and_a_sentence() -> None:
         *("margin:high", "margin:low", "difficulty", "on-policy", "random", "agree", "suspect", "all pairs")
     ]
     assert found["keep"] == 20
+    for name in ("accuracy", "margin", "length", "suspect", "saturated"):
+        assert all(" … " in row[name]["interval"] for row in found["rows"][:1]), name
+    assert all(" … " in row["displaced"]["interval"] for row in found["near"])
     assert {row["kept"] for row in found["rows"][:5]} == {"20"}
     assert all(row["teaches"] for row in found["rows"][:-1])
     assert [row["name"] for row in found["near"][:2]] == ["a", "b"]
