@@ -8,11 +8,13 @@ set of the kept pairs is written by `export/selected.py`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dpo_score.errors import ConfigError, UsageError, nearest
@@ -31,7 +33,7 @@ from dpo_score.metrics.selection import (
 )
 from dpo_score.metrics.selection_comparison import DEFINITIONS, compare_rules, diagnose_on_policy
 from dpo_score.metrics.suspect_labels import near_duplicates
-from dpo_score.results.run_folder import chosen_names, open_out, parts
+from dpo_score.results.run_folder import chosen_names, open_out, parts, return_memory
 from dpo_score.results.source_text import plain_text, text_source
 from dpo_score.storage.base import Store
 from dpo_score.storage.fingerprint import digest
@@ -51,6 +53,12 @@ PAIR_COLUMNS = (
     "ref_chosen_logps",
     "ref_rejected_logps",
 )
+WHERE = ("row_id", "dataset", "source_file", "source_row", "pair_id", "subset")
+"""What says of a row of the result where it comes from."""
+AT_ONCE = 65_536
+"""Rows whose ids are taken apart together."""
+FEW_TEXTS = ("dataset", "source_file")
+"""Texts that many rows share."""
 JUDGE_COLUMNS = ("margins_nats", "margins", "policy_chosen_logps", "policy_rejected_logps")
 SQUARES = ("policy_chosen_log_sum_sq_probs", "policy_rejected_log_sum_sq_probs")
 OUT_OF_FOLD = "each pair is judged by the policy that did not train on its fold"
@@ -135,7 +143,11 @@ def read_run(out: str, policies: Sequence[str] | None, columns: Iterable[str], f
     if folds is not None:
         judges = [_out_of_fold(frame, judges, folds)]
     frame = _with_means(frame, names, wanted)
-    return RunRows(_candidates(frame, judges), frame, _rejects(store, names, frame), names, _identity(manifest, names))
+    pairs = _candidates(frame, judges)  # holds the numbers of the rules, and each prompt once
+    frame = frame.select(c for c in frame.columns if c in WHERE or c in wanted or _bare(c, names) in wanted)
+    pairs = replace(pairs, stored=frame)
+    return_memory()
+    return RunRows(pairs, frame, _rejects(store, names, frame), names, _identity(manifest, names))
 
 
 def _tables(store: Store, names: Sequence[str], wanted: Iterable[str], out: str) -> dict[str, pl.DataFrame]:
@@ -163,6 +175,10 @@ def _scores(
         kept = [c for c in (*of_pairs, *own, *dict.fromkeys(extra)) if c in there]
         found.append(pl.DataFrame(pl.from_arrow(store.read_table(name, kept).replace_schema_metadata(None))))
     frame = pl.concat(found, how="diagonal_relaxed")
+    few = [name for name in FEW_TEXTS if name in frame.columns and name not in wanted]
+    frame = frame.with_columns(pl.col(few).cast(pl.Categorical))
+    del found
+    return_memory()
     shared = [*PAIR_COLUMNS, "id", "group_id"]
     return frame.rename({name: f"{policy}.{name}" for name in frame.columns if name not in shared})
 
@@ -197,9 +213,17 @@ def _joined(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
         frame = frame.join(table, on="row_id", how="full", coalesce=True, suffix=" of another")
         frame = frame.with_columns(pl.coalesce(name, f"{name} of another").alias(name) for name in shared)
         frame = frame.drop(f"{name} of another" for name in shared)
+    places = pl.concat(_row_places(frame["row_id"].slice(start, AT_ONCE)) for start in range(0, len(frame), AT_ONCE))
+    order = places.with_row_index("row").sort(pl.exclude("row"), nulls_last=False, maintain_order=True)["row"]
+    return frame if order.is_sorted() else frame[order]  # a copy takes as much as the frame
+
+
+def _row_places(row_ids: pl.Series) -> pl.DataFrame:
+    """The numbers of each row_id, up to three: data set, row, pair of the row."""
     place = pl.col("row_id").str.split(":").list
-    order = [place.get(i, null_on_oob=True).cast(pl.Int64, strict=False) for i in range(3)]
-    return frame.sort(order, nulls_last=False, maintain_order=True)
+    return row_ids.to_frame("row_id").select(
+        place.get(i, null_on_oob=True).cast(pl.Int64, strict=False).alias(str(i)) for i in range(3)
+    )
 
 
 def _with_means(frame: pl.DataFrame, names: Sequence[str], wanted: Iterable[str]) -> pl.DataFrame:
@@ -216,7 +240,8 @@ def _with_means(frame: pl.DataFrame, names: Sequence[str], wanted: Iterable[str]
 def _numbers(frame: pl.DataFrame, name: str) -> Floats:
     if name not in frame.columns:
         return np.full(len(frame), np.nan)
-    return frame[name].cast(pl.Float64).fill_null(float("nan")).to_numpy().astype(np.float64)
+    values: Floats = frame[name].cast(pl.Float64).fill_null(float("nan")).to_numpy()
+    return values
 
 
 def _judge(frame: pl.DataFrame, policy: str) -> Judge:
@@ -275,11 +300,12 @@ def _candidates(frame: pl.DataFrame, judges: Sequence[Judge]) -> Candidates:
 
 def _places(column: pl.Series) -> tuple[NDArray[np.int64], pl.Series]:
     """Each text's place among the different texts in order, −1 for null; and these texts."""
-    names = column.cast(pl.String).drop_nulls().unique().sort()
-    places = pl.DataFrame({"name": column.cast(pl.String)}).join(
-        pl.DataFrame({"name": names, "place": np.arange(len(names))}), on="name", how="left", maintain_order="left"
-    )
-    return places["place"].fill_null(-1).to_numpy(), names
+    codes = pc.dictionary_encode(column.cast(pl.String).to_arrow())
+    order = pc.sort_indices(codes.dictionary).to_numpy()
+    place = np.empty(len(order) + 1, np.int64)
+    place[order], place[-1] = np.arange(len(order)), -1
+    rows = pc.fill_null(codes.indices, len(order)).to_numpy(zero_copy_only=False)
+    return place[rows], pl.Series(codes.dictionary.take(pa.array(order)), dtype=pl.String)
 
 
 def _rejects(store: Store, names: Sequence[str], frame: pl.DataFrame) -> pl.DataFrame:
@@ -311,11 +337,11 @@ def _identity(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
 
 def selection_frame(run: RunRows, selection: Selection) -> pl.DataFrame:
     """One row for every row of OUT: row_id, where it comes from, select_score, select_rank, kept, reason, code."""
-    where = [
-        c for c in ("row_id", "dataset", "source_file", "source_row", "pair_id", "subset") if c in run.frame.columns
-    ]
+    where = [c for c in WHERE if c in run.frame.columns]
     words = {reason: str(reason) for reason in Reason}
+    texts = [pl.col(name).cast(pl.String) for name in FEW_TEXTS if name in where]
     scored = run.frame.select(where).with_columns(
+        *texts,
         pl.Series("select_score", selection.scores, nan_to_null=True),
         pl.Series("select_rank", np.where(selection.ranks > 0, selection.ranks, -1)).replace(-1, None),
         pl.Series("kept", selection.kept),
