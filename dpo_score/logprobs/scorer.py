@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import numpy as np
 
 from dpo_score.data.types import TokenSequence
-from dpo_score.errors import ConfigError, Interrupted, nearest
+from dpo_score.errors import ConfigError, DpoScoreError, Interrupted, ModelError, nearest
 from dpo_score.logprobs.encoder_decoder import EncoderDecoderPath
 from dpo_score.logprobs.forked import ForkedPath
 from dpo_score.logprobs.packed import PackedPath, PackOnDevice
@@ -26,7 +26,7 @@ from dpo_score.logprobs.padded import PaddedPath
 from dpo_score.logprobs.pictures import PicturePath
 from dpo_score.logprobs.torch_settings import running
 from dpo_score.logprobs.transfer import Returning
-from dpo_score.logprobs.types import STATS, SequenceLogps, Unscored, Values
+from dpo_score.logprobs.types import RAISED_BY_MODELS, STATS, SequenceLogps, Unscored, Values
 from dpo_score.logprobs.upcast import CannotWiden, is_wide, widened
 from dpo_score.models import memory
 from dpo_score.models.numerics import Numerics
@@ -179,7 +179,17 @@ class PairScorer:
 
     def _attempt(self, members: Sequence[TokenSequence]) -> Sequence[Result] | None:
         """The results of one pack, or None when it must be split to fit."""
-        results = self._unless_too_large(lambda: self._checked(members, self._path.compute(members)))
+        try:
+            results = self._unless_too_large(lambda: self._checked(members, self._path.compute(members)))
+        except RAISED_BY_MODELS as error:
+            if isinstance(error, DpoScoreError):
+                raise
+            longest = max(len(s.prompt) + len(s.response) for s in members)
+            raise ModelError(
+                f"the model's own code failed on {len(members)} sequences of up to {longest:,} tokens: "
+                f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}. Where only long ones fail, "
+                "--max-length leaves them out of what it must compute"
+            ) from error
         if results is not None:
             return results
         if len(members) == 1:

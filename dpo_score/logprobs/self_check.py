@@ -44,7 +44,7 @@ from dpo_score.logprobs.packed import PackedPath, uncompile_layers
 from dpo_score.logprobs.padded import PaddedPath
 from dpo_score.logprobs.pictures import PicturePath, WrapperPath
 from dpo_score.logprobs.torch_settings import running
-from dpo_score.logprobs.types import Values
+from dpo_score.logprobs.types import RAISED_BY_MODELS, Values
 from dpo_score.logprobs.upcast import CannotWiden, refuse_quantized, widened
 from dpo_score.models.memory import is_out_of_memory, room_for
 from dpo_score.models.numerics import Kernel, Numerics
@@ -62,8 +62,7 @@ CAUSAL_BOUND = 1e-3
 tokens. Models that are not causal move by some tenths and more."""
 QUANTIZED_BOUND = 0.1
 """Root mean square in nats for weights that have no fp32 form to compare with."""
-MISFITS = (Unshareable, RuntimeError, TypeError, ValueError, AttributeError, LookupError)
-"""What a model written for other inputs may raise when it is given a pack (NotImplementedError is a RuntimeError)."""
+MISFITS = (Unshareable, *RAISED_BY_MODELS)
 WINDOW_TAIL = 24
 """Scored tokens of the row that is longer than a window: the ones that the window hides something from."""
 SWITCH_TAIL = 8

@@ -19,6 +19,9 @@ Floats: TypeAlias = NDArray[np.float32]
 Values: TypeAlias = Mapping[str, Floats]
 """What a path computes of one sequence: 'logp' and the requested statistics, each fp32 [scored positions]."""
 
+RAISED_BY_MODELS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+"""What a model's code may raise where it is given a pack or a row that it was not written for (NotImplementedError is a
+RuntimeError)."""
 STATS = ("log_sum_sq_probs", "entropy", "top1")
 """Per scored token, under the model's distribution p at that place: log Σ p² (the length normaliser of WPO,
 arXiv 2406.11827), −Σ p log p in nats, and 1.0 where no token is more likely than the sequence's own."""

@@ -106,6 +106,23 @@ def test_a_row_too_large_alone_is_refused_alone(llama, path):
     assert "80 tokens" in refused[0].reason
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_row_on_which_the_code_of_a_model_fails_ends_its_model_in_a_sentence(llama, path):
+    scorer = PairScorer(llama, numerics_for(llama, path, batch_tokens=64))
+    compute = scorer._path.compute
+
+    def fails(sequences):
+        if any(len(s.prompt) + len(s.response) == 80 for s in sequences):
+            raise IndexError("index 81 is out of range\nwith more lines")
+        return compute(sequences)
+
+    scorer._path.compute = fails
+    with pytest.raises(
+        ModelError, match=r"failed on \d+ sequences of up to 80 tokens: IndexError: index 81 .* range\."
+    ):
+        scorer.score(awkward())
+
+
 def one_behind(model, **changes):
     """A scorer that queues packs as on a GPU."""
     scorer = PairScorer(model, numerics_for(model, "fast", **{"batch_tokens": 8, **changes}))
@@ -196,7 +213,7 @@ def test_other_errors_are_not_taken_for_memory(llama):
         raise RuntimeError("a shape is wrong")
 
     scorer._path.compute = breaks
-    with pytest.raises(RuntimeError, match="shape"):
+    with pytest.raises(ModelError, match="shape"):
         scorer.score(awkward())
 
 
