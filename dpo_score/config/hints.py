@@ -88,7 +88,9 @@ def option_meant(typed: str, flags: Collection[str]) -> str | None:
     meanings = {name: here for name, here in ((name, _of(here, flags)) for name, here in MEANINGS.items()) if here}
     own = {_plain(flag): f"did you mean {flag}?" for flag in flags if flag.startswith("--")}
     said = {name: f"use {here}" for name, here in meanings.items()} | own
-    close = difflib.get_close_matches(name, said, n=1, cutoff=0.6)
+    close = (
+        difflib.get_close_matches(name, said, n=1, cutoff=0.6) or [flag for flag in own if flag.startswith(name)][:1]
+    )
     return said[close[0]] if close else None
 
 

@@ -141,6 +141,7 @@ def test_names_of_other_programs_get_the_right_hint(
         (("doctor", "--model", "m"), "--model: use --reference MODEL for the frozen model\n"),
         (("precompute", "--output_dir", "o"), "use --out DIR"),
         (("compare", "o", "--by", "subset"), "use --slice COLUMN"),
+        (("select", "o", "--by", "subset"), "did you mean --by-subset?"),
         (("verify", "o", "--model", "m"), "there is no option --model\n"),
     ],
 )
