@@ -19,6 +19,7 @@ from dpo_score.metrics.intervals import (
     LEVEL,
     NO_SPREAD,
     Clusters,
+    MeanTest,
     effective_size,
     mean_bounds,
     mean_method,
@@ -102,16 +103,21 @@ def paired_difference(
         return Difference(n, test.mean, None, None, None, method, None, NO_SPREAD)
     if test.error == 0.0:
         return Difference(n, 0.0, 0.0, 0.0, 1.0, method, None, EQUAL)
-    detectable = detectable_difference(test.error, test.df, power, tests)
+    detectable = detectable_difference(test, power, tests)
     return Difference(n, test.mean, *mean_bounds(test, level), test.p, method, detectable)
 
 
-def detectable_difference(error: float, df: float, power: float = POWER, tests: int = 1) -> float:
+def detectable_difference(test: MeanTest, power: float = POWER, tests: int = 1) -> float:
     """(t_{1 − α/2} + t_{power})·SE, α = 5 %/tests: the smallest true difference found with that power. Bloom 1995.
 
-    An SE of few degrees of freedom is too small on average, by about 1/(4·df) of itself (Holtzman 1950).
+    In place of t_{1 − α/2}·SE stands the longer arm of the interval, which skewness widens: the difference is found in
+    either direction. An SE of few degrees of freedom is mostly too small: its median is short of the true one by about
+    1/(3·df) of itself (the median of χ², Wilson and Hilferty 1931).
     """
-    return (t_quantile(_significant(tests), df) + t_quantile(power, df)) * error * (1.0 + 0.25 / df)
+    assert test.error is not None
+    low, high = mean_bounds(test, 2.0 * _significant(tests) - 1.0)
+    arm = max(test.mean - low, high - test.mean)
+    return (arm + t_quantile(power, test.df) * test.error) * (1.0 + 1.0 / (3.0 * test.df))
 
 
 def _significant(tests: int) -> float:

@@ -201,7 +201,7 @@ def detectable_clustered(runs: int, seed: int) -> Iterator[Line]:
             for metric, differ in (("margins", paired_difference), ("accuracy", share_difference)):
                 draw = np.random.default_rng(seed)
                 labels = np.repeat(np.arange(groups), cluster_sizes(kind, groups, draw))
-                equal = [differ(*two_policies(metric, 0.0, labels, draw), labels) for _ in range(60)]
+                equal = [differ(*two_policies(metric, 0.0, labels, draw), labels) for _ in range(200)]
                 printed = float(np.median([one.detectable or 1.0 for one in equal]))
                 shift = printed if metric == "margins" else shift_of(printed)
                 drawn = (differ(*two_policies(metric, shift, labels, draw), labels) for _ in range(runs))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from dpo_score.metrics.intervals import t_quantile
+from dpo_score.metrics.intervals import MeanTest, t_quantile
 from dpo_score.metrics.paired_tests import (
     best_policy,
     detectable_difference,
@@ -34,7 +34,7 @@ def test_a_paired_difference_by_hand() -> None:
         pytest.approx(1 - t_quantile(0.975, 2) * error),
         pytest.approx(1 + t_quantile(0.975, 2) * error),
     )
-    assert found.detectable == pytest.approx((t_quantile(0.975, 2) + t_quantile(0.8, 2)) * error * 1.125)
+    assert found.detectable == pytest.approx((t_quantile(0.975, 2) + t_quantile(0.8, 2)) * error * (1 + 1 / 6))
 
 
 def test_equal_policies_differ_by_exactly_nothing() -> None:
@@ -144,7 +144,7 @@ def test_one_policy_has_nothing_to_be_compared_with() -> None:
 def test_the_detectable_difference_is_found_as_often_as_promised() -> None:
     """At the smallest detectable difference a 5 % test rejects in 80 % of samples, by definition."""
     rng = np.random.default_rng(4)
-    shift = detectable_difference(1.0 / math.sqrt(50), 49)
+    shift = detectable_difference(MeanTest(0.0, 1.0 / math.sqrt(50), 49, 1.0))
     found = [paired_difference(rng.normal(shift, 1.0, 50), np.zeros(50)).p for _ in range(1000)]
     assert np.mean([p < 0.05 for p in found if p is not None]) == pytest.approx(0.8, abs=0.04)
 

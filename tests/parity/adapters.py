@@ -173,7 +173,7 @@ KINDS: dict[str, Kind] = {
     "SuperTuning with LoRA": other("Supertuning", sparsity=0.9, r=4, lora_alpha=8.0),
     "TinyLoRA": other("TinyLora", u=8),
     "TinyLoRA, one vector": other("TinyLora", u=8, weight_tying=1.0, save_projection=False),
-    "tokens alone": Kind("TrainableTokensConfig", {"token_indices": [5, 6], "target_modules": ["embed_tokens"]}),
+    "tokens alone": Kind("TrainableTokensConfig", {"token_indices": list(range(4, 64)), "target_modules": ["embed_tokens"]}),
     "tokens alone, tied": Kind("TrainableTokensConfig", {"token_indices": [5, 6]}, "llama, tied"),
     "UniLoRA": other("UniLora", r=4),
     "VB-LoRA": other("VBLoRA", r=4, num_vectors=20, vector_length=8, topk=2),
