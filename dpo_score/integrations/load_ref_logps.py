@@ -464,13 +464,18 @@ def pair_digest(ids: Sequence[list[int]]) -> str:
 def has_weights(model: Any, fingerprint: Mapping[str, Any] | None) -> bool:
     """Whether a model holds the weights that a fingerprint was taken of: {parameter: {dtype: digest}}.
 
-    A fresh adapter, which changes nothing yet, does not count against it. False where that cannot be known.
+    A fresh adapter, which changes nothing yet, does not count against it. Parameters that a checkpoint calls otherwise
+    than its model does (the parts of a wrapper with a vision tower) are known by their values. False where that cannot
+    be known.
     """
     weights = {_plain_name(name): tensor for name, tensor in model.state_dict().items()}
     zero = all(not tensor.any() for name, tensor in weights.items() if ".lora_B." in name)
-    if not fingerprint or not zero or not all(name in weights for name in fingerprint):
+    if not fingerprint or not zero:
         return False
-    return all(_matches(weights[name], digests) for name, digests in fingerprint.items())
+    if all(name in weights for name in fingerprint):
+        return all(_matches(weights[name], digests) for name, digests in fingerprint.items())
+    there = {(_dtype(tensor), weight_digest(tensor)) for tensor in weights.values() if tensor.numel()}
+    return all(there & set(digests.items()) for digests in fingerprint.values())
 
 
 def _plain_name(name: str) -> str:
@@ -478,8 +483,11 @@ def _plain_name(name: str) -> str:
 
 
 def _matches(tensor: torch.Tensor, digests: Mapping[str, str]) -> bool:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return tensor.numel() > 0 and digests.get(dtype) == weight_digest(tensor)
+    return tensor.numel() > 0 and digests.get(_dtype(tensor)) == weight_digest(tensor)
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def weight_digest(tensor: torch.Tensor) -> str:

@@ -1,15 +1,18 @@
 """`python -m tests.benchmarks.bench_pictures [PAIRS]`: pairs about pictures, beside TRL's collator and forward.
 
-A LLaVA of about 55 M parameters with random weights (tower and decoder), generated pictures, fp32 on a CPU. Both ways
-are measured in one process, in turns over the same pairs, in CPU seconds of this process, so that other work on the
-machine counts for neither. TRL's way: its vision collator (every picture once an answer), the whole forward, and the
-log-softmax over all logits, without gradients; ours: reading, processor, tower once a prompt, packs.
+A LLaVA of about 90 M parameters with random weights (tower, decoder, a vocabulary of 32,064 as LLaVA has it), generated
+pictures, fp32 on a CPU. Two shapes of data: one pair a picture, where half of the passes of tower and prompt are saved;
+and four answers a picture as VLFeedback has them, which make six pairs. Both ways are measured in one process, in turns
+over the same pairs, in CPU seconds of this process, so that other work on the machine counts for neither. TRL's way:
+its vision collator (every picture once an answer), the whole forward, and the log-softmax over all logits, without
+gradients; ours: reading, processor, tower once a prompt, packs.
 """
 
 from __future__ import annotations
 
 import copy
 import io
+import itertools
 import resource
 import sys
 import tempfile
@@ -36,10 +39,12 @@ from tests import vision
 
 SIDE, PATCH = 224, 16
 BATCH = 4
+VOCABULARY = 32_064
+ANSWERS = {"one pair a picture": 2, "four answers a picture, six pairs": 4}
 
 
 def model_folder(folder: Path) -> Path:
-    """Tower and decoder of about 55 M parameters, with processor."""
+    """Tower and decoder of about 90 M parameters, with processor."""
     made = vision.tokenizer(["<image>"], "<image>")
     sizes = {"shortest_edge": SIDE}, {"height": SIDE, "width": SIDE}
     CLIPImageProcessorPil(size=sizes[0], crop_size=sizes[1]).save_pretrained(folder)
@@ -47,7 +52,7 @@ def model_folder(folder: Path) -> Path:
     vision._save_texts(folder, made, "LlavaProcessor", settings)
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
     ends = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
-    text = LlamaConfig(vocab_size=len(made), num_hidden_layers=8, max_position_embeddings=2048, **shape, **ends)
+    text = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=8, max_position_embeddings=2048, **shape, **ends)
     tower = CLIPVisionConfig(image_size=SIDE, patch_size=PATCH, projection_dim=512, num_hidden_layers=8, **shape)
     torch.manual_seed(0)
     token = made.convert_tokens_to_ids("<image>")
@@ -56,16 +61,24 @@ def model_folder(folder: Path) -> Path:
     return folder
 
 
-def make_pairs(path: Path, count: int) -> list[bytes]:
+def make_pairs(path: Path, count: int, answers: int) -> list[bytes]:
+    """`count` pairs, all that `answers` answers a picture make; the picture of each pair."""
     random = np.random.default_rng(0)
-    files = [vision.encoded(vision.picture(i, 320 + 16 * (i % 5), 240), "JPEG", quality=90) for i in range(count)]
     words = ["cat", "mat", "red", "two", "left", "small", "house", "near"]
-    texts = {
-        side: [" ".join(random.choice(words, int(random.integers(3, 14)))) + "." for _ in range(count)]
-        for side in ("chosen", "rejected")
-    }
-    vision.write_pairs(path, [[data] for data in files], **texts)
-    return files
+    files: list[bytes] = []
+    texts: dict[str, list[str]] = {"prompt": [], "chosen": [], "rejected": []}
+    for number in itertools.count():
+        file = vision.encoded(vision.picture(number, 320 + 16 * (number % 5), 240), "JPEG", quality=90)
+        said = [" ".join(random.choice(words, int(random.integers(3, 14)))) + "." for _ in range(answers)]
+        for better, worse in itertools.combinations(said, 2):
+            files.append(file)
+            for name, text in (("prompt", f"What is number {number}?"), ("chosen", better), ("rejected", worse)):
+                texts[name].append(text)
+        if len(files) >= count:
+            break
+    columns = {name: column[:count] for name, column in texts.items()}
+    vision.write_pairs(path, [[data] for data in files[:count]], **columns)
+    return files[:count]
 
 
 def ours(path: Path, model: Any, processor: Any, inputs: PictureInputs) -> list[float]:
@@ -76,7 +89,7 @@ def ours(path: Path, model: Any, processor: Any, inputs: PictureInputs) -> list[
     both: tuple[Any, ...] = ("chosen", "rejected")
     sequences = [pair.sequence(side) for pair in encoded if isinstance(pair, EncodedPair) for side in both]
     asked = ComputeSpec(device="cpu", dtype="float32", compile="off")
-    scorer = PairScorer(model, resolve_numerics(asked, model.config.to_dict(), 55_000_000), pictures=inputs)
+    scorer = PairScorer(model, resolve_numerics(asked, model.config.to_dict(), 90_000_000), pictures=inputs)
     found = scorer.score(sequences)
     return [float(r.token_logps.sum(dtype=np.float64)) for r in found if isinstance(r, SequenceLogps)]
 
@@ -104,29 +117,32 @@ def of_trl(path: Path, files: list[bytes], model: Any, processor: Any) -> list[f
 def main(count: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = model_folder(Path(name))
-        path = folder / "pairs.parquet"
-        files = make_pairs(path, count)
         model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-        processor = load_processor(str(folder))
-        inputs = PictureInputs(processor)
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{parameters:.0f} M parameters, {count} pairs, {torch.get_num_threads()} thread(s)")
-        seconds: dict[str, float] = {}
-        peak: dict[str, int] = {}
-        values: dict[str, list[float]] = {}
-        for who, call in (
-            ("dpo-score", lambda: ours(path, model, processor, inputs)),
-            ("TRL", lambda: of_trl(path, files, model, processor)),
-        ):
-            before = time.process_time()
-            values[who] = call()
-            seconds[who] = time.process_time() - before
-            peak[who] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-            print(f"{who:10} {count / seconds[who]:6.2f} pairs a CPU second, {peak[who]:,} MiB at most so far")
-        largest = max(abs(a - b) for a, b in zip(values["dpo-score"], values["TRL"], strict=True))
-        print(
-            f"{seconds['TRL'] / seconds['dpo-score']:.2f} times as fast; largest difference of a sum {largest:.1e} nats"
-        )
+        for shape, answers in ANSWERS.items():
+            path = folder / "pairs.parquet"
+            files = make_pairs(path, count, answers)
+            print(f"\n{shape}")
+            compared(path, files, model, load_processor(str(folder)))
+
+
+def compared(path: Path, files: list[bytes], model: Any, processor: Any) -> None:
+    """Both ways on the same pairs: pairs a CPU second, memory, and how far their sums are apart."""
+    inputs = PictureInputs(processor)
+    seconds: dict[str, float] = {}
+    values: dict[str, list[float]] = {}
+    for who, call in (
+        ("dpo-score", lambda: ours(path, model, processor, inputs)),
+        ("TRL", lambda: of_trl(path, files, model, processor)),
+    ):
+        before = time.process_time()
+        values[who] = call()
+        seconds[who] = time.process_time() - before
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        print(f"{who:10} {len(files) / seconds[who]:6.2f} pairs a CPU second, {peak:,} MiB at most so far")
+    largest = max(abs(a - b) for a, b in zip(values["dpo-score"], values["TRL"], strict=True))
+    print(f"{seconds['TRL'] / seconds['dpo-score']:.2f} times as fast; largest difference of a sum {largest:.1e} nats")
 
 
 if __name__ == "__main__":

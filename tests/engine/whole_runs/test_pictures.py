@@ -103,7 +103,10 @@ def test_trl_takes_a_step_on_reference_values_of_pictures(models: Path, tmp_path
     trainer.train()
     first = trainer.state.log_history[0]
     assert abs(first["rewards/chosen"]) < 1e-4
+    assert trainer._is_reference  # so that the trainer itself compares its first rewards with 0
     assert any((before[name] != value).any() for name, value in model.state_dict().items())
+    other = AutoModelForImageTextToText.from_pretrained(models / "other")
+    assert not DPOTrainerWithRefLogps(other, args=args, train_dataset=rows, **given)._is_reference
     wrong = rows.map(lambda row: {**row, "pair_digest": "0" * 32})
     with pytest.raises(ValueError, match="are not those that were scored"):
         DPOTrainerWithRefLogps(model, args=args, train_dataset=wrong, **given).train()
