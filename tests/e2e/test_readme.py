@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 
 import pytest
 
@@ -59,6 +60,17 @@ def test_the_house_names_what_is_there() -> None:
     rooms = {path.parent.name for path in package.glob("*/__init__.py")}
     assert {room for room in rooms if f"`{room}/`" not in text} == set()
     assert len(text.splitlines()) <= 100
+
+
+def test_every_extra_that_a_page_names_is_one() -> None:
+    known = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {
+        name
+        for page in PAGES.values()
+        for extra in re.findall(r"dpo-score\[([\w,]+)\]", page)
+        for name in extra.split(",")
+    }
+    assert {"vision", "quickstart", "ray"} <= named <= known.keys()
 
 
 def test_the_page_of_the_tests_names_what_is_there() -> None:
