@@ -15,9 +15,8 @@ import pytest
 
 from dpo_score.engine import prepare as preparing
 from dpo_score.engine import run as running
-from dpo_score.errors import PolicyFailedError, StorageError
-from dpo_score.storage.cache.cache import open_cache
-from tests.models.model_folders import edit, source
+from dpo_score.errors import PolicyFailedError
+from tests.models.model_folders import edit
 from tests.run_fixtures import Runner, preference_rows, write_rows
 
 VALUES = ["policy_chosen_logps", "policy_rejected_logps"]
@@ -124,57 +123,3 @@ def test_values_of_other_versions_are_computed_again(
     assert len(forwards) == 2 * first
     spaces = [json.loads(path.read_text()) for path in runner.cache.glob("logps/v1/*/namespace.json")]
     assert {space["libraries"]["torch"] for space in spaces} == {real(None)["torch"], "0.0"}
-
-
-# What the cache keeps says whose it is
-
-
-def only(paths: Any) -> Path:
-    (found,) = paths
-    return Path(found)
-
-
-def test_a_value_file_in_another_models_namespace_does_not_answer(
-    runner: Runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As a restore or a sync into the wrong folder leaves it."""
-    data = write_rows(tmp_path / "few.parquet", preference_rows(6))
-    right = truth(runner, data, runner.models["better"], tmp_path)
-    for model in ("worse", "better"):
-        runner(data, tmp_path / model, reference=None, loss="orpo", policy=[f"a={runner.models[model]}"])
-    spaces = {json.loads(p.read_text())["weights"]: p.parent for p in runner.cache.glob("logps/v1/*/namespace.json")}
-    folders = [spaces[source(runner.models[model]).digest] for model in ("worse", "better")]
-    wrong, own = (only(folder.glob("*.parquet")) for folder in folders)
-    own.unlink()
-    shutil.rmtree(folders[1] / "index", ignore_errors=True)
-    misplaced = Path(shutil.copy(wrong, folders[1]))
-    assert "made for another namespace" in open_cache(runner.cache).verify()[0]
-    runner(data, tmp_path / "again", reference=None, loss="orpo", policy=[f"a={runner.models['better']}"])
-    said = capsys.readouterr().err
-    assert "it was made for another namespace of the cache" in " ".join(said.split())
-    assert not misplaced.exists()
-    assert [row[VALUES[0]] for row in scores(tmp_path / "again")] == [row[VALUES[0]] for row in right]
-
-
-def test_measured_noise_in_the_cache_is_checked_and_is_that_of_the_runs_beginning(
-    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data, other = (write_rows(tmp_path / f"{n}.parquet", preference_rows(6, seed=n)) for n in (0, 1))
-    runner(data, tmp_path / "first").raise_failures()
-    runner(data, tmp_path / "whole").raise_failures()
-    expected = json.loads((tmp_path / "whole/summary.json").read_text())["policies"]
-
-    def stopped(*_: Any) -> None:
-        raise StorageError("stopped before the first commit")
-
-    monkeypatch.setattr(running, "commit", stopped)
-    with pytest.raises(StorageError):
-        runner(data, tmp_path / "resumed")
-    monkeypatch.undo()
-    runner(other, tmp_path / "meanwhile").raise_failures()  # measures noise on other pairs
-    runner(data, tmp_path / "resumed").raise_failures()
-    assert json.loads((tmp_path / "resumed/summary.json").read_text())["policies"] == expected
-
-    for path in runner.cache.glob("noise/*.json"):
-        path.write_text(path.read_text().replace('"sequences": 12', '"sequences": 13'))
-    assert "holds no measurement" in json.dumps(runner(data, tmp_path / "flipped").summary)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_score.cli.main import main
 from tests.engine.mistakes.test_changed_weights import change
+from tests.models.model_folders import source
 from tests.models.test_gguf import write_tiny_gguf
 from tests.run_fixtures import preference_rows, write_rows
 
@@ -49,7 +50,7 @@ def command(capsys: pytest.CaptureFixture[str], cache: Path) -> Command:
         try:
             asked = [str(argument) for argument in arguments]
             here = [] if any(argument.startswith("--cache-dir") for argument in asked) else [f"--cache-dir={cache}"]
-            main([*asked, *here, "--threads=1"])
+            main([*asked, *here, *(["--threads=1"] if asked[0] == "run" else [])])
         except SystemExit as ended:
             code = int(ended.code or 0)
         captured = capsys.readouterr()
@@ -101,6 +102,64 @@ def test_weights_changed_in_place_between_two_blocks(
     few = write_rows(tmp_path / "few.parquet", rows[:40])
     right = scored(command, few, tmp_path / "right", models["better"], f"--cache-dir={tmp_path / 'empty'}")
     np.testing.assert_allclose(scored(command, few, tmp_path / "genuine", models["better"]), right, atol=1e-4)
+
+
+def test_a_value_file_in_another_models_namespace_does_not_answer(
+    command: Command, data: Path, models: Mapping[str, Path], cache: Path, tmp_path: Path
+) -> None:
+    """As a restore or a sync into the wrong folder leaves it."""
+    right = scored(command, data, tmp_path / "right", models["better"], f"--cache-dir={tmp_path / 'empty'}")
+    for name in ("worse", "better"):
+        scored(command, data, tmp_path / name, models[name])
+    spaces = {json.loads(p.read_text())["weights"]: p.parent for p in cache.glob("logps/v1/*/namespace.json")}
+    wrong, own = (spaces[source(models[name]).digest] for name in ("worse", "better"))
+    for file in own.glob("*.parquet"):
+        file.unlink()
+    shutil.rmtree(own / "index", ignore_errors=True)
+    (misplaced,) = (Path(shutil.copy(file, own)) for file in wrong.glob("*.parquet"))
+    code, said = command("cache", "verify")
+    assert (code, "made for another namespace" in said) == (4, True), said
+    asked = [f"--data={data}", f"--policy=a={models['better']}", "--loss=orpo", f"--out={tmp_path / 'again'}"]
+    code, said = command("run", *asked)
+    assert (code, "it was made for another namespace of the cache" in said) == (0, True), said
+    assert not misplaced.exists()
+    assert (values(tmp_path / "again") == right).all()
+
+
+@pytest.mark.slow
+def test_measured_noise_is_that_of_the_runs_beginning_whoever_measures_meanwhile(
+    command: Command, models: Mapping[str, Path], cache: Path, tmp_path: Path
+) -> None:
+    """A run of cached values killed after its first commit; another one measures on other pairs; the same again."""
+    data, other = (write_rows(tmp_path / f"{n}.parquet", preference_rows(200, seed=n)) for n in (0, 1))
+
+    def asked(rows: Path, name: str) -> list[str]:
+        model = [f"--policy=a={models['better']}", f"--reference={models['reference']}"]
+        return ["run", f"--data={rows}", *model, f"--out={tmp_path / name}"]
+
+    for name in ("first", "whole"):
+        code, said = command(*asked(data, name))
+        assert code == 0, said
+    for attempt in range(5):
+        name = f"killed {attempt}"
+        line = [sys.executable, "-m", "dpo_score", *asked(data, name), f"--cache-dir={cache}", "--threads=1"]
+        process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list((tmp_path / name / "commits").rglob("*.json")):
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        if not (tmp_path / name / "summary.json").exists():
+            break
+    assert process.returncode == -signal.SIGKILL
+    assert command(*asked(other, "meanwhile"))[0] == 0
+    assert command(*asked(data, name))[0] == 0
+    summaries = [json.loads((tmp_path / n / "summary.json").read_text())["policies"] for n in ("whole", name)]
+    assert summaries[0] == summaries[1]
+
+    for path in cache.glob("noise/*.json"):
+        path.write_text(path.read_text().replace('"sequences": ', '"sequences": 1'))
+    assert command(*asked(data, "flipped"))[0] == 0
+    assert "holds no measurement" in (tmp_path / "flipped/summary.json").read_text()
 
 
 def test_a_damaged_conversion_of_a_gguf_file(command: Command, data: Path, cache: Path, tmp_path: Path) -> None:
