@@ -2,9 +2,10 @@
 
     folder ──▶ WeightFiles(files, pickle, as_state)      or one paragraph that says what the folder is and the way out
 
-Nothing of a folder is executed or unpickled here, and no tensor is read: of a safetensors file only its header. What a
-writer has not finished is HalfWrittenError (a policy found by a glob then waits for it); whatever else cannot be read
-is ModelError. Not here: reading tensors (loader.py, state_dict.py), adapters (adapter_files.py), chat templates.
+Nothing of a folder is executed or unpickled here, and no tensor is read: of a safetensors file only its header, and
+where a folder holds two whole saves the first bytes of each tensor. What a writer has not finished is HalfWrittenError
+(a policy found by a glob then waits for it); whatever else cannot be read is ModelError. Not here: reading tensors
+(loader.py, state_dict.py), adapters (adapter_files.py), chat templates.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "t
 HEADER_LIMIT = 100 * 2**20
 NESTING_LIMIT = 100
 """Levels of a model's JSON files. Real ones have at most about ten."""
+COMPARED = 64
+"""Bytes of each tensor by which two saves in one folder are told apart: training moves every value."""
 ZIP_START = b"PK\x03\x04"
 
 
@@ -244,7 +247,7 @@ def _safetensors(folder: Path, names: Iterable[str]) -> WeightFiles | None:
     """The first of `names` that is there, a safetensors file or an index of them, every file checked.
 
     Some trainers leave a `model.safetensors` that lacks most tensors beside whole shards with an index: where the
-    index names more tensors than the single file holds, its shards are read.
+    index names more tensors than the single file holds, its shards are read. Two whole saves must be the same weights.
     """
     present = [name for name in names if (folder / name).is_file()]
     if not present:
@@ -253,10 +256,41 @@ def _safetensors(folder: Path, names: Iterable[str]) -> WeightFiles | None:
         single, index = (folder / name for name in present)
         if tensor_shapes(single).keys() < _weight_map(index).keys():
             return WeightFiles(_shards(index)[0], pickle=False, as_state=True)
+        _refuse_two_saves(single, index)
     if present[0].endswith(".json"):
         files, index_is_whole = _shards(folder / present[0])
         return _refuse_unwritten(WeightFiles(files, pickle=False, as_state=not index_is_whole))
     return _refuse_unwritten(WeightFiles((folder / present[0],), pickle=False))
+
+
+def _refuse_two_saves(single: Path, index: Path) -> None:
+    """Raise ModelError where shards that are all there hold other values than the one file beside them."""
+    files = {single.parent / name for name in _weight_map(index).values()}
+    if not all(path.is_file() for path in files):
+        return  # an index that was left behind
+    one = _beginnings(single)
+    for path in sorted(files):
+        for name, beginning in _beginnings(path).items():
+            if one.get(name, beginning) != beginning:
+                raise ModelError(
+                    f"{single.parent} holds two sets of weights that differ (first tensor: {name}): {single.name}, and "
+                    f"the {len(files)} shards of {index.name}. Move the set that is not meant out of the folder"
+                )
+
+
+def _beginnings(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Tensor → dtype, shape, and its first bytes, of a safetensors file that `tensor_shapes` finds whole."""
+    tensor_shapes(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        found = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                file.seek(8 + length + begin)
+                found[name] = entry["dtype"], entry["shape"], file.read(min(COMPARED, end - begin))
+    return found
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -176,6 +176,20 @@ def test_weights_that_are_whole_beside_a_wrong_index_or_stub_are_read(fault: str
     assert torch.equal(logits(ModelLoader().load(source(folder), Fp32()).model), logits(tiny_model(**TIED)))
 
 
+def test_two_whole_saves_in_one_folder_must_be_the_same_weights(folder: Path, tmp_path: Path) -> None:
+    single = (folder / "model.safetensors").read_bytes()
+    sharded(folder)
+    (folder / "model.safetensors").write_bytes(single)
+    expected = logits(tiny_model(**TIED))
+    assert torch.equal(logits(ModelLoader().load(source(folder), Fp32()).model), expected)
+    other = {name: tensor + 0.01 for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(other, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"two sets of weights that differ .* shards of model\.safetensors\.index"):
+        source(folder)
+    next(folder.glob("model-*.safetensors")).unlink()  # an index that was left behind
+    assert not torch.equal(logits(ModelLoader().load(source(folder), Fp32()).model), expected)
+
+
 # What was digested is what is computed with
 
 
