@@ -4,7 +4,8 @@
 
 Each try runs one real command in this process. Tried in turn: a folder of results that is spoiled in one or two places
 (bits, lengths, types, depths, aliases); odd options; odd pipeline files; model folders whose configuration, tokenizer
-or weights are spoiled; data files of every kind and format, packed or not, spoiled in a cell or a byte.
+or weights are spoiled; data files of every kind and format, packed or not, spoiled in a cell or a byte; results and the
+cache of a real run, of which any file is spoiled, that are read, verified and gone on with.
 """
 
 from __future__ import annotations
@@ -96,8 +97,11 @@ WHOLE_FILES = (
 
 
 def spoiled(draw: random.Random, data: bytes) -> bytes:
-    """One change of a file: a bit, its length, all of it, a JSON value inside, or bytes behind it."""
-    kind = draw.randrange(6)
+    """One change of a file: a bit, a stretch of zeros, its length, all of it, a JSON value in it, bytes behind it."""
+    kind = draw.randrange(7)
+    if kind == 6 and data:
+        start = draw.randrange(len(data))
+        return data[:start] + bytes(len(data[start : start + 512])) + data[start + 512 :]
     if kind == 0 and data:
         place = draw.randrange(len(data))
         return data[:place] + bytes([data[place] ^ (1 << draw.randrange(8))]) + data[place + 1 :]
@@ -144,7 +148,9 @@ class Fuzz:
         for seed, name in enumerate(("reference", "better")):
             save_tiny(home / name, seed=seed)
         write_rows(home / "pairs.parquet", preference_rows(4))
-        return cls(home)
+        fuzz = cls(home)
+        assert (wrong := failure_of(fuzz.run(home))) is None, wrong
+        return fuzz
 
     def run(self, place: Path, **other: object) -> list[str]:
         given = {
@@ -165,6 +171,22 @@ class Fuzz:
             path = draw.choice(sorted(path for path in out.rglob("*") if path.is_file()))
             path.write_bytes(spoiled(draw, path.read_bytes()))
         return [str(out) if word == "OUT" else word for word in draw.choice(READING).split()]
+
+    def stored(self, draw: random.Random, place: Path) -> list[str]:
+        for name in ("out", "cache"):
+            shutil.copytree(self.home / name, place / name)
+        everything = sorted(path for name in ("out", "cache") for path in (place / name).rglob("*") if path.is_file())
+        for _ in range(draw.randint(1, 2)):
+            path = draw.choice(everything)
+            path.write_bytes(spoiled(draw, path.read_bytes()))
+        command = draw.choice(
+            ("run", "run elsewhere", "verify OUT", "report OUT", "cache verify", "cache ls", "cache gc")
+        )
+        if command.startswith("run"):
+            return self.run(place, out=place / ("other" if "elsewhere" in command else "out"))
+        where = {"cache": [f"--cache-dir={place / 'cache'}"], "gc": ["--max-bytes=1"]}
+        words = [str(place / "out") if word == "OUT" else word for word in command.split()]
+        return [*words, *(option for word in words for option in where.get(word, []))]
 
     def options(self, draw: random.Random, place: Path) -> list[str]:
         out = Path(shutil.copytree(OLD_OUT, place / "out"))
@@ -284,6 +306,7 @@ KINDS: tuple[Callable[[Fuzz, random.Random, Path], list[str]], ...] = (
     Fuzz.data,
     Fuzz.pipelines,
     Fuzz.models,
+    Fuzz.stored,
 )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from dpo_score.errors import ConfigError, UsageError
 from dpo_score.metrics.rewardbench import Prompt
 from dpo_score.results.rewardbench import Answers, Setting, answers, prompts
-from dpo_score.results.run_folder import open_out, parts
+from dpo_score.results.run_folder import open_out, parts, read_summary
 from dpo_score.results.source_text import stored_config
 from dpo_score.storage.base import Store
 from dpo_score.storage.manifest import Manifest
@@ -48,7 +48,7 @@ def source(out: str) -> Source:
             f"--to rewardbench: {out} was scored by this project's own rules, so its accuracies are not the "
             "benchmark's. Run it again with --rewardbench exact or --rewardbench corrected, into another folder"
         )
-    summary = store.read_json("summary.json")
+    summary = read_summary(store, manifest, out)
     found = {name: policy["rewardbench"] for name, policy in summary["policies"].items() if "rewardbench" in policy}
     if not found:
         raise UsageError(f"{out}: no policy is scored yet: let `dpo-score run` finish one")

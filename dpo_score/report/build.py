@@ -26,7 +26,15 @@ from dpo_score.report.numbers import numbers
 from dpo_score.report.page import render
 from dpo_score.report.tables import FORMATS, write
 from dpo_score.results.groups import numbered_groups, read_policies
-from dpo_score.results.run_folder import Reading, chosen_names, open_out, parts, return_memory, unseen
+from dpo_score.results.run_folder import (
+    Reading,
+    chosen_names,
+    open_out,
+    parts,
+    read_summary,
+    return_memory,
+    unseen,
+)
 from dpo_score.results.source_text import Reader, TextSource, plain_text, stored_config, stored_reader, text_source
 from dpo_score.results.token_view import side_tokens, stored_shares
 from dpo_score.storage.base import Store
@@ -79,7 +87,7 @@ def gather(
     reading: Reading = unseen,
 ) -> Facts:
     """Everything the page needs."""
-    summary = read_summary(store, out)
+    summary = read_summary(store, manifest, out)
     names = [name for name in chosen_names(store, manifest, None, out) if name in summary["policies"]]
     aligned, unsliced = sliced_policies(store, manifest, names, out, slices)
     aligned = numbered_groups(aligned) if no_text else aligned
@@ -105,13 +113,6 @@ def gather(
         provenance=_provenance(manifest, names, aligned),
         pictures=pictures,
     )
-
-
-def read_summary(store: Store, out: str) -> Mapping[str, Any]:
-    if not store.exists("summary.json"):
-        raise UsageError(f"{out} has no summary.json: the run has not finished; the same `dpo-score run` resumes it")
-    summary: Mapping[str, Any] = store.read_json("summary.json")
-    return summary
 
 
 def sliced_policies(

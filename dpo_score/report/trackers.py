@@ -21,9 +21,9 @@ from typing import Any
 
 from dpo_score.errors import ConfigError, DpoScoreError, nearest
 from dpo_score.escape import safe, without_secrets
-from dpo_score.report.build import gather, read_summary
+from dpo_score.report.build import gather
 from dpo_score.report.page import render
-from dpo_score.results.run_folder import STEP, step_of
+from dpo_score.results.run_folder import STEP, read_summary, step_of
 from dpo_score.storage.base import Store
 from dpo_score.storage.fingerprint import digest
 from dpo_score.storage.manifest import Manifest, read_manifest
@@ -55,7 +55,7 @@ def log_run(names: Sequence[str], store: Store, out: str) -> list[str]:
     """Send a finished run to each tracker; a sentence for each that failed. Never raises for a tracker's sake."""
     manifest = read_manifest(store)
     assert manifest is not None
-    summary = read_summary(store, out)
+    summary = read_summary(store, manifest, out)
     page = _page(store, manifest, out)
     problems = []
     for name in names:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dpo_score.config.checkpoint_glob import natural
-from dpo_score.errors import UsageError, nearest
+from dpo_score.errors import DamageError, UsageError, nearest
 from dpo_score.metrics.arrays import COLUMNS, Texts, collect
 from dpo_score.metrics.compare import ScoredPolicy, ScoringSettings
 from dpo_score.storage.base import Store
@@ -62,6 +62,21 @@ def open_out(out: str, mend: bool = True) -> tuple[Store, Manifest]:
     if manifest is None:
         raise UsageError(f"{out} holds no run: it has no manifest.json. Name a folder that `dpo-score run` wrote")
     return store, manifest
+
+
+def read_summary(store: Store, manifest: Manifest, out: str) -> Mapping[str, Any]:
+    """What summary.json holds. UsageError where there is none yet, DamageError where it is not as it was written."""
+    name = "summary.json"
+    if not store.exists(name):
+        raise UsageError(f"{out} has no {name}: the run has not finished; the same `dpo-score run` resumes it")
+    record = next((file for file in manifest.outputs if file.name == name), None)
+    if record is not None and store.sha256(name) != record.sha256:
+        raise DamageError(
+            f"{store.url(name)} is not as the run wrote it: its checksum in manifest.json is another. The same "
+            "`dpo-score run` writes it again; `dpo-score verify` looks at the other files"
+        )
+    summary: Mapping[str, Any] = store.read_json(name)
+    return summary
 
 
 def missing_of_policy(store: Store, manifest: Manifest, policy: str, rows: int) -> list[tuple[int, int]]:
