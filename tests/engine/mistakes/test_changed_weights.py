@@ -43,11 +43,13 @@ def truth(runner: Runner, data: Path, model: Path, tmp_path: Path) -> list[dict[
     return scores(tmp_path / f"truth of {model.name}")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_newer_checkpoint_copied_over_the_one_that_is_scored(
-    runner: Runner, data: Path, live: Path, tmp_path: Path
+    name: str, runner: Runner, data: Path, live: Path, tmp_path: Path
 ) -> None:
-    """The real command, and `cp` in the moment at which it says that it loads the policy."""
-    out, other = tmp_path / "out", runner.models["worse"]
+    """The real command, and `cp` of one file in the moment at which it says that it loads the policy."""
+    out, other = tmp_path / "out", Path(shutil.copytree(runner.models["worse"], tmp_path / "other"))
+    edit(other / "config.json", rms_norm_eps=0.5)
     command = [sys.executable, "-m", "dpo_score", "run", f"--data={data}", f"--policy=a={live}", f"--out={out}"]
     command += [f"--reference={runner.models['reference']}", f"--cache-dir={runner.cache}", "--threads=1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
@@ -56,10 +58,10 @@ def test_a_newer_checkpoint_copied_over_the_one_that_is_scored(
         for line in process.stderr:
             said.append(line)
             if f"loading {live}" in line:
-                shutil.copyfile(other / "model.safetensors", live / "model.safetensors")
+                shutil.copyfile(other / name, live / name)
     text = " ".join("".join(said).split())
     assert process.returncode == 6, text
-    assert "model.safetensors changed or vanished after this run began" in text
+    assert f"{name} changed or vanished after this run began" in text
     assert not list((out / "scores").glob("a/*"))
     assert not list((out / "commits" / "scores").glob("a/*"))
 
@@ -67,7 +69,7 @@ def test_a_newer_checkpoint_copied_over_the_one_that_is_scored(
     runner(data, tmp_path / "genuine", policy=[f"a={genuine}"]).raise_failures()
     assert scores(tmp_path / "genuine") == truth(runner, data, genuine, tmp_path)
     runner(data, out, policy=[f"a={live}"]).raise_failures()
-    assert scores(out) == truth(runner, data, other, tmp_path)
+    assert scores(out) == truth(runner, data, live, tmp_path)
 
 
 def test_a_change_between_two_blocks_takes_the_policy_out_again(
