@@ -76,6 +76,11 @@ def test_each_identity_contains_the_one_before() -> None:
     assert other_reference.policy_digest("p") != BASE.policy_digest("p")
 
 
+def test_digests_are_those_that_folders_of_earlier_releases_hold() -> None:
+    assert BASE.reference_digest == "86b8c59f0b4e1ee3fd5192872a8eccf762a5c93282b04273eba9f0ac9455f173"
+    assert BASE.policy_digest("p") == "9a57407ce509017fdf202a16e3d83fe50e7f94e7a461d217f81ec1aa3cb2c71a"
+
+
 def test_a_policy_does_not_depend_on_the_others() -> None:
     alone = Identities(TEXT, REFERENCE, {"p": POLICY})
     assert alone.policy_digest("p") == BASE.policy_digest("p")

@@ -100,6 +100,15 @@ def test_the_first_run_creates_it_and_the_second_finds_it(store: LocalStore) -> 
     assert store.read_bytes(MANIFEST) == store.read_bytes(MANIFEST_COPY)
 
 
+def test_notes_are_kept_and_those_by_name_get_new_names(store: LocalStore) -> None:
+    first = {"names": {"step-1": "models/a"}, "cards": "none"}
+    assert open_manifest(store, replace(REQUEST, notes=first)).notes == first
+    later = {"names": {"step-1": "moved/a", "step-3": "models/c"}, "cards": "other", "more": 1}
+    more = replace(IDENTITIES, policies={"step-3": {**POLICY, "weights": "rr"}})
+    found = open_manifest(store, replace(REQUEST, identities=more, notes=later)).notes
+    assert found == {"names": {"step-1": "models/a", "step-3": "models/c"}, "cards": "none", "more": 1}
+
+
 CHANGES = [
     *(("text", name) for name in TEXT),
     *(("reference", name) for name in REFERENCE),

@@ -127,6 +127,7 @@ def test_damage_is_set_aside_and_the_block_is_free_again(store: LocalStore, vict
     assert action is Action.QUARANTINE
     assert warning is not None
     assert victim.rsplit("/", 1)[-1] in warning
+    assert ("damaged or missing" in warning) == (victim != NAME)  # of a record, what is wrong with it
     assert bool([n for n in store.list(".work/quarantine") if victim.replace("/", "~") in n]) == (harm != "delete")
     assert resume(store) == (Action.REDO, None)
 
