@@ -360,6 +360,12 @@ def test_parts_and_policies_that_nothing_names(out: Path) -> None:
     assert "commits/scores/ghost/00000-of-00003.json" in found
 
 
+@pytest.mark.parametrize("kind", ["failed", "skipped"])
+def test_a_reason_for_a_policy_that_nobody_asked_for_is_named(out: Path, kind: str) -> None:
+    remade(out, "summary.json", lambda fields: fields.setdefault(kind, {}).update(ghost="it does not load"))
+    assert "the policy 'ghost' was not scored, which pipeline.yaml does not ask for" in damaged(out)["summary.json"]
+
+
 def test_a_policy_taken_out_of_everything_but_the_summary_is_missed(out: Path) -> None:
     store = open_store(out)
     for folder in ("scores/better", "commits/scores/better"):
