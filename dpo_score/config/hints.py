@@ -68,7 +68,7 @@ _GROUPS = (
     ("no --reference at all, or --loss-param reference_free=true", "ref_free reference_free"),
     ("--cache-dir DIR", "cache use_cache cache_path hf_cache"),
     ("--slice COLUMN", "group_by by slices groups"),
-    ("--quiet for less; all else is always said", "verbose v log_level logging_level"),
+    ("--quiet to print less; there is no way to print more", "verbose v log_level logging_level"),
     (
         "a trainer for that: dpo-score scores and does not train",
         "lr learning_rate epochs num_train_epochs max_steps optim warmup_steps warmup_ratio weight_decay lora_r",
@@ -85,16 +85,13 @@ def option_meant(typed: str, flags: Collection[str]) -> str | None:
     alike: `--precission` is `--precision`, which is `--dtype` here.
     """
     name = _plain(typed)
-    meanings = {name: here for name, here in ((name, _of(here, flags)) for name, here in MEANINGS.items()) if here}
     own = {_plain(flag): f"did you mean {flag}?" for flag in flags if flag.startswith("--")}
-    said = {name: f"use {here}" for name, here in meanings.items()} | own
-    close = (
-        difflib.get_close_matches(name, said, n=1, cutoff=0.6) or [flag for flag in own if flag.startswith(name)][:1]
-    )
+    said = {other: f"use {here}" for other, meaning in MEANINGS.items() if (here := _within(meaning, flags))} | own
+    close = difflib.get_close_matches(name, said, n=1, cutoff=0.6) or [flag for flag in own if flag.startswith(name)]
     return said[close[0]] if close else None
 
 
-def _of(here: str, flags: Collection[str]) -> str:
+def _within(here: str, flags: Collection[str]) -> str:
     """The parts of a meaning whose options are among `flags`; one without an option is for commands that score."""
     if not here.startswith("--"):
         return here if "--policy" in flags or "--reference" in flags else ""

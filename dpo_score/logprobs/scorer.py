@@ -33,6 +33,7 @@ from dpo_score.models.numerics import Numerics
 from dpo_score.models.parallel.process_group import group_of
 from dpo_score.models.parallel.rank_zero import RankZero
 from dpo_score.models.parts import ModelParts, model_parts
+from dpo_score.models.weights import brief
 from dpo_score.tokenization.pictures import PictureInputs
 
 T = TypeVar("T")
@@ -144,7 +145,8 @@ class PairScorer:
                 self._refuse_to_go_on()
                 for later in packs[number + 1 : number + 2]:
                     laid_out.append(thread.submit(path.lay_out, [sequences[i] for i in later]))
-                begun = self._unless_too_large(partial(_begun, path, laid_out.popleft()))
+                members = [sequences[i] for i in pack]
+                begun = self._unless_too_large(members, partial(_begun, path, laid_out.popleft()))
                 if queued is not None:
                     yield from self._arrived(queued[0], queued[2], sequences)
                 queued = None if begun is None else (pack, *begun)
@@ -157,7 +159,7 @@ class PairScorer:
     def _arrived(self, pack: IndexPack, returning: Returning, sequences: Sequence[TokenSequence]) -> PackResults:
         """The results of a pack that was queued."""
         members = [sequences[i] for i in pack]
-        results = self._unless_too_large(lambda: self._checked(members, returning.arrived()))
+        results = self._unless_too_large(members, lambda: self._checked(members, returning.arrived()))
         if results is not None:
             yield pack, results
         else:
@@ -167,29 +169,26 @@ class PairScorer:
         if self._should_stop():
             raise Interrupted(signal.SIGINT)
 
-    def _unless_too_large(self, call: Callable[[], T]) -> T | None:
-        """What `call` returns, or None where the device has no room for it; what it held is given back."""
+    def _unless_too_large(self, members: Sequence[TokenSequence], call: Callable[[], T]) -> T | None:
+        """What `call` returns for a pack of `members`, or None where the device has no room for it; what it held is
+        given back. ModelError where the model's own code fails on the pack."""
         try:
             return call()
-        except RuntimeError as error:
-            if not memory.is_out_of_memory(error):
-                raise
+        except DpoScoreError:
+            raise
+        except RAISED_BY_MODELS as error:
+            if not (isinstance(error, RuntimeError) and memory.is_out_of_memory(error)):
+                longest = max(len(s.prompt) + len(s.response) for s in members)
+                raise ModelError(
+                    f"the model's own code failed on {len(members)} sequences of up to {longest:,} tokens: "
+                    f"{type(error).__name__}: {brief(error)}. Where only long rows fail, --max-length N cuts them"
+                ) from error
         memory.release(self.numerics.device_kind)
         return None
 
     def _attempt(self, members: Sequence[TokenSequence]) -> Sequence[Result] | None:
         """The results of one pack, or None when it must be split to fit."""
-        try:
-            results = self._unless_too_large(lambda: self._checked(members, self._path.compute(members)))
-        except RAISED_BY_MODELS as error:
-            if isinstance(error, DpoScoreError):
-                raise
-            longest = max(len(s.prompt) + len(s.response) for s in members)
-            raise ModelError(
-                f"the model's own code failed on {len(members)} sequences of up to {longest:,} tokens: "
-                f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}. Where only long ones fail, "
-                "--max-length leaves them out of what it must compute"
-            ) from error
+        results = self._unless_too_large(members, lambda: self._checked(members, self._path.compute(members)))
         if results is not None:
             return results
         if len(members) == 1:

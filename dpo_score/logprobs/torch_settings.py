@@ -1,28 +1,20 @@
 """Process-wide settings of torch and of the C library while passes run, restored afterwards.
 
 Threads; fp32 products through oneDNN where the kernel says so; on CUDA no TF32, and no sums in 16 bits inside a
-product. Freed host memory is kept for the next use: the layers of a model allocate and free the same large blocks
-thousands of times, and glibc hands such blocks back to the system, which clears every page again when it is next
-touched (170,000 pages for a pack of a 135M model, a quarter of the time in 16 bits). The peak is the same.
+product; freed host memory is kept (heap.py).
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
 
+from dpo_score.heap import host_memory_kept
 from dpo_score.logprobs.matmul import onednn
 from dpo_score.models.numerics import Numerics
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEEP = {M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_THRESHOLD: 2**30}
-USUAL = {M_TRIM_THRESHOLD: 2**26, M_MMAP_THRESHOLD: 2**25}
-"""What glibc's own adjustment arrives at in a process that has freed large blocks; it ends once a threshold is set."""
 
 
 @contextmanager
@@ -79,32 +71,3 @@ def _setting(owner: Any, name: str) -> Any:
         return getattr(owner, name)
     except (AttributeError, RuntimeError):
         return None
-
-
-@contextmanager
-def host_memory_kept() -> Iterator[None]:
-    """Nothing is given back to the system inside the block. Without glibc nothing changes."""
-    libc = _glibc()
-    if libc is None:
-        yield
-        return
-    _set(libc, KEEP)
-    try:
-        yield
-    finally:
-        _set(libc, USUAL)
-
-
-@cache
-def _glibc() -> Any:
-    try:
-        libc = ctypes.CDLL(None)
-        libc.gnu_get_libc_version  # noqa: B018 - there only in glibc
-    except (OSError, AttributeError, TypeError):
-        return None
-    return libc
-
-
-def _set(libc: Any, thresholds: dict[int, int]) -> None:
-    for name, value in thresholds.items():
-        libc.mallopt(name, value)

@@ -55,7 +55,7 @@ HEADER_LIMIT = 100 * 2**20
 NESTING_LIMIT = 100
 """Levels of a model's JSON files. Real ones have at most about ten."""
 COMPARED = 64
-"""Bytes of each tensor by which two saves in one folder are told apart: training moves every value."""
+"""Bytes at the beginning of each tensor by which two saves in one folder are told apart."""
 ZIP_START = b"PK\x03\x04"
 
 

@@ -18,6 +18,7 @@ from dpo_score.data.pictures import read_again, thumbnail
 from dpo_score.data.types import MARKS, EncodedPair, Pair
 from dpo_score.errors import DataError, UsageError, nearest
 from dpo_score.escape import safe
+from dpo_score.heap import return_memory
 from dpo_score.metrics.compare import AlignedPolicies, align_policies, compare_policies
 from dpo_score.metrics.suspect_labels import label_audit
 from dpo_score.report.content import Facts
@@ -32,7 +33,6 @@ from dpo_score.results.run_folder import (
     open_out,
     parts,
     read_summary,
-    return_memory,
     unseen,
 )
 from dpo_score.results.source_text import Reader, TextSource, plain_text, stored_config, stored_reader, text_source

@@ -18,6 +18,7 @@ from dpo_score.data.formats.transcripts import message_count
 from dpo_score.data.types import Pair
 from dpo_score.errors import ConfigError, UsageError
 from dpo_score.escape import safe
+from dpo_score.heap import return_memory
 from dpo_score.losses.columns import DERIVED
 from dpo_score.metrics.arrays import FLOATS, without_texts
 from dpo_score.metrics.compare import AlignedPolicies, ScoredPolicy
@@ -25,7 +26,6 @@ from dpo_score.metrics.groups import BUILT_IN, DATA, DATASET, LENGTH, TURNS, mea
 from dpo_score.results.run_folder import (
     Reading,
     read_scored,
-    return_memory,
     score_columns,
     scored_row_ids,
     sharing,

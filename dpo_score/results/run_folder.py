@@ -6,10 +6,8 @@ natural order (step-9 before step-10). Does not look at the data files.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -29,7 +27,7 @@ from dpo_score.storage.commits import CommitRecord, read_records, record_name
 from dpo_score.storage.fingerprint import has_reference
 from dpo_score.storage.manifest import Manifest, peek_manifest, read_manifest
 from dpo_score.storage.open import open_store
-from dpo_score.storage.resume import missing_rows
+from dpo_score.storage.resume import FileState, file_state, missing_rows
 
 STEP = re.compile(
     r"""(?: [-_.]? (?:step|checkpoint|ckpt|iter|epoch) [-_.]?
@@ -70,7 +68,7 @@ def read_summary(store: Store, manifest: Manifest, out: str) -> Mapping[str, Any
     if not store.exists(name):
         raise UsageError(f"{out} has no {name}: the run has not finished; the same `dpo-score run` resumes it")
     record = next((file for file in manifest.outputs if file.name == name), None)
-    if record is not None and store.sha256(name) != record.sha256:
+    if record is not None and file_state(store, record) is not FileState.SOUND:
         raise DamageError(
             f"{store.url(name)} is not as the run wrote it: its checksum in manifest.json is another. The same "
             "`dpo-score run` writes it again; `dpo-score verify` looks at the other files"
@@ -202,13 +200,6 @@ def _held_once(own: Mapping[str, NDArray[Any]], held: Mapping[str, NDArray[Any]]
 
 def _bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
     return values.view(np.uint8)
-
-
-def return_memory() -> None:
-    """Give the system back what was freed: Arrow and glibc keep it, 150 MB after the parts of a million rows."""
-    pa.default_memory_pool().release_unused()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # musl has none
-        libc.malloc_trim(0)
 
 
 def _marks(column: pa.ChunkedArray) -> Sequence[Sequence[str] | None]:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dpo_score.errors import ConfigError, UsageError, nearest
+from dpo_score.heap import return_memory
 from dpo_score.losses.ops import Floats
 from dpo_score.metrics.selection import (
     Candidates,
@@ -33,7 +34,7 @@ from dpo_score.metrics.selection import (
 )
 from dpo_score.metrics.selection_comparison import DEFINITIONS, compare_rules, diagnose_on_policy
 from dpo_score.metrics.suspect_labels import near_duplicates
-from dpo_score.results.run_folder import chosen_names, open_out, parts, return_memory
+from dpo_score.results.run_folder import chosen_names, open_out, parts
 from dpo_score.results.source_text import plain_text, text_source
 from dpo_score.storage.base import Store
 from dpo_score.storage.fingerprint import digest
@@ -58,7 +59,7 @@ WHERE = ("row_id", "dataset", "source_file", "source_row", "pair_id", "subset")
 AT_ONCE = 65_536
 """Rows whose ids are taken apart together."""
 FEW_TEXTS = ("dataset", "source_file")
-"""Texts that many rows share."""
+"""Texts that many rows share, held once each."""
 JUDGE_COLUMNS = ("margins_nats", "margins", "policy_chosen_logps", "policy_rejected_logps")
 SQUARES = ("policy_chosen_log_sum_sq_probs", "policy_rejected_log_sum_sq_probs")
 OUT_OF_FOLD = "each pair is judged by the policy that did not train on its fold"

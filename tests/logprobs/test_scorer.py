@@ -117,9 +117,7 @@ def test_a_row_on_which_the_code_of_a_model_fails_ends_its_model_in_a_sentence(l
         return compute(sequences)
 
     scorer._path.compute = fails
-    with pytest.raises(
-        ModelError, match=r"failed on \d+ sequences of up to 80 tokens: IndexError: index 81 .* range\."
-    ):
+    with pytest.raises(ModelError, match=r"failed on \d+ sequences of up to 80 tokens: IndexError: index 81 .*lines"):
         scorer.score(awkward())
 
 

@@ -151,6 +151,7 @@ def test_measured_noise_is_that_of_the_runs_beginning_whoever_measures_meanwhile
         if not (tmp_path / name / "summary.json").exists():
             break
     assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / name / "summary.json").exists()
     assert command(*asked(other, "meanwhile"))[0] == 0
     assert command(*asked(data, name))[0] == 0
     summaries = [json.loads((tmp_path / n / "summary.json").read_text())["policies"] for n in ("whole", name)]
