@@ -176,6 +176,18 @@ def test_a_queued_pack_that_does_not_fit_is_split_and_the_others_are_not(llama):
     assert scorer.packs_split == 1
 
 
+def test_a_queued_pack_on_which_the_code_of_a_model_fails_ends_its_model_and_the_thread(llama):
+    scorer = one_behind(llama)
+
+    def fails(pack):
+        raise IndexError("out of range")
+
+    scorer._path.start = fails
+    with pytest.raises(ModelError, match="the model's own code failed on .*IndexError: out of range"):
+        scorer.score(awkward())
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("layout")]
+
+
 def test_overflow_among_queued_packs_is_redone_as_ever():
     model = overflowing(torch.float16)
     scorer = one_behind(model, batch_tokens=64, dtype="float16")
