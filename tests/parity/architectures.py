@@ -92,6 +92,7 @@ SMALL: dict[str, Any] = {
 }
 LONGEST = 8192
 """Tokens of the longest row that is tried: one of xLSTM's 16,384 fails in transformers itself, and takes minutes."""
+BOTH = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 SPECIAL: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_groups": 1},
@@ -117,6 +118,17 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **{key: {"global_head_dim": 16} for key in ("gemma4_text", "gemma4_unified_text")},
     "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"], "indexer_n_heads": 2,
                        "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 32, "indexer_compress_ratio": 4},
+    "qwen4_exp": {"text_config": {"layer_types": ["linear_attention", "indexed_attention"], "indexer_n_heads": 2,
+                  "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 32, "indexer_compress_ratio": 4,
+                  "rope_parameters": MROPE}},
+    "cohere_compass_text": {"layer_types": [*BOTH], "rope_parameters": BOTH},
+    "cohere_compass": {"text_config": {"layer_types": [*BOTH], "rope_parameters": BOTH}},
+    "dots3_note_text": {"num_key_value_heads": 4, "head_dim": 16, "per_layer_config": {},
+                        "mlp_layer_types": ["dense", "sparse"], "shared_experts_intermediate_size": 16,
+                        "layer_types": ["indexed_attention", "sliding_attention"]},
+    "blt": {"encoder_hash_byte_group_size": [3, 4], "encoder_hash_byte_group_vocab": 64,
+            "encoder_config": {"hidden_size_global": 64}, "decoder_config": {"hidden_size_global": 64},
+            "global_config": {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}},
     **{key: {"text_config": {"rope_parameters": MROPE}} for key in (
         "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl", "glm46v", "glm4v", "glm_ocr", "glmga")},
     "glm4v_moe": {"text_config": {"rope_parameters": {**MROPE, "mrope_section": [0, 1, 1]}}},
