@@ -183,7 +183,7 @@ def test_a_queued_pack_on_which_the_code_of_a_model_fails_ends_its_model_and_the
         raise IndexError("out of range")
 
     scorer._path.start = fails
-    with pytest.raises(ModelError, match="the model's own code failed on .*IndexError: out of range"):
+    with pytest.raises(ModelError, match=r"the model's own code failed on .*IndexError: out of range"):
         scorer.score(awkward())
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("layout")]
 
