@@ -79,7 +79,7 @@ MEANINGS: dict[str, str] = {name: here for here, names in _GROUPS for name in na
 
 
 def option_meant(typed: str, flags: Collection[str]) -> str | None:
-    """What to say of an option that a command with these `flags` has not; None where nothing is near.
+    """What to say of an option that a command with these `flags` does not have; None where nothing is near.
 
     By meaning where the command has an option of that meaning, else the flag or the known name that is spelled most
     alike: `--precission` is `--precision`, which is `--dtype` here.

@@ -274,7 +274,7 @@ def _refuse_two_saves(single: Path, index: Path) -> None:
             if one.get(name, beginning) != beginning:
                 raise ModelError(
                     f"{single.parent} holds two sets of weights that differ (first tensor: {name}): {single.name}, and "
-                    f"the {len(files)} shards of {index.name}. Move the set that is not meant out of the folder"
+                    f"the {len(files)} shards of {index.name}. Move the one that is not wanted out of the folder"
                 )
 
 

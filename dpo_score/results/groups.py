@@ -28,7 +28,7 @@ from dpo_score.results.run_folder import (
     read_scored,
     score_columns,
     scored_row_ids,
-    sharing,
+    share_equal,
     unseen,
 )
 from dpo_score.results.schemas import COUNT_FIELDS, SIDES, TEXT_FIELDS
@@ -96,7 +96,7 @@ def read_policies(
     with reading("reading scores", len(policies) * manifest.rows) as read:
         for policy in policies:
             own = read_scored(store, manifest, policy, () if found else slices, None if found else columns, read)
-            found.append(sharing(found[0], own) if found else own)
+            found.append(share_equal(found[0], own) if found else own)
             del own
             return_memory()  # of the columns of one policy, before those of the next are read
     return found

@@ -70,8 +70,8 @@ def read_summary(store: Store, manifest: Manifest, out: str) -> Mapping[str, Any
     record = next((file for file in manifest.outputs if file.name == name), None)
     if record is not None and file_state(store, record) is not FileState.SOUND:
         raise DamageError(
-            f"{store.url(name)} is not as the run wrote it: its checksum in manifest.json is another. The same "
-            "`dpo-score run` writes it again; `dpo-score verify` looks at the other files"
+            f"{store.url(name)} is not as the run wrote it: its checksum is not the one in manifest.json. The "
+            "same `dpo-score run` writes it again; `dpo-score verify` looks at the other files"
         )
     summary: Mapping[str, Any] = store.read_json(name)
     return summary
@@ -173,29 +173,29 @@ def _only_scored(table: pa.Table) -> pa.Table:
     return table.filter(pc.and_(*map(pc.is_valid, sums))) if any(column.null_count for column in sums) else table
 
 
-def sharing(first: ScoredPolicy, policy: ScoredPolicy) -> ScoredPolicy:
-    """`policy` with whatever is equal to what `first` holds, ids, marks and arrays, held once: most of it is."""
+def share_equal(first: ScoredPolicy, policy: ScoredPolicy) -> ScoredPolicy:
+    """`policy` with the ids, marks and arrays of `first` in place of its equal ones: these are in memory once then."""
     if policy.row_ids != first.row_ids or policy.pair_ids != first.pair_ids or policy.marks != first.marks:
         return policy
-    own, held = policy.rows, first.rows
+    own, known = policy.rows, first.rows
     rows = replace(
         own,
-        values=_held_once(own.values, held.values),
-        flags=_held_once(own.flags, held.flags),
-        labels=_held_once(own.labels, held.labels),
-        clusters=_held_once({"": own.clusters}, {"": held.clusters})[""],
+        values=_shared(own.values, known.values),
+        flags=_shared(own.flags, known.flags),
+        labels=_shared(own.labels, known.labels),
+        clusters=_shared({"": own.clusters}, {"": known.clusters})[""],
     )
     return replace(policy, row_ids=first.row_ids, pair_ids=first.pair_ids, marks=first.marks, rows=rows)
 
 
-def _held_once(own: Mapping[str, NDArray[Any]], held: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The arrays of `own`; those with the bytes of the one of the same name in `held` are that one."""
+def _shared(own: Mapping[str, NDArray[Any]], known: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The arrays of `own`, by name; where `known` has one of the same name and bytes, that one."""
 
     def same(name: str, values: NDArray[Any]) -> bool:
-        other = held.get(name)
+        other = known.get(name)
         return other is not None and values.dtype == other.dtype and bool(np.array_equal(_bytes(values), _bytes(other)))
 
-    return {name: held[name] if same(name, values) else values for name, values in own.items()}
+    return {name: known[name] if same(name, values) else values for name, values in own.items()}
 
 
 def _bytes(values: NDArray[Any]) -> NDArray[np.uint8]:

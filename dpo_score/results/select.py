@@ -55,9 +55,9 @@ PAIR_COLUMNS = (
     "ref_rejected_logps",
 )
 WHERE = ("row_id", "dataset", "source_file", "source_row", "pair_id", "subset")
-"""What says of a row of the result where it comes from."""
+"""Columns of the result that say where a row comes from."""
 AT_ONCE = 65_536
-"""Rows whose ids are taken apart together."""
+"""Rows whose ids are parsed at a time."""
 FEW_TEXTS = ("dataset", "source_file")
 """Texts that many rows share, held once each."""
 JUDGE_COLUMNS = ("margins_nats", "margins", "policy_chosen_logps", "policy_rejected_logps")
