@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_score.logprobs import transfer
@@ -69,18 +70,26 @@ def copied(tensor, source, non_blocking=False):
     return torch.ops.aten.copy_.default(tensor, source, non_blocking)
 
 
+class Indexing(TorchFunctionMode):
+    """`tensor[index]` and its assignment on the device, by operators.
+
+    A mode and not other methods of torch.Tensor: a class that once had a `__getitem__` of Python's counts as a sequence
+    from then on, and `torch.tensor([torch.tensor(1)])` fails in every later test of the process.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        ours = {torch.Tensor.__getitem__: indexed, torch.Tensor.__setitem__: assigned}.get(func)
+        on_device = ours is not None and args[0].device.type == "cuda"
+        return (ours if on_device else func)(*args, **(kwargs or {}))
+
+
 @pytest.fixture(autouse=True)
 def no_runtime_is_asked_for(monkeypatch):
     """What a CPU build does through the device's runtime before it reaches an operator, by operators alone."""
     if torch.cuda.is_available():
+        yield
         return
-    by_operators = {
-        "__getitem__": indexed,
-        "__setitem__": assigned,
-        "contiguous": contiguous,
-        "copy_": copied,
-        "__invert__": torch.ops.aten.bitwise_not.default,
-    }
+    by_operators = {"contiguous": contiguous, "copy_": copied, "__invert__": torch.ops.aten.bitwise_not.default}
     for name, ours in by_operators.items():
         own = getattr(torch.Tensor, name)
 
@@ -89,6 +98,9 @@ def no_runtime_is_asked_for(monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, name, chosen)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    with Indexing():
+        yield
+    assert torch.tensor([torch.tensor(1)]).shape == (1,)
 
 
 class Watch(TorchDispatchMode):
