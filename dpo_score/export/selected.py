@@ -17,8 +17,10 @@ import json
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
@@ -63,7 +65,9 @@ def write_selection(out: str, selected: Selected, folder: str, progress: Progres
         raise UsageError(f"--to writes the rows of the data, and {changed}")
     config = config_of_run(out, "trl", folder)
     plan = _plan_of_run(source, manifest, config, progress)
-    kept = selected.frame.filter("kept").select("row_id", "select_score", "select_rank")
+    kept = pl.concat(
+        frame.filter("kept").select("row_id", "select_score", "select_rank") for frame in selected.frames()
+    )
     if not len(kept):
         raise ConfigError("the rule keeps no pair: there is no data set to write")
     rows = TextSource(config, plan.datasets).rows(kept["row_id"].to_list())
@@ -87,7 +91,7 @@ def write_selection(out: str, selected: Selected, folder: str, progress: Progres
         if plan.references[0].source is not None:
             store.write_bytes(CONTRACT, json_bytes(contract(plan, export, counts, noise_of(source))))
             store.write_bytes(LOADER, loader_source().encode())
-        store.write_table(REASONS, selected.frame.to_arrow(), {})
+        _write_reasons(store, selected)
         store.write_bytes(SELECTION, json_bytes(selected.summary))
         store.write_bytes(README, _card(store, selected.summary, splits).encode())
         return store.url()
@@ -126,6 +130,14 @@ def _values(source: Store, kept: pa.Table) -> pa.Table:
     for name in ("select_score", "select_rank"):
         table = table.append_column(name, kept[name].take(order))
     return table
+
+
+def _write_reasons(store: Store, selected: Selected) -> None:
+    """selection.parquet, a piece at a time."""
+    frames = selected.frames()
+    first = next(frames)
+    tables = (pl.concat([first.clear(), frame], how="diagonal").to_arrow() for frame in chain([first], frames))
+    store.write_tables(REASONS, first.to_arrow().schema, tables, {})
 
 
 def _refuse_other_request(store: Store, summary: Mapping[str, Any]) -> None:

@@ -28,6 +28,15 @@ LENGTH_BINS = 10
 """Bins of equal count of chosen − rejected tokens, in each of which `length_match` keeps the same share."""
 DUAL_CLIP = (0.01, 0.99)
 """Quantiles at which both margins of the `dual` rule are clipped before they become probabilities."""
+MARGINS = ("margins_nats", "margins")
+LOGPS = ("policy_chosen_logps", "policy_rejected_logps")
+JUDGED = (*MARGINS, *LOGPS)
+SQUARES = ("policy_chosen_log_sum_sq_probs", "policy_rejected_log_sum_sq_probs")
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+EVERYTHING = (*JUDGED, *SQUARES, *REFERENCE)
+"""The stored columns that rules read of each judge, and of the reference."""
+UNREAD: Floats = np.empty(0)
+"""In place of a column that no rule asked for: whoever computes with it fails."""
 
 
 class Reason(StrEnum):
@@ -50,7 +59,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judge:
-    """What one policy says of every pair: float64 arrays of one length, NaN for null.
+    """What one policy says of every pair: float64 arrays of one length, NaN for null; UNREAD where no rule reads it.
 
     `margins_nats`: log-ratio difference; `margins`: times beta; `*_logps`: sums under the policy, in nats;
     `*_log_sum_sq_probs`: sums over tokens of log Σ_v p_v², or None where `--stats wpo` did not store them.
@@ -85,6 +94,7 @@ class Candidates:
     judges: Sequence[Judge]
     stored: pl.DataFrame | None = None
     reference_chosen_logps: Floats | None = None
+    reference_rejected_logps: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -121,14 +131,15 @@ class Settings:
 class Rule:
     """One rule: its name on the command line, what it keeps, who proposes it.
 
-    `score` gives a score a pair, NaN where there is none; `admits`, where set, says which pairs may be kept at all;
-    `columns`: stored columns that it reads besides those of `Candidates`.
+    `score` gives a score a pair, NaN where there is none; `reads` names what it reads of EVERYTHING; `admits`, where
+    set, says which pairs may be kept at all; `columns`: other stored columns that it reads, by the user's names.
     """
 
     name: str
     keeps: str
     source: str
     score: Callable[[Candidates, Settings], Floats]
+    reads: Callable[[Settings], tuple[str, ...]]
     admits: Callable[[Floats], NDArray[np.bool_]] | None = None
     columns: tuple[str, ...] = ()
 
@@ -180,12 +191,22 @@ def mean_margin(candidates: Candidates, settings: Settings) -> Floats:
     return _mean([_margin(candidates, judge, settings) for judge in candidates.judges])
 
 
-def _margin(candidates: Candidates, judge: Judge, settings: Settings) -> Floats:
-    margin = judge.margins if settings.scaled else judge.margins_nats
+def _margin_columns(settings: Settings) -> tuple[str, ...]:
+    """What `_margin` reads."""
     if not settings.per_token:
-        return margin
-    chosen = judge.chosen_logps - stored_column(candidates, "ref_chosen_logps")
-    rejected = judge.rejected_logps - stored_column(candidates, "ref_rejected_logps")
+        return ("margins",) if settings.scaled else ("margins_nats",)
+    return (*LOGPS, *REFERENCE, *(MARGINS if settings.scaled else ()))
+
+
+def _margin(candidates: Candidates, judge: Judge, settings: Settings) -> Floats:
+    if not settings.per_token:
+        return judge.margins if settings.scaled else judge.margins_nats
+    if candidates.reference_chosen_logps is None or candidates.reference_rejected_logps is None:
+        raise ConfigError(
+            f"margins per token need the reference's log-probs, and there are no {' and '.join(REFERENCE)}"
+        )
+    chosen = judge.chosen_logps - candidates.reference_chosen_logps
+    rejected = judge.rejected_logps - candidates.reference_rejected_logps
     chosen, rejected = chosen / _positive(candidates.chosen_tokens), rejected / _positive(candidates.rejected_tokens)
     beta = _ratio(judge.margins, judge.margins_nats) if settings.scaled else 1.0
     return (chosen - rejected) * beta
@@ -288,6 +309,7 @@ def _voting(name: str, argument: str) -> Rule:
         f"pairs that {how_many} of the policies rank {'against' if against else 'with'} their label",
         "the label audit; confident learning, arXiv 1911.00068",
         score,
+        lambda settings: ("margins",),
         lambda values: values > 0.5,
     )
 
@@ -305,6 +327,7 @@ def _band(text: str, argument: str) -> Rule:
         f"pairs whose margin lies between {low:g} and {high:g}, the largest first",
         "the two tails left out, as arXiv 2502.14560 and 2508.04149 each argue for one of them",
         mean_margin,
+        _margin_columns,
         lambda values: (values >= low) & (values <= high),
     )
 
@@ -347,7 +370,7 @@ def _expression(text: str) -> Rule:
     def admits(values: Floats) -> NDArray[np.bool_]:
         return values == 1.0 if filters[-1] else np.ones(len(values), np.bool_)
 
-    return Rule(text, f"pairs by the expression {text}", "your own", score, admits, columns)
+    return Rule(text, f"pairs by the expression {text}", "your own", score, lambda settings: (), admits, columns)
 
 
 def _first_line(error: Exception) -> str:
@@ -362,32 +385,37 @@ _PLAIN: Mapping[str, Rule] = {
             "the largest margins: what the policies already rank clearly as labelled",
             "arXiv 2502.14560 (margin maximisation), implicit margin alone",
             mean_margin,
+            _margin_columns,
         ),
         Rule(
             "margin:low",
             "the smallest margins, wrongly ranked pairs first",
             "the signed implicit reward gap; compare arXiv 2508.04149",
             _low_margin,
+            _margin_columns,
         ),
         Rule(
             "difficulty",
             "the smallest gaps between the two implicit rewards, whichever is larger",
             "arXiv 2508.04149 (DPO implicit reward gap)",
             _difficulty,
+            _margin_columns,
         ),
         Rule(
             "dual",
             "large implicit and large outside margins together",
             "arXiv 2502.14560 (Bayesian aggregation of two margins; clipped here at the 1st and 99th percentile)",
             _dual,
+            _margin_columns,
         ),
         Rule(
             "on-policy",
             "answers that the policies are likely to write themselves",
             "arXiv 2406.11827 (WPO)",
             _on_policy,
+            lambda settings: (*LOGPS, *SQUARES),
         ),
-        Rule("random", "pairs by chance: the control", "none", _random),
+        Rule("random", "pairs by chance: the control", "none", _random, lambda settings: ()),
     )
 }
 
@@ -405,17 +433,29 @@ class Selection:
     rule: Rule
     scores: Floats
     ranks: NDArray[np.int64]
-    reasons: NDArray[np.object_]
+    reason_codes: NDArray[np.uint8]
     threshold: float | None = field(default=None)
 
     @property
+    def reasons(self) -> NDArray[np.str_]:
+        """The reason of each pair in words."""
+        return _REASONS[self.reason_codes]
+
+    @property
     def kept(self) -> NDArray[np.bool_]:
-        return np.asarray(self.reasons == Reason.KEPT, np.bool_)
+        return np.asarray(self.reason_codes == _code(Reason.KEPT), np.bool_)
 
     def counts(self) -> dict[str, int]:
         """How many pairs have each reason, in the order of Reason; reasons without pairs are left out."""
-        found = {str(reason): int((self.reasons == reason).sum()) for reason in Reason}
-        return {reason: count for reason, count in found.items() if count}
+        counts = np.bincount(self.reason_codes, minlength=len(_REASONS)).tolist()
+        return {str(reason): count for reason, count in zip(_REASONS, counts, strict=True) if count}
+
+
+_REASONS = np.array([str(reason) for reason in Reason])
+
+
+def _code(reason: Reason) -> int:
+    return list(Reason).index(reason)
 
 
 def select_pairs(candidates: Candidates, rule: Rule, settings: Settings) -> Selection:
@@ -427,21 +467,21 @@ def select_pairs(candidates: Candidates, rule: Rule, settings: Settings) -> Sele
     Raises ConfigError when fewer pairs are left than `keep` asks for.
     """
     scores = rule.score(candidates, settings)
-    reasons = np.full(len(candidates), Reason.BELOW_CUT, object)
-    reasons[~np.isfinite(scores)] = Reason.NO_VALUE
+    reasons = np.full(len(candidates), _code(Reason.BELOW_CUT), np.uint8)
+    reasons[~np.isfinite(scores)] = _code(Reason.NO_VALUE)
     if rule.admits is not None:
         with np.errstate(invalid="ignore"):
-            reasons[np.isfinite(scores) & ~rule.admits(scores)] = Reason.OUTSIDE_RULE
-    reasons[candidates.tied] = Reason.LABELLED_TIE
+            reasons[np.isfinite(scores) & ~rule.admits(scores)] = _code(Reason.OUTSIDE_RULE)
+    reasons[candidates.tied] = _code(Reason.LABELLED_TIE)
 
-    ranked, sizes = _in_order(candidates, scores, np.flatnonzero(reasons == Reason.BELOW_CUT), settings)
+    ranked, sizes = _in_order(candidates, scores, np.flatnonzero(reasons == _code(Reason.BELOW_CUT)), settings)
     if settings.duplicates is not None:
         first = _first_of_each(ranked[np.cumsum(sizes) - sizes], settings.duplicates)
-        reasons[ranked[~np.repeat(first, sizes)]] = Reason.DUPLICATE_PROMPT
+        reasons[ranked[~np.repeat(first, sizes)]] = _code(Reason.DUPLICATE_PROMPT)
         ranked, sizes = ranked[np.repeat(first, sizes)], sizes[first]
     count = len(ranked) if settings.keep is None else _prefix(sizes, settings.keep, rule, len(candidates))
     kept = ranked[:count]
-    reasons[kept] = Reason.KEPT
+    reasons[kept] = _code(Reason.KEPT)
     ranks = np.zeros(len(candidates), np.int64)
     ranks[ranked] = np.arange(1, len(ranked) + 1)
     return Selection(rule, scores, ranks, reasons, float(scores[kept].min()) if len(kept) else None)

@@ -91,6 +91,7 @@ def measures(candidates: Candidates, kept: Mask) -> dict[str, Any]:
     length_difference: tokens of the chosen answer minus those of the rejected one. suspect: pairs that every policy
     ranks against the label. saturated: pairs whose DPO weight is under SATURATED for every policy.
     closeness: mean log-prob per token of both answers (or the WPO alignment), the sum of the two sides.
+    effective_groups: the number of prompts, less where a few of them hold most pairs.
     """
     rows = np.flatnonzero(kept)
     clusters = candidates.prompts[rows]
@@ -106,6 +107,7 @@ def measures(candidates: Candidates, kept: Mask) -> dict[str, Any]:
         weight = np.stack([sigmoid(-judge.margins)[rows] for judge in candidates.judges])
     return {
         "kept": len(rows),
+        "effective_groups": effective_clusters(clusters),
         "accuracy": _share(np.mean(np.stack(right), axis=0), clusters),
         "margins_nats": _mean(np.mean(np.stack(margins), axis=0), clusters),
         "length_difference": _mean(candidates.length_difference[rows], clusters),
@@ -113,7 +115,7 @@ def measures(candidates: Candidates, kept: Mask) -> dict[str, Any]:
         "suspect": _share(_indicator(suspect > 0.5, suspect), clusters),
         "saturated": _share(_indicator(np.max(weight, axis=0) < SATURATED, weight[0]), clusters),
         "closeness": _mean(np.mean(np.stack(near), axis=0), clusters),
-        "subsets": _mix(candidates, rows, clusters),
+        "subsets": _mix(candidates, rows, effective_clusters(clusters)),
     }
 
 
@@ -137,14 +139,13 @@ def _stated(interval: Interval | None) -> dict[str, Any]:
     return {"value": interval.value, "ci95": None if interval.low is None else [interval.low, interval.high]}
 
 
-def _mix(candidates: Candidates, rows: NDArray[np.int64], clusters: NDArray[np.int64]) -> dict[str, dict[str, Any]]:
+def _mix(candidates: Candidates, rows: NDArray[np.int64], prompts: float) -> dict[str, dict[str, Any]]:
     """The share of each subset among some rows, largest first; nothing where the data has no subsets.
 
     Intervals are Wilson's at the effective number of prompts, since a prompt's pairs are of one subset.
     """
     counts = np.bincount(candidates.subsets[rows] + 1, minlength=len(candidates.subset_names) + 1)[1:].tolist()
     named = [(name, count / len(rows)) for name, count in zip(candidates.subset_names, counts, strict=True) if count]
-    prompts = effective_clusters(clusters)
     return {
         name: {"value": share, "ci95": list(wilson(share * prompts, prompts))}
         for name, share in sorted(named, key=lambda item: (-item[1], item[0]))
@@ -197,7 +198,8 @@ def _mix_says(own: Mapping[str, Any], whole: Mapping[str, Any]) -> list[str]:
     over = []
     for name, cell in own["subsets"].items():
         share, usual = cell["value"], whole["subsets"][name]["value"]
-        if share > OVER * usual and wilson(share * own["kept"], own["kept"], z)[0] > usual:
+        prompts = own["effective_groups"]
+        if share > OVER * usual and wilson(share * prompts, prompts, z)[0] > usual:
             over.append((share / usual, share, name))
     if not over:
         return []

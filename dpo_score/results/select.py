@@ -7,24 +7,26 @@ set of the kept pairs is written by `export/selected.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dpo_score.errors import ConfigError, UsageError, nearest
 from dpo_score.heap import return_memory
 from dpo_score.losses.ops import Floats
 from dpo_score.metrics.selection import (
+    EVERYTHING,
+    JUDGED,
+    REFERENCE,
+    SQUARES,
+    UNREAD,
     Candidates,
     Judge,
     Reason,
-    Rule,
     Selection,
     Settings,
     comparable_rules,
@@ -40,28 +42,12 @@ from dpo_score.storage.base import Store
 from dpo_score.storage.fingerprint import digest
 from dpo_score.storage.manifest import Manifest
 
-PAIR_COLUMNS = (
-    "row_id",
-    "dataset",
-    "source_file",
-    "source_row",
-    "pair_id",
-    "prompt_digest",
-    "subset",
-    "chosen_tokens",
-    "rejected_tokens",
-    "tied",
-    "ref_chosen_logps",
-    "ref_rejected_logps",
-)
+OF_THE_PAIR = ("row_id", "prompt_digest", "subset", "chosen_tokens", "rejected_tokens", "tied")
+"""Columns that every rule reads."""
 WHERE = ("row_id", "dataset", "source_file", "source_row", "pair_id", "subset")
 """Columns of the result that say where a row comes from."""
-AT_ONCE = 65_536
-"""Rows whose ids are parsed at a time."""
-FEW_TEXTS = ("dataset", "source_file")
-"""Texts that many rows share, held once each."""
-JUDGE_COLUMNS = ("margins_nats", "margins", "policy_chosen_logps", "policy_rejected_logps")
-SQUARES = ("policy_chosen_log_sum_sq_probs", "policy_rejected_log_sum_sq_probs")
+SHARED = frozenset((*OF_THE_PAIR, *WHERE, *REFERENCE, "id", "group_id"))
+"""Columns that are the same in the scores of all policies; of the others each policy has its own, POLICY.COLUMN."""
 OUT_OF_FOLD = "each pair is judged by the policy that did not train on its fold"
 MAYBE_TRAINED = "they may have trained on these pairs; --folds judges each pair by a policy that did not"
 
@@ -76,18 +62,22 @@ class Folds:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunRows:
-    """Every row of OUT. `pairs`: the scored ones, as the rules read them; `frame`: their columns, in the same order;
-    `rejects`: the others, with `code`; `identity`: digests of what OUT was computed from."""
+    """Every row of OUT.
+
+    `pairs`: the scored ones, as the rules read them, in the order of the data; `where`: their columns WHERE in pieces,
+    read from OUT each time it is called; `rejects`: the other rows, with `code`; `identity`: digests of what OUT was
+    computed from.
+    """
 
     pairs: Candidates
-    frame: pl.DataFrame
+    where: Callable[[], Iterator[pl.DataFrame]]
     rejects: pl.DataFrame
     policies: Sequence[str]
     identity: Mapping[str, Any]
 
     @property
     def rows(self) -> int:
-        return len(self.frame) + len(self.rejects)
+        return len(self.pairs) + len(self.rejects)
 
 
 def parse_keep(text: str | int | float | None, pairs: int) -> int | None:
@@ -128,60 +118,61 @@ def parse_score_columns(given: str | None) -> tuple[str, str] | None:
     return names[0], names[1]
 
 
-def read_run(out: str, policies: Sequence[str] | None, columns: Iterable[str], folds: Folds | None) -> RunRows:
+def read_run(
+    out: str, policies: Sequence[str] | None, reads: Sequence[str], named: Sequence[str], folds: Folds | None
+) -> RunRows:
     """The rows of a run, one element a pair, in the order of the data.
 
-    `policies`: names, or None for all; with folds, those that judge one. `columns`: what a rule reads besides; a
-    column that differs between policies is the mean over them, and NAME.COLUMN that of one. A policy that did not
-    score a pair leaves its values null. Raises UsageError, ConfigError.
+    `policies`: names, or None for all; with folds, those that judge one. `reads`: what rules read of each judge;
+    `named`: columns that the user named; one that differs between policies is the mean over them, and NAME.COLUMN that
+    of one. A policy that did not score a pair leaves its values null. Only these columns are held; where a row comes
+    from is read again, block by block, when it is written. Raises UsageError, ConfigError.
     """
     store, manifest = open_out(out)
     asked = policies if folds is None else tuple(dict.fromkeys(folds.policy_of.values()))
     names = chosen_names(store, manifest, ",".join(asked or ()), out)
-    wanted = dict.fromkeys((*columns, *([folds.column] if folds else [])))
-    frame = _joined(_tables(store, names, wanted, out))
-    judges = [_judge(frame, name) for name in names]
-    if folds is not None:
-        judges = [_out_of_fold(frame, judges, folds)]
-    frame = _with_means(frame, names, wanted)
-    pairs = _candidates(frame, judges)  # holds the numbers of the rules, and each prompt once
-    frame = frame.select(c for c in frame.columns if c in WHERE or c in wanted or _bare(c, names) in wanted)
-    pairs = replace(pairs, stored=frame)
+    named = list(dict.fromkeys((*named, *([folds.column] if folds else []))))
+    stored = list(dict.fromkeys(_bare(column, names) for column in named))
+    blocks = _blocks(store, names)
+    _check_stored(store, blocks, stored, out)
+    columns = dict.fromkeys((*OF_THE_PAIR, *reads, *stored))
+    read = (_read(store, block, columns) for block in blocks)
+    pairs = _candidates(pl.concat(read, how="diagonal_relaxed"), names, reads, named, folds)
+    rejects = _rejects(store, names, pairs.row_ids)
     return_memory()
-    return RunRows(pairs, frame, _rejects(store, names, frame), names, _identity(manifest, names))
+
+    def where() -> Iterator[pl.DataFrame]:
+        return (_read(store, block, WHERE) for block in blocks)
+
+    return RunRows(pairs, where, rejects, names, _identity(manifest, names))
 
 
-def _tables(store: Store, names: Sequence[str], wanted: Iterable[str], out: str) -> dict[str, pl.DataFrame]:
-    """The scores of each policy; what is true of a pair is read of the first one where all have the same rows."""
-    first = _scores(store, names[0], names, wanted, out, PAIR_COLUMNS)
-    found = {names[0]: first}
-    for name in names[1:]:
-        found[name] = _scores(store, name, names, wanted, out, ("row_id",))
-        if not found[name]["row_id"].equals(first["row_id"]):
-            found[name] = _scores(store, name, names, wanted, out, PAIR_COLUMNS)
-    return found
+def _blocks(store: Store, names: Sequence[str]) -> list[dict[str, str]]:
+    """The parts of each block by policy, in the order of the data."""
+    found: dict[str, dict[str, str]] = {}
+    for policy in names:
+        for part in parts(store, policy):
+            found.setdefault(part.rsplit("/", 1)[-1], {})[policy] = part
+    return [found[name] for name in sorted(found)]
 
 
-def _scores(
-    store: Store, policy: str, names: Sequence[str], wanted: Iterable[str], out: str, of_pairs: Sequence[str]
-) -> pl.DataFrame:
-    """The columns of one policy that are needed; those that are its own are named POLICY.COLUMN."""
-    found = []
-    for name in parts(store, policy):
-        with store.open_table(name) as file:
-            there = file.schema_arrow.names
-        own = [c for c in (*JUDGE_COLUMNS, *SQUARES) if c in there]
-        extra = [c for c in (_bare(c, names) for c in wanted) if c not in (*PAIR_COLUMNS, *own)]
-        _check_stored(extra, there, out)
-        kept = [c for c in (*of_pairs, *own, *dict.fromkeys(extra)) if c in there]
-        found.append(pl.DataFrame(pl.from_arrow(store.read_table(name, kept).replace_schema_metadata(None))))
-    frame = pl.concat(found, how="diagonal_relaxed")
-    few = [name for name in FEW_TEXTS if name in frame.columns and name not in wanted]
-    frame = frame.with_columns(pl.col(few).cast(pl.Categorical))
-    del found
-    return_memory()
-    shared = [*PAIR_COLUMNS, "id", "group_id"]
-    return frame.rename({name: f"{policy}.{name}" for name in frame.columns if name not in shared})
+def _check_stored(store: Store, blocks: Iterable[Mapping[str, str]], columns: Sequence[str], out: str) -> None:
+    """ConfigError for a column asked for by name that a part lacks: it says which option of `run` stores it."""
+    for part in (part for block in blocks for part in block.values()) if columns else ():
+        there = _column_names(store, part)
+        for column in columns:
+            if column not in there:
+                flag = "--stats wpo" if column in SQUARES else f"--keep-columns {column}"
+                raise ConfigError(
+                    f"{out} does not store the column {column!r}: {nearest(column, there)}; `dpo-score run … {flag}` "
+                    "stores it (the log-probs are in the cache, nothing is computed twice)"
+                )
+
+
+def _column_names(store: Store, part: str) -> list[str]:
+    with store.open_table(part) as file:
+        names: list[str] = file.schema_arrow.names
+    return names
 
 
 def _bare(column: str, names: Sequence[str]) -> str:
@@ -192,20 +183,30 @@ def _bare(column: str, names: Sequence[str]) -> str:
     return column
 
 
-def _check_stored(columns: Iterable[str], there: Sequence[str], out: str) -> None:
-    for column in columns:
-        if column not in there:
-            flag = "--stats wpo" if column in SQUARES else f"--keep-columns {column}"
-            raise ConfigError(
-                f"{out} does not store the column {column!r}: {nearest(column, there)}; `dpo-score run … {flag}` "
-                "stores it (the log-probs are in the cache, nothing is computed twice)"
-            )
+def _read(store: Store, block: Mapping[str, str], columns: Iterable[str]) -> pl.DataFrame:
+    """One block: a row a pair that any policy scored, in the order of the data. Columns that OUT lacks are left out.
+
+    What is true of a pair is read of the first policy, and of another one where it scored other rows.
+    """
+    tables: list[pl.DataFrame] = []
+    for policy, part in block.items():
+        own = ["row_id", *(name for name in columns if name not in SHARED)]
+        table = _table(store, part, own if tables else columns)
+        if tables and not table["row_id"].equals(tables[0]["row_id"]):
+            table = _table(store, part, columns)
+        tables.append(table.rename({name: f"{policy}.{name}" for name in table.columns if name not in SHARED}))
+    return _joined(tables)
 
 
-def _joined(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+def _table(store: Store, part: str, columns: Iterable[str]) -> pl.DataFrame:
+    there = _column_names(store, part)
+    table = store.read_table(part, [name for name in columns if name in there])
+    return pl.DataFrame(pl.from_arrow(table.replace_schema_metadata(None)))
+
+
+def _joined(tables: Sequence[pl.DataFrame]) -> pl.DataFrame:
     """One row a pair that any policy scored, in the order of the data."""
-    first, *others = tables.values()
-    frame = first
+    frame, *others = tables
     for table in others:
         if table["row_id"].equals(frame["row_id"]):
             frame = frame.hstack(table.select(name for name in table.columns if name not in frame.columns))
@@ -214,47 +215,71 @@ def _joined(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
         frame = frame.join(table, on="row_id", how="full", coalesce=True, suffix=" of another")
         frame = frame.with_columns(pl.coalesce(name, f"{name} of another").alias(name) for name in shared)
         frame = frame.drop(f"{name} of another" for name in shared)
-    places = pl.concat(_row_places(frame["row_id"].slice(start, AT_ONCE)) for start in range(0, len(frame), AT_ONCE))
-    order = places.with_row_index("row").sort(pl.exclude("row"), nulls_last=False, maintain_order=True)["row"]
-    return frame if order.is_sorted() else frame[order]  # a copy takes as much as the frame
+    place = pl.col("row_id").str.split(":").list  # data set, row, pair of the row
+    numbers = [place.get(i, null_on_oob=True).cast(pl.Int64, strict=False).alias(str(i)) for i in range(3)]
+    places = frame.select(numbers).with_row_index("row")
+    order = places.sort("0", "1", "2", nulls_last=False, maintain_order=True)["row"]
+    return frame if order.is_sorted() else frame[order]
 
 
-def _row_places(row_ids: pl.Series) -> pl.DataFrame:
-    """The numbers of each row_id, up to three: data set, row, pair of the row."""
-    place = pl.col("row_id").str.split(":").list
-    return row_ids.to_frame("row_id").select(
-        place.get(i, null_on_oob=True).cast(pl.Int64, strict=False).alias(str(i)) for i in range(3)
+def _candidates(
+    frame: pl.DataFrame, names: Sequence[str], reads: Sequence[str], named: Sequence[str], folds: Folds | None = None
+) -> Candidates:
+    """The pairs as arrays. `frame` has a policy's own columns as POLICY.COLUMN; `named` ones are kept as they are."""
+    stored = frame.select(c for c in frame.columns if c in named or _bare(c, names) in named)
+    key = "prompt_digest" if "prompt_digest" in frame.columns else "row_id"
+    prompts, prompt_keys = _places(frame[key].fill_null(""))
+    frame = frame.drop("prompt_digest", strict=False)  # memory
+    judges = [_judge(frame, name, reads) for name in names]
+    without = pl.Series([None], dtype=pl.String).new_from_index(0, len(frame))
+    subset = frame["subset"].cast(pl.String) if "subset" in frame.columns else without
+    subsets = subset.drop_nulls().unique().sort()
+    tied = frame["tied"].fill_null(False).cast(pl.Boolean).to_numpy() if "tied" in frame.columns else None
+    return Candidates(
+        row_ids=frame["row_id"],
+        prompts=prompts,
+        prompt_keys=prompt_keys,
+        subsets=subset.cast(pl.Enum(subsets)).to_physical().cast(pl.Int64).fill_null(-1).to_numpy(),
+        subset_names=subsets.to_list(),
+        chosen_tokens=_numbers(frame, "chosen_tokens"),
+        rejected_tokens=_numbers(frame, "rejected_tokens"),
+        tied=np.zeros(len(frame), np.bool_) if tied is None else tied,
+        judges=judges if folds is None else [_out_of_fold(stored, judges, folds)],
+        stored=_with_means(stored, names, named),
+        reference_chosen_logps=_numbers(frame, "ref_chosen_logps") if "ref_chosen_logps" in reads else None,
+        reference_rejected_logps=_numbers(frame, "ref_rejected_logps") if "ref_rejected_logps" in reads else None,
     )
 
 
-def _with_means(frame: pl.DataFrame, names: Sequence[str], wanted: Iterable[str]) -> pl.DataFrame:
-    """COLUMN beside every POLICY.COLUMN: the mean over policies of numbers, the first policy's value of others."""
-    for column in dict.fromkeys(c for c in wanted if c not in frame.columns):
-        own = [f"{name}.{column}" for name in names if f"{name}.{column}" in frame.columns]
-        if own:
-            numeric = all(frame[name].dtype.is_numeric() for name in own)
-            value = pl.mean_horizontal(own, ignore_nulls=False) if numeric else pl.coalesce(own)
-            frame = frame.with_columns(value.alias(column))
-    return frame
+def _judge(frame: pl.DataFrame, policy: str, reads: Sequence[str]) -> Judge:
+    values = [_numbers(frame, f"{policy}.{name}") if name in reads else UNREAD for name in JUDGED]
+    squares = [_numbers(frame, f"{policy}.{name}") if f"{policy}.{name}" in frame.columns else None for name in SQUARES]
+    return Judge(policy, *values, *squares)
 
 
 def _numbers(frame: pl.DataFrame, name: str) -> Floats:
+    """A column as float64, NaN for null, and for all where the frame has no such column."""
     if name not in frame.columns:
         return np.full(len(frame), np.nan)
     values: Floats = frame[name].cast(pl.Float64).fill_null(float("nan")).to_numpy()
     return values
 
 
-def _judge(frame: pl.DataFrame, policy: str) -> Judge:
-    values = [_numbers(frame, f"{policy}.{name}") for name in JUDGE_COLUMNS]
-    squares = [_numbers(frame, f"{policy}.{name}") if f"{policy}.{name}" in frame.columns else None for name in SQUARES]
-    return Judge(policy, *values, *squares)
+def _with_means(frame: pl.DataFrame, names: Sequence[str], named: Iterable[str]) -> pl.DataFrame:
+    """COLUMN beside every POLICY.COLUMN: the mean over policies of numbers, the first policy's value of others."""
+    for column in named:
+        own = [f"{name}.{column}" for name in names if f"{name}.{column}" in frame.columns]
+        if own and column not in frame.columns:
+            numeric = all(frame[name].dtype.is_numeric() for name in own)
+            value = pl.mean_horizontal(own, ignore_nulls=False) if numeric else pl.coalesce(own)
+            frame = frame.with_columns(value.alias(column))
+    return frame
 
 
 def _out_of_fold(frame: pl.DataFrame, judges: Sequence[Judge], folds: Folds) -> Judge:
     """One judge made of all: each pair has the values of the policy that its fold names. Raises UsageError."""
-    owner = next((c for c in (folds.column, f"{judges[0].name}.{folds.column}") if c in frame.columns), folds.column)
-    values = frame[owner].cast(pl.String)
+    own = [folds.column, *(f"{judge.name}.{folds.column}" for judge in judges)]
+    values = frame.select(pl.coalesce(name for name in own if name in frame.columns).cast(pl.String)).to_series()
     unknown = [fold for fold in values.unique().drop_nulls().sort().to_list() if fold not in folds.policy_of]
     if unknown or values.null_count():
         missing = f"fold {unknown[0]!r}" if unknown else "a null fold"
@@ -271,45 +296,20 @@ def _out_of_fold(frame: pl.DataFrame, judges: Sequence[Judge], folds: Folds) -> 
         columns = [getattr(judge, field) for judge in chosen]
         if any(column is None for column in columns):
             return None
-        return np.select(masks, columns, default=np.nan)
+        return UNREAD if any(column is UNREAD for column in columns) else np.select(masks, columns, default=np.nan)
 
     fields = ("margins_nats", "margins", "chosen_logps", "rejected_logps")
     squares = ("chosen_log_sum_sq_probs", "rejected_log_sum_sq_probs")
     return Judge("out of fold", *(mixed(field) for field in (*fields, *squares)))
 
 
-def _candidates(frame: pl.DataFrame, judges: Sequence[Judge]) -> Candidates:
-    tied = frame["tied"].fill_null(False).cast(pl.Boolean).to_numpy() if "tied" in frame.columns else None
-    keys = frame["prompt_digest" if "prompt_digest" in frame.columns else "row_id"]
-    prompts, prompt_keys = _places(keys.cast(pl.String).fill_null(""))
-    without = pl.Series([None], dtype=pl.String).new_from_index(0, len(frame))
-    subsets, subset_names = _places(frame["subset"] if "subset" in frame.columns else without)
-    return Candidates(
-        row_ids=frame["row_id"],
-        prompts=prompts,
-        prompt_keys=prompt_keys,
-        subsets=subsets,
-        subset_names=subset_names.to_list(),
-        chosen_tokens=_numbers(frame, "chosen_tokens"),
-        rejected_tokens=_numbers(frame, "rejected_tokens"),
-        tied=np.zeros(len(frame), np.bool_) if tied is None else tied.astype(np.bool_),
-        judges=judges,
-        stored=frame,
-        reference_chosen_logps=_numbers(frame, "ref_chosen_logps"),
-    )
+def _places(texts: pl.Series) -> tuple[NDArray[np.int64], pl.Series]:
+    """Each text's place among the different texts in order; and these texts."""
+    places = texts.rank("dense").cast(pl.Int64).to_numpy() - 1
+    return places, texts[np.unique(places, return_index=True)[1]]
 
 
-def _places(column: pl.Series) -> tuple[NDArray[np.int64], pl.Series]:
-    """Each text's place among the different texts in order, −1 for null; and these texts."""
-    codes = pc.dictionary_encode(column.cast(pl.String).to_arrow())
-    order = pc.sort_indices(codes.dictionary).to_numpy()
-    place = np.empty(len(order) + 1, np.int64)
-    place[order], place[-1] = np.arange(len(order)), -1
-    rows = pc.fill_null(codes.indices, len(order)).to_numpy(zero_copy_only=False)
-    return place[rows], pl.Series(codes.dictionary.take(pa.array(order)), dtype=pl.String)
-
-
-def _rejects(store: Store, names: Sequence[str], frame: pl.DataFrame) -> pl.DataFrame:
+def _rejects(store: Store, names: Sequence[str], scored: Sequence[str] | pl.Series) -> pl.DataFrame:
     """The rows of OUT that none of these policies scored, one line each, with the code."""
     columns = ["row_id", "dataset", "source_file", "source_row", "code"]
     kinds = ("data", "reference", *names)
@@ -320,7 +320,7 @@ def _rejects(store: Store, names: Sequence[str], frame: pl.DataFrame) -> pl.Data
     if not tables:
         return pl.DataFrame(schema=dict.fromkeys(columns, pl.String)).with_columns(pl.col("source_row").cast(pl.Int64))
     found = pl.concat(tables).unique("row_id", keep="first", maintain_order=True)
-    return found.join(frame.select("row_id"), on="row_id", how="anti", maintain_order="left")
+    return found.join(pl.DataFrame({"row_id": scored}), on="row_id", how="anti", maintain_order="left")
 
 
 def _identity(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
@@ -336,23 +336,30 @@ def _identity(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
 # --- what comes out ---------------------------------------------------------------------------------------------------
 
 
-def selection_frame(run: RunRows, selection: Selection) -> pl.DataFrame:
-    """One row for every row of OUT: row_id, where it comes from, select_score, select_rank, kept, reason, code."""
-    where = [c for c in WHERE if c in run.frame.columns]
-    words = {reason: str(reason) for reason in Reason}
-    texts = [pl.col(name).cast(pl.String) for name in FEW_TEXTS if name in where]
-    scored = run.frame.select(where).with_columns(
-        *texts,
-        pl.Series("select_score", selection.scores, nan_to_null=True),
-        pl.Series("select_rank", np.where(selection.ranks > 0, selection.ranks, -1)).replace(-1, None),
-        pl.Series("kept", selection.kept),
-        pl.Series("reason", [words[reason] for reason in selection.reasons]),
-        pl.lit(None, pl.String).alias("code"),
-    )
-    others = run.rejects.with_columns(
-        pl.lit(False).alias("kept"), pl.lit(str(Reason.NOT_SCORED)).alias("reason"), pl.col("code").cast(pl.String)
-    )
-    return pl.concat([scored, others], how="diagonal_relaxed")
+def selection_frames(run: RunRows, selection: Selection) -> Iterator[pl.DataFrame]:
+    """One row for every row of OUT: row_id, where it comes from, select_score, select_rank, kept, reason, code.
+
+    The scored rows come in the order of the data, in pieces; the others follow.
+    """
+    start = 0
+    for where in run.where():
+        piece = slice(start, start + len(where))
+        start = piece.stop
+        yield where.with_columns(
+            pl.Series("select_score", selection.scores[piece], nan_to_null=True),
+            pl.Series("select_rank", selection.ranks[piece]).replace(0, None),
+            pl.Series("kept", selection.kept[piece]),
+            pl.Series("reason", selection.reasons[piece].tolist(), pl.String),
+            pl.lit(None, pl.String).alias("code"),
+        )
+    if len(run.rejects):
+        yield run.rejects.with_columns(
+            pl.lit(None, pl.Float64).alias("select_score"),
+            pl.lit(None, pl.Int64).alias("select_rank"),
+            pl.lit(False).alias("kept"),
+            pl.lit(str(Reason.NOT_SCORED)).alias("reason"),
+            pl.col("code").cast(pl.String),
+        )
 
 
 def summary(run: RunRows, selection: Selection, settings: Settings, folds: Folds | None) -> dict[str, Any]:
@@ -404,10 +411,20 @@ class Request:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Selected:
-    """The outcome of one rule. `frame`: one row for every row of OUT (`selection_frame`); `summary`: selection.json."""
+    """The outcome of one rule. `summary`: selection.json."""
 
-    frame: pl.DataFrame
+    run: RunRows
+    selection: Selection
     summary: Mapping[str, Any]
+
+    def frames(self) -> Iterator[pl.DataFrame]:
+        """`selection_frames`, for what needs no more than one piece at a time."""
+        return selection_frames(self.run, self.selection)
+
+    @property
+    def frame(self) -> pl.DataFrame:
+        """One row for every row of OUT."""
+        return pl.concat(self.frames(), how="diagonal_relaxed")
 
     def __repr__(self) -> str:
         counts = self.summary["counts"]
@@ -417,25 +434,25 @@ class Selected:
 def select(source: str | pl.DataFrame, request: Request) -> Selected:
     """Apply one rule to a run, or to a frame of score columns. Raises UsageError, ConfigError."""
     rule = parse_rule(request.rule)
-    run = _rows(source, request, rule)
-    settings = settings_of(request, run, source)
-    if settings.keep is None and not rule.is_filter:
+    if request.keep is None and not rule.is_filter and not rule.columns:
         raise ConfigError(f"--rule {rule.name} puts pairs in order: say how many to keep (--keep 10%, or a number)")
+    run = _rows(source, request, rule.reads(settings_of(request)), rule.columns)
+    settings = _settled(request, run, source)
     selection = select_pairs(run.pairs, rule, settings)
-    return Selected(selection_frame(run, selection), summary(run, selection, settings, request.folds))
+    return Selected(run, selection, summary(run, selection, settings, request.folds))
 
 
 def compare(source: str | pl.DataFrame, request: Request) -> dict[str, Any]:
     """`--rule all`: every rule on the same pairs, and how near the pairs lie to each policy. Raises as `select`."""
-    run = _rows(source, request, None)
     if request.keep is None:
         raise ConfigError("--rule all compares sets of one size: say how many each keeps (--keep 10%, or a number)")
-    settings = settings_of(request, run, source)
+    run = _rows(source, request, EVERYTHING)
+    settings = _settled(request, run, source)
     found = compare_rules(run.pairs, comparable_rules(run.pairs, settings), settings)
     return {
         "keep": settings.keep,
         "rows": run.rows,
-        "scored": len(run.frame),
+        "scored": len(run.pairs),
         "policies": list(run.policies),
         "judged": MAYBE_TRAINED if request.folds is None else OUT_OF_FOLD,
         **found,
@@ -444,24 +461,31 @@ def compare(source: str | pl.DataFrame, request: Request) -> dict[str, Any]:
     }
 
 
-def _rows(source: str | pl.DataFrame, request: Request, rule: Rule | None) -> RunRows:
-    columns = [*(rule.columns if rule else ()), *(request.score_columns or ())]
+def _rows(source: str | pl.DataFrame, request: Request, reads: Sequence[str], named: Sequence[str] = ()) -> RunRows:
+    named = (*named, *(request.score_columns or ()))
     if isinstance(source, str):
-        return read_run(source, request.policies, columns, request.folds)
-    return from_frame(source, request.policies, columns, request.folds)
+        return read_run(source, request.policies, reads, named, request.folds)
+    return from_frame(source, request.policies, named, request.folds)
 
 
-def settings_of(request: Request, run: RunRows, source: str | pl.DataFrame) -> Settings:
-    """The typed settings of a request; near-duplicates of prompts are looked for here, when they are asked for."""
+def settings_of(request: Request) -> Settings:
+    """How rules are applied, as far as it is known before the pairs are read."""
     return Settings(
-        keep=parse_keep(request.keep, len(run.frame)),
         per_token=request.per_token,
         scaled=request.scaled,
         by_subset=request.by_subset,
         length_match=request.length_match,
         score_columns=request.score_columns,
-        duplicates=duplicate_keys(run, source) if request.dedupe else None,
         seed=request.seed,
+    )
+
+
+def _settled(request: Request, run: RunRows, source: str | pl.DataFrame) -> Settings:
+    """`settings_of` with the number to keep, and the near-duplicates of prompts where they are asked for."""
+    return replace(
+        settings_of(request),
+        keep=parse_keep(request.keep, len(run.pairs)),
+        duplicates=duplicate_keys(run, source) if request.dedupe else None,
     )
 
 
@@ -486,7 +510,7 @@ def duplicate_keys(run: RunRows, source: str | pl.DataFrame) -> list[str]:
 
 
 def from_frame(
-    frame: pl.DataFrame, policies: Sequence[str] | None, columns: Iterable[str], folds: Folds | None
+    frame: pl.DataFrame, policies: Sequence[str] | None, named: Sequence[str], folds: Folds | None
 ) -> RunRows:
     """A frame of score columns, as `dpo_score.score` returns it: one policy, or several named by a column `policy`."""
     if folds is not None:
@@ -502,16 +526,15 @@ def from_frame(
         own = frame.filter(pl.col("policy") == name).drop("policy") if several else frame
         if "row_id" not in own.columns:
             own = own.with_row_index("row_id").with_columns(pl.format("0:{}", "row_id").alias("row_id"))
-        for needed in JUDGE_COLUMNS:
+        for needed in JUDGED:
             if needed not in own.columns:
                 raise UsageError(
                     f"the frame has no column {needed!r}: give score columns, as dpo_score.score returns them"
                 )
-        shared = [*PAIR_COLUMNS, "id", "group_id"]
-        tables[name] = own.rename({c: f"{name}.{c}" for c in own.columns if c not in shared})
+        tables[name] = own.rename({c: f"{name}.{c}" for c in own.columns if c not in SHARED})
+    joined = _joined(list(tables.values()))
     scored = pl.col(f"{names[0]}.policy_chosen_logps").is_not_null()
-    joined = _joined(tables)
     rejects = joined.filter(~scored).select("row_id", pl.lit(None, pl.String).alias("code"))
-    joined = _with_means(joined.filter(scored), names, columns)
-    judges = [_judge(joined, name) for name in names]
-    return RunRows(_candidates(joined, judges), joined, rejects, names, {})
+    joined = joined.filter(scored)
+    where = joined.select(name for name in WHERE if name in joined.columns)
+    return RunRows(_candidates(joined, names, EVERYTHING, named), lambda: iter([where]), rejects, names, {})

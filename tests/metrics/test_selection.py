@@ -41,8 +41,6 @@ def pairs(margins: Any = MARGINS, *more: Any, **changes: Any) -> Candidates:
             "score_chosen": outside,
             "score_rejected": np.zeros(count),
             "margins": 0.1 * np.array(margins, np.float64),
-            "ref_chosen_logps": np.full(count, -5.0),
-            "ref_rejected_logps": np.full(count, -5.0),
         }
     )
     found = Candidates(
@@ -57,6 +55,7 @@ def pairs(margins: Any = MARGINS, *more: Any, **changes: Any) -> Candidates:
         judges=judges,
         stored=stored,
         reference_chosen_logps=np.full(count, -5.0),
+        reference_rejected_logps=np.full(count, -5.0),
     )
     return replace(found, **changes)
 
@@ -266,6 +265,23 @@ def test_rules_are_compared_on_the_same_pairs() -> None:
     low, high = found["all"]["subsets"]["a"]["ci95"]
     prompts = len(set(candidates.prompts.tolist()))
     assert (low, high) == pytest.approx(wilson(prompts / 2, prompts))
+
+
+def test_many_pairs_of_few_prompts_are_no_evidence_of_another_mix() -> None:
+    """The kept pairs are all of subset a: of sixty prompts, or of three with twenty pairs each."""
+    margins = np.r_[np.arange(200.0, 140.0, -1.0), np.arange(140.0)]
+    subsets = np.r_[np.zeros(60, np.int64), np.arange(140) % 2]
+    of_few = np.r_[np.arange(60) // 20, np.arange(3, 143)]
+    keys = [f"prompt {i}" for i in range(143)]
+    alone = pairs(margins, subsets=subsets)
+    together = pairs(margins, subsets=subsets, prompts=of_few, prompt_keys=keys)
+    (many,), (few,) = (
+        compare_rules(p, [parse_rule("margin:high")], Settings(keep=60))["rules"] for p in (alone, together)
+    )
+    assert many["subsets"]["a"]["value"] == few["subsets"]["a"]["value"] == 1.0
+    assert (many["effective_groups"], few["effective_groups"]) == (60, 3)
+    assert "more of a" in many["teaches"].lower()
+    assert "more of a" not in few["teaches"].lower()
 
 
 def test_on_policy_diagnosis_by_hand() -> None:

@@ -59,6 +59,22 @@ def test_scores_are_the_mean_margin_of_the_policies(out: str) -> None:
     assert set(joined.sort("mean", descending=True)["row_id"][:10]) == set(joined.filter("kept")["row_id"])
 
 
+RULES = ["margin:high", "margin:low", "difficulty", "on-policy", "random", "agree", "suspect=1", "margin:band=-1,1"]
+
+
+@pytest.mark.parametrize("rule", [*RULES, "margins_nats - chosen_tokens"])
+@pytest.mark.parametrize("how", [{}, {"per_token": True}, {"scaled": True}, {"per_token": True, "scaled": True}])
+def test_a_rule_reads_all_that_it_computes_with(out: str, rule: str, how: dict[str, bool]) -> None:
+    """From a folder only what a rule says that it reads is read; a frame has everything."""
+    both = pl.concat(scores(out, name).with_columns(policy=pl.lit(name)) for name in ("better", "worse"))
+    keep = None if rule.startswith(("agree", "suspect", "margin:band")) else 10
+    request = Request(rule, keep, length_match=bool(how), by_subset=True, **how)
+    columns = ["row_id", "select_score", "select_rank", "kept", "reason"]
+    found = select(out, request).frame.filter(pl.col("code").is_null()).select(columns)
+    assert found.equals(select(both, request).frame.select(columns))
+    assert found["select_score"].null_count() == 0
+
+
 def test_each_pair_is_judged_by_the_policy_of_its_fold(out: str) -> None:
     found = select(out, Request("margin:low", 5, folds=Folds("fold", {"0": "better", "1": "worse"})))
     own = {name: dict(scores(out, name).select("row_id", "margins_nats").iter_rows()) for name in ("better", "worse")}
