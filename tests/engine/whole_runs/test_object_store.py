@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import s3fs
 from dpo_score.config.load import load_config
 from dpo_score.engine import run as local
 from dpo_score.engine.executors import choose as engines
-from dpo_score.engine.executors import job_array as shares
+from dpo_score.engine.executors import job_array
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import DataError, StorageError
 from dpo_score.results.verify.verify import verify
@@ -68,11 +69,11 @@ class Place:
         given = {"data": [data], "out": self.out, "cache_dir": self.cache, "threads": 1, **models, **options}
         return load_config(None, given, environment={})
 
-    def start(self, *more: str) -> subprocess.Popen[str]:
-        """The command in a process of its own."""
+    def start(self, *more: str, within: Sequence[str] = ()) -> subprocess.Popen[str]:
+        """The command in a process of its own, `within` another command that starts it."""
         words = ["--data", DATA, "--reference", self.models["reference"], "--policy", f"better={self.models['better']}"]
         words += ["--out", self.out, "--cache-dir", self.cache, "--threads", "1", *more]
-        command = [sys.executable, "-m", "dpo_score", "run", *map(str, words)]
+        command = [*within, sys.executable, "-m", "dpo_score", "run", *map(str, words)]
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def kill(self, at: str, number: int, *more: str) -> None:
@@ -126,7 +127,7 @@ def test_a_share_killed_in_the_middle(place: Place, golden: dict[str, bytes]) ->
     place.kill("/commits/reference/", 1, "--blocks", "0/2")
     for share in ("1/2", "0/2"):
         engines.run(place.config(blocks=share), QUIET)
-    shares.finish(place.out, QUIET)
+    job_array.finish(place.out, QUIET)
     assert place.contents() == golden
     verify(place.out).raise_damage()
 
@@ -140,6 +141,46 @@ def test_the_driver_of_a_ray_cluster_killed(place: Place, golden: dict[str, byte
     assert place.contents() == golden
     verify(place.out).raise_damage()
     assert not [each for each in psutil.process_iter(["cmdline"]) if place.out in " ".join(each.info["cmdline"] or ())]
+
+
+CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc")
+"""As in a container, the process is number 1 there, and its host has the name of the others'."""
+
+
+containers = pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run([*CONTAINER, "true"], capture_output=True).returncode != 0,
+    reason="this machine allows no new PID namespace",
+)
+
+
+@containers
+def test_containers_of_one_host_name_share_a_cache_and_a_folder(place: Place, golden: dict[str, bytes]) -> None:
+    """Two runs of one folder, and one of another folder with the same cache, all at once and each process 1 of its own.
+
+    The lease of the first is not taken for that of a dead process of the second's machine: it is refused. What the
+    third finds in the cache are whole values.
+    """
+    other = Place(place.server, "another-folder", place.models)
+    other.cache = place.cache
+    started = [each.start(within=CONTAINER) for each in (place, place, other)]
+    said = [process.communicate(timeout=300)[0] for process in started]
+    codes = [process.returncode for process in started]
+    assert codes[2] == 0, said[2]
+    assert sorted(codes[:2]) == [0, 2], said
+    assert "is in use by another run (pid 1 on host" in " ".join(said[codes.index(2)].split())
+    for each in (place, other):
+        assert each.contents() == golden
+        verify(each.out).raise_damage()
+
+
+@containers
+@pytest.mark.skipif(os.environ.get("DPO_SCORE_CRASH") != "full", reason="whole runs in containers are tested each")
+def test_containers_of_one_host_name_take_shares_of_a_folder(place: Place, golden: dict[str, bytes]) -> None:
+    halves = [place.start("--blocks", half, within=CONTAINER) for half in ("0/2", "1/2")]
+    said = [half.communicate(timeout=300)[0] for half in halves]
+    assert [half.returncode for half in halves] == [0, 0], said
+    job_array.finish(place.out, QUIET)
+    assert place.contents() == golden
 
 
 # requests that fail
