@@ -25,12 +25,14 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as one, socket.socket() as other:
+        for free in (one, other):
+            free.bind(("127.0.0.1", 0))
+        port, agent = (free.getsockname()[1] for free in (one, other))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     arguments = {"num_cpus": 2, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
-    cluster = Cluster(initialize_head=True, head_node_args=arguments)
+    # The agent that takes jobs has one port of the whole machine by default: beside another cluster it has none.
+    cluster = Cluster(initialize_head=True, head_node_args=arguments | {"dashboard_agent_listen_port": agent})
     yield f"http://127.0.0.1:{port}"
     cluster.shutdown()
 
