@@ -60,23 +60,23 @@ class PicturePath:
         return self.text.forwards + self._whole.forwards + shared
 
     def plan(self, sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
-        """Indices by pack, texts first. Reads the files of the pictures in the order in which they will be needed."""
+        """Indices by pack, texts first. The files of the pictures are read, and their inputs begun, in this order."""
         texts = [i for i, s in enumerate(sequences) if s.media is None]
         packs = [tuple(texts[i] for i in pack) for pack in self.text.plan([sequences[i] for i in texts])]
         others = [i for i, s in enumerate(sequences) if s.media is not None]
         seen: list[tuple[int, ...]] = [(i,) for i in others]
+        prompts = others
         if self._shared is not None:
             seen = [tuple(others[i] for i in p) for p in self._shared.plan([sequences[i] for i in others])]
-        self.pictures.fetch([media for pack in seen for i in pack if (media := sequences[i].media) is not None])
+            prompts = [p[group[0]] for p in seen for group in packing.prompt_groups([sequences[i] for i in p])]
+        self.pictures.fetch([media for i in prompts if (media := sequences[i].media) is not None])
         return packs + seen
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """The files of pictures that were read are forgotten at the end."""
-        try:
+        """Inputs of pictures are made ahead, and what was read is forgotten at the end."""
+        with self.pictures.preparing():
             yield
-        finally:
-            self.pictures.drop()
 
     def compute(self, sequences: Sequence[TokenSequence]) -> list[Values]:
         """One pack: the values of every sequence, in order."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -96,6 +98,10 @@ class PictureProcessor:
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
 
 
+AHEAD = 4
+"""Prompts whose pictures are decoded and resized while those before them are computed with."""
+
+
 class PictureInputs:
     """The inputs of prompts with pictures. Bytes are read for the sequences of a block and dropped after it."""
 
@@ -103,21 +109,52 @@ class PictureInputs:
         self.processor = processor
         self._bytes: dict[str, bytes] = {}
         self._made: dict[str, bytes] = {}
+        self._threads: ThreadPoolExecutor | None = None
+        self._coming: deque[Media] = deque()
+        self._prepared: deque[tuple[Media, Future[dict[str, Any]]]] = deque()
 
-    def fetch(self, media: Iterable[Media]) -> None:
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Inside, the inputs of prompts that were fetched are made ahead of `of` by threads, in the order in which they
+        will be asked for; at the end what was read is forgotten."""
+        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="pictures") as self._threads:
+            try:
+                yield
+            finally:
+                self._threads.shutdown(cancel_futures=True)
+                self._threads = None
+                self._coming.clear()
+                self._prepared.clear()
+                self._bytes.clear()
+
+    def fetch(self, media: Sequence[Media]) -> None:
         """Read the bytes of all pictures, one pass over each file. Raises DataError where they changed."""
         known = self._bytes.keys() | self._made.keys()
         missing = [p for one in media for p in one.pictures if p.sha256 not in known]
         self._bytes |= read_again(missing)
-
-    def drop(self) -> None:
-        """Forget what was read."""
-        self._bytes.clear()
+        self._coming = deque(media)
+        self._prepare()
 
     def of(self, media: Media) -> dict[str, Any]:
-        """Tensors by name for the pictures of one prompt."""
-        self.fetch([media])
-        held = {**self._made, **self._bytes}
+        """Tensors by name for the pictures of one prompt. One that is not the next of those fetched is made here."""
+        found = next((place for place, (other, _) in enumerate(self._prepared) if other == media), None)
+        if found is None:
+            return self._inputs(media)
+        for _ in range(found):
+            self._prepared.popleft()
+        _, future = self._prepared.popleft()
+        self._prepare()
+        return future.result()
+
+    def _prepare(self) -> None:
+        while self._threads is not None and self._coming and len(self._prepared) < AHEAD:
+            media = self._coming.popleft()
+            self._prepared.append((media, self._threads.submit(self._inputs, media)))
+
+    def _inputs(self, media: Media) -> dict[str, Any]:
+        known = self._made | self._bytes
+        missing = [picture for picture in media.pictures if picture.sha256 not in known]
+        held = known | read_again(missing)
         return self.processor.inputs([decoded(held[picture.sha256]) for picture in media.pictures])
 
     def made(self, images: Sequence[Any]) -> Media:

@@ -18,6 +18,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from dpo_score.config.schema import ComputeSpec, DataSpec, TextSpec
 from dpo_score.data.dataset import open_datasets, read_pairs
 from dpo_score.data.types import EncodedPair, Pair, TokenSequence
+from dpo_score.errors import ModelError
 from dpo_score.logprobs import pictures
 from dpo_score.logprobs.numerics import resolve_numerics
 from dpo_score.logprobs.pictures import PicturePath, PromptStates, SharedPictures
@@ -25,7 +26,7 @@ from dpo_score.logprobs.scorer import PairScorer, make_path
 from dpo_score.logprobs.self_check import check_model
 from dpo_score.logprobs.types import SequenceLogps
 from dpo_score.models.numerics import Numerics
-from dpo_score.tokenization.pictures import PictureInputs, load_processor
+from dpo_score.tokenization.pictures import AHEAD, PictureInputs, load_processor
 from dpo_score.tokenization.render import Renderer
 from tests.vision import FAMILIES, encoded, picture, save_vision, write_pairs
 
@@ -100,10 +101,54 @@ def test_packs_give_the_values_of_the_wrapper_and_the_tower_sees_each_prompt_onc
     shared = make_path(case.model, case.numerics(), pictures=case.inputs)
     assert isinstance(shared, PicturePath)
     assert isinstance(shared._shared, SharedPictures)
-    for one, other in zip(through(plain, sequences), through(shared, sequences), strict=True):
+    with shared.session():
+        packed = through(shared, sequences)
+    for one, other in zip(through(plain, sequences), packed, strict=True):
         np.testing.assert_allclose(other, one, atol=5e-6)
     assert shared._shared.prompts_seen == len(FILES)
     assert shared.forwards == 2  # one pack of texts, one of prompts with pictures
+
+
+def test_inputs_are_made_ahead_in_the_order_of_the_packs(setting: Callable[[str], Setting]) -> None:
+    """A prompt that is asked for out of turn is made there and then; at most AHEAD wait; nothing is held afterwards."""
+    inputs = PictureInputs(setting("llava").inputs.processor)
+    media = [inputs.made([Image.new("RGB", (20 + i, 20), (i, 0, 0))]) for i in range(3 * AHEAD)]
+    alone = [inputs.of(one) for one in media]
+
+    def same(place: int) -> bool:
+        found = inputs.of(media[place])
+        return all(torch.equal(found[name], value) for name, value in alone[place].items())
+
+    with inputs.preparing():
+        inputs.fetch(media)
+        begun = [one for one, _ in inputs._prepared]
+        assert begun == media[:AHEAD]
+        assert same(0)
+        assert same(0)  # again, as after a pack that did not fit
+        assert [one for one, _ in inputs._prepared] == media[1 : AHEAD + 1]
+        assert same(2)
+        assert [one for one, _ in inputs._prepared] == media[3 : AHEAD + 3]
+        assert all(same(place) for place in range(3, len(media)))
+        assert not inputs._prepared
+        inputs.fetch(media)
+    assert not inputs._prepared
+    assert same(1)
+
+
+def test_what_goes_wrong_ahead_is_said_where_the_inputs_are_asked_for(
+    setting: Callable[[str], Setting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = PictureInputs(setting("llava").inputs.processor)
+    media = inputs.made([Image.new("RGB", (20, 20))])
+
+    def refuse(*_: Any) -> Any:
+        raise ModelError("the processor takes no such picture")
+
+    monkeypatch.setattr(type(inputs.processor), "inputs", refuse)
+    with inputs.preparing():
+        inputs.fetch([media])
+        with pytest.raises(ModelError, match="takes no such picture"):
+            inputs.of(media)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
