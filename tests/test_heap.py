@@ -6,6 +6,10 @@ ever allocated in it, so no test counts them.
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
+
 import pytest
 
 from dpo_score import heap
@@ -52,3 +56,11 @@ def test_where_there_is_no_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(heap, "glibc", lambda: None)
     with heap.host_memory_kept() as nothing:
         assert nothing is None
+
+
+def test_the_command_looks_for_dead_cycles_rarely_and_the_package_leaves_the_caller_alone() -> None:
+    look = "import gc, sys; before = gc.get_threshold(); import dpo_score; assert gc.get_threshold() == before; "
+    look += "from dpo_score.cli.main import main\ntry: main(['--version'])\nexcept SystemExit: pass\n"
+    look += "assert gc.get_threshold()[0] == 50_000; assert 'pyarrow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", look], check=True, capture_output=True)
+    assert gc.isenabled()

@@ -28,6 +28,7 @@ from dpo_score.cli.options import help_of
 from dpo_score.config.hints import option_meant
 from dpo_score.errors import DpoScoreError
 from dpo_score.escape import make_encodable, safe
+from dpo_score.heap import collect_garbage_rarely
 
 RUNTIME = {
     # on a shared machine, threads that spin while they wait cost a factor of ten
@@ -155,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in RUNTIME.items():
         if OLDER_NAMES.get(name, name) not in os.environ:
             os.environ.setdefault(name, value)
+    collect_garbage_rarely()
     make_encodable()
     arguments = [_dashed(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     try:

@@ -32,6 +32,7 @@ from dpo_score.engine.block_inputs import BlockText, TextPlan, encoded_block
 from dpo_score.engine.progress import Progress
 from dpo_score.engine.threads import prefetch
 from dpo_score.errors import DpoScoreError, TextProcessError
+from dpo_score.heap import collect_garbage_rarely
 
 RUN_ROWS = 2048
 """Rows of the consecutive blocks that a process is given at once: it reads a file on from where it is."""
@@ -186,6 +187,7 @@ def _unpacked(block: int, start: int, stop: int, table: bytes, rejected: Any) ->
 def main() -> None:
     """Encode what standard input asks for until it ends; standard output carries frames and nothing else."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one decides when to stop
+    collect_garbage_rarely()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     requests = sys.stdin.buffer
