@@ -79,9 +79,10 @@ def side_limits(config: Mapping[str, Any]) -> SideLimits:
 
 
 def text_limits(config: Mapping[str, Any], max_length: int | None = None) -> int | SideLimits | None:
-    """What a renderer has to keep to for a model with this configuration: one limit, or one for each side.
+    """The most tokens that a model with this configuration is given: of a row, or of each side.
 
-    A longer `max_length` that is asked for by name counts where the model can compute it (`length_warning`).
+    What it is made for; a longer `max_length` that is asked for by name where it can compute that (`length_warning`).
+    How long rows are then is `limit_of_rows` in tokenization/truncation.py.
     """
     if config.get("is_encoder_decoder"):
         return side_limits(config)

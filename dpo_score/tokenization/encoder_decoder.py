@@ -16,10 +16,9 @@ from typing import Any
 
 from dpo_score.config.schema import TextSpec
 from dpo_score.data.types import EncodedPair, Pair, Problem, TokenIds
-from dpo_score.errors import ConfigError
 from dpo_score.tokenization import flags as marks
 from dpo_score.tokenization.render import Part, PartIds, Rendered, Renderer
-from dpo_score.tokenization.truncation import SideLimits, cut_apart
+from dpo_score.tokenization.truncation import SideLimits, cut_apart, limits_of_sides
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class EncoderDecoderRenderer(Renderer):
     def __init__(self, tokenizer: Any, text: TextSpec, own: SideLimits) -> None:
         super().__init__(tokenizer, text)
         self._eos = None  # the tokenizer ends each text: an end that the text spells out is one too many
-        self.limits = _limits(text, own)
+        self.limits = limits_of_sides(text.max_length, own)
         known = [limit for limit in (self.limits.prompt, self.limits.answer) if limit is not None]
         self.limit = max(known, default=None)
 
@@ -64,16 +63,3 @@ class EncoderDecoderRenderer(Renderer):
 
     def _within(self, tokens: TokenIds) -> TokenIds | Problem:
         return cut_apart(tokens, self.limits, self.text.truncation)
-
-
-def _limits(text: TextSpec, own: SideLimits) -> SideLimits:
-    """--max-length for prompt and answer alike, each within the model's own."""
-    asked = text.max_length
-    if asked is None:
-        return own
-    if own.prompt is not None and own.answer is not None and asked > max(own.prompt, own.answer):
-        raise ConfigError(
-            f"--max-length {asked} is more than the model's own limits: {own.prompt} tokens of a prompt, {own.answer} "
-            "of an answer"
-        )
-    return SideLimits(min(asked, own.prompt or asked), min(asked, own.answer or asked))

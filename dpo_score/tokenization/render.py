@@ -27,7 +27,7 @@ from dpo_score.tokenization.loss_mask import response_masks
 from dpo_score.tokenization.pictures import PictureProcessor, PictureTemplate
 from dpo_score.tokenization.prompt import arranged, shared_length
 from dpo_score.tokenization.tokenizer import BatchEncoder, TokenizerFailedError, special_texts, tokenizer_digest
-from dpo_score.tokenization.truncation import boundary, cut, scored_count
+from dpo_score.tokenization.truncation import boundary, cut, limit_of_rows, scored_count
 
 VERSION = 1
 _FAILED = Problem("tokenizer_error", "the tokenizer failed on a text of the row", None)
@@ -80,7 +80,7 @@ class Renderer:
         processor: PictureProcessor | None = None,
     ) -> None:
         self.text, self.processor = text, processor
-        self.limit = _limit(text, context_limit)
+        self.limit = limit_of_rows(text.max_length, context_limit)
         self._tokenizer = tokenizer
         self._encoder = BatchEncoder(tokenizer) if tokenizer is not None else None
         self._template = self._chosen_template(tokenizer, text) if tokenizer is not None else None
@@ -303,14 +303,6 @@ def unscorable(tokens: TokenIds) -> Problem | None:
         if len(ids) == 0 or scored_count(tokens.prompt, tokens.prompt_mask, ids, mask) == 0:
             return Problem("no_completion_tokens", f"{side} has no token to score", side)
     return None
-
-
-def _limit(text: TextSpec, context_limit: int | None) -> int | None:
-    if text.max_length is not None and context_limit is not None and text.max_length > context_limit:
-        raise ConfigError(
-            f"--max-length {text.max_length} is more than the model's own limit of {context_limit} tokens"
-        )
-    return text.max_length or context_limit
 
 
 def _string(text: Text) -> str:

@@ -1,4 +1,4 @@
-"""Where the answer begins in token ids, and how a pair is cut to a length. Pure.
+"""Where the answer begins in token ids, how long a row may be, and how a pair is cut to that length. Pure.
 
 P, PC, PR are the ids of the prompt alone, prompt + chosen and prompt + rejected, each tokenised as one sequence
 (TRL 1.16): k = min(lcp(P, PC), lcp(P, PR)); prompt = P[:k], chosen = PC[k:], rejected = PR[k:].
@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from dpo_score.data.types import Ids, Mask, Problem, TokenIds
+from dpo_score.errors import ConfigError
 
 
 def shared_ids(a: Ids, b: Ids) -> int:
@@ -24,6 +25,36 @@ def shared_ids(a: Ids, b: Ids) -> int:
 def boundary(prompt: Ids, with_chosen: Ids, with_rejected: Ids) -> int:
     """k of the module docstring."""
     return min(shared_ids(prompt, with_chosen), shared_ids(prompt, with_rejected))
+
+
+@dataclass(frozen=True, slots=True)
+class SideLimits:
+    """The most tokens that an encoder takes of a prompt, and its decoder of an answer; None: any number."""
+
+    prompt: int | None = None
+    answer: int | None = None
+
+
+def limit_of_rows(max_length: int | None, own: int | None) -> int | None:
+    """Tokens of prompt and answer: `max_length` where it is asked for, else the model's `own` limit (None: none).
+
+    ConfigError for more than the model can take.
+    """
+    if max_length is not None and own is not None and max_length > own:
+        raise ConfigError(f"--max-length {max_length} is more than the model's own limit of {own} tokens")
+    return max_length or own
+
+
+def limits_of_sides(max_length: int | None, own: SideLimits) -> SideLimits:
+    """As `limit_of_rows` for an encoder-decoder: `max_length` bounds prompt and answer alike, each within its own."""
+    if max_length is None:
+        return own
+    if own.prompt is not None and own.answer is not None and max_length > max(own.prompt, own.answer):
+        raise ConfigError(
+            f"--max-length {max_length} is more than the model's own limits: {own.prompt} tokens of a prompt, "
+            f"{own.answer} of an answer"
+        )
+    return SideLimits(min(max_length, own.prompt or max_length), min(max_length, own.answer or max_length))
 
 
 def cut(
@@ -56,14 +87,6 @@ def cut(
         chosen_truncated=lengths[0] > limit,
         rejected_truncated=lengths[1] > limit,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class SideLimits:
-    """The most tokens that an encoder takes of a prompt, and its decoder of an answer; None: any number."""
-
-    prompt: int | None = None
-    answer: int | None = None
 
 
 def cut_apart(
