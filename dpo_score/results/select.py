@@ -339,12 +339,16 @@ def _identity(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
 def selection_frames(run: RunRows, selection: Selection) -> Iterator[pl.DataFrame]:
     """One row for every row of OUT: row_id, where it comes from, select_score, select_rank, kept, reason, code.
 
-    The scored rows come in the order of the data, in pieces; the others follow.
+    The scored rows come in the order of the data, in pieces; the others follow. UsageError where OUT holds other rows
+    than those that were judged.
     """
-    start = 0
+    start, row_ids = 0, pl.Series(run.pairs.row_ids)
+    changed = UsageError("the scores changed while pairs were selected, by another run: run the same command after it")
     for where in run.where():
         piece = slice(start, start + len(where))
         start = piece.stop
+        if not where["row_id"].equals(row_ids[piece]):
+            raise changed
         yield where.with_columns(
             pl.Series("select_score", selection.scores[piece], nan_to_null=True),
             pl.Series("select_rank", selection.ranks[piece]).replace(0, None),
@@ -352,6 +356,8 @@ def selection_frames(run: RunRows, selection: Selection) -> Iterator[pl.DataFram
             pl.Series("reason", selection.reasons[piece].tolist(), pl.String),
             pl.lit(None, pl.String).alias("code"),
         )
+    if start != len(run.pairs):
+        raise changed
     if len(run.rejects):
         yield run.rejects.with_columns(
             pl.lit(None, pl.Float64).alias("select_score"),

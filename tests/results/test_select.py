@@ -46,6 +46,19 @@ def test_every_row_of_the_run_has_one_reason(out: str) -> None:
     assert repr(found) == "<Selected 10 of 40 rows by margin:high>"
 
 
+@pytest.mark.parametrize("lost", ["first", "last"])
+def test_scores_that_change_between_the_judging_and_the_writing_are_refused(out: str, lost: str) -> None:
+    found = select(out, Request("margin:high", 10))
+    (part,) = Path(out).glob("scores/better/*.parquet")
+    table = pl.read_parquet(part)
+    (table[1:] if lost == "first" else table[:-1]).write_parquet(part)
+    for part in Path(out).glob("scores/worse/*.parquet"):
+        part.unlink()
+        pl.read_parquet(Path(out) / "scores" / "better" / part.name).write_parquet(part)
+    with pytest.raises(UsageError, match="the scores changed while pairs were selected"):
+        list(found.frames())
+
+
 def test_scores_are_the_mean_margin_of_the_policies(out: str) -> None:
     found = select(out, Request("margin:high", "25%")).frame.filter(pl.col("select_score").is_not_null())
     both = [scores(out, name).select("row_id", "margins_nats") for name in ("better", "worse")]
