@@ -94,6 +94,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="dpo-score-mutants-") as temporary:
         folder = asked.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         copied(folder, TARGETS[asked.target])
         searched(folder, asked.sample, asked.seed)
         found = re.findall(r"^\s*(\S+): (\w+)", mutmut(folder, "results", "--all", "true"), re.MULTILINE)

@@ -156,7 +156,7 @@ def teaches(own: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
     """One sentence about what a kept set would teach that the whole set would not; from the intervals alone."""
     if not own["kept"]:
         return "It keeps no pair."
-    found = [*_length_says(own, whole), *_margin_says(own), *_label_says(own, whole), *_mix_says(own, whole)]
+    found = [*_length_says(own, whole), *_margin_says(own, whole), *_label_says(own, whole), *_mix_says(own, whole)]
     return "; ".join(found).capitalize() + "." if found else "Much the same as the whole set, only fewer pairs."
 
 
@@ -174,13 +174,17 @@ def _length_says(own: Mapping[str, Any], whole: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _margin_says(own: Mapping[str, Any]) -> list[str]:
-    accuracy, saturated = own["accuracy"]["value"], own["saturated"]["value"]
+def _margin_says(own: Mapping[str, Any], whole: Mapping[str, Any]) -> list[str]:
+    accuracy, saturated = own["accuracy"], own["saturated"]["value"]
+    value, ci95, usual = accuracy["value"], accuracy["ci95"], whole["accuracy"]["value"]
     if saturated is not None and saturated > 0.5:
         return [f"little more: {saturated:.0%} of the pairs are learnt already (weight under {SATURATED:g})"]
-    if accuracy is not None and accuracy < 0.5:
-        return [f"to turn round what the policies prefer (they rank {accuracy:.0%} as labelled)"]
-    return []
+    if value is not None and value < 0.5:
+        return [f"to turn round what the policies prefer (they rank {value:.0%} as labelled)"]
+    if value is None or ci95 is None or usual is None or ci95[0] <= usual <= ci95[1]:
+        return []
+    what = "mostly what the policies prefer already" if value > usual else "more of what the policies rank wrongly"
+    return [f"{what} (they rank {value:.0%} as labelled, {usual:.0%} in the whole set)"]
 
 
 def _label_says(own: Mapping[str, Any], whole: Mapping[str, Any]) -> list[str]:
