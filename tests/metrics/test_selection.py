@@ -261,6 +261,11 @@ def test_rules_are_compared_on_the_same_pairs() -> None:
     assert suspect["overlap"]["margin:low"] == 1.0
     assert "one policy" in impossible["reason"]
     assert low["teaches"].startswith("To turn round what the policies prefer (they rank 0% as labelled)")
+    assert high["teaches"] == "Much the same as the whole set, only fewer pairs."  # 4 of 4 beside 6 of 10 may be chance
+    clear = compare_rules(pairs([*np.arange(0.1, 6.1, 0.1), *-np.arange(0.1, 4.1, 0.1)]), rules[:2], Settings(keep=50))[
+        "rules"
+    ]
+    assert "mostly what the policies prefer already (they rank 100% as labelled, 60% in" in clear[0]["teaches"].lower()
     assert {name: cell["value"] for name, cell in found["all"]["subsets"].items()} == {"a": 0.5, "b": 0.5}
     low, high = found["all"]["subsets"]["a"]["ci95"]
     prompts = len(set(candidates.prompts.tolist()))
