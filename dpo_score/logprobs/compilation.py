@@ -34,7 +34,7 @@ def tried(device: str) -> str | None:
 
 
 def run_apart(program: str, seconds: float) -> str | None:
-    """Run a program in a process of its own; None when it ends well, else the last line that it said."""
+    """Run a program in a process of its own; None when it ends well, else its error in a line."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, timeout=seconds, check=False
@@ -43,5 +43,12 @@ def run_apart(program: str, seconds: float) -> str | None:
         return f"no answer within {seconds:.0f} s"
     if done.returncode == 0:
         return None
-    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return said[-1][:200] if said else f"exit code {done.returncode}"
+    return _error_line(done.stderr) or f"exit code {done.returncode}"
+
+
+def _error_line(said: str) -> str | None:
+    """The line that names the error, which torch follows by advice; without a traceback the last line."""
+    _, traceback, after = said.rpartition("Traceback (most recent call last):")
+    lines = [line for line in after.splitlines() if line.strip() and not (traceback and line[0].isspace())]
+    found = lines[0 if traceback else -1] if lines else None
+    return None if found is None else found.strip()[:200]
