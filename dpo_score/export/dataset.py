@@ -8,11 +8,13 @@ what stage one committed: nothing is computed here but the LD-weighted sum.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from dpo_score.engine.block_inputs import BlockTexts
 from dpo_score.engine.context import RunContext
@@ -51,11 +53,11 @@ GROUP_BYTES = 8 << 20
 class DatasetWriter:
     """Writes the files of one data set: `pending` says which, `write` makes and commits one.
 
-    `chosen`: the pairs to write with their values, where these are not all pairs of the rows that `plan` names, or
-    their values are not what stage one committed in this folder.
+    `chosen`: the pairs to write, with their values, where these are not all that stage one committed in this folder;
+    `plan` names their rows.
     """
 
-    def __init__(self, context: RunContext, plan: RunPlan, export: Export, chosen: BlockLogprobs | None = None) -> None:
+    def __init__(self, context: RunContext, plan: RunPlan, export: Export, chosen: ChosenPairs | None = None) -> None:
         self._context, self._plan, self._export, self._chosen = context, plan, export, chosen
         self.shards = tuple(shards_of(splits_of(plan.datasets), plan.rows))
         self.identity = digest({"reference": plan.references[0].identity, "export": export.fields()})
@@ -144,28 +146,23 @@ class DatasetWriter:
         index, plan = self._rows.set_of(shard.start), self._plan_of(shard)
         originals = OriginalRows(self._plan.datasets[index], plan.source, self._rows.first_row(index))
         for block, pieces in groupby(self._rows.slices(shard.start, shard.stop), key=lambda piece: piece.block):
-            values = self._values(block)
+            values = None if self._chosen is not None else self._values(block)
             for piece in pieces:
-                yield self._table(plan, originals.take(piece.rows), piece, values)
+                source = originals.take(piece.rows)
+                yield self._table(plan, source, piece, values) if values else self._chosen_table(plan, source, piece)
                 self._context.progress.rows(len(piece.rows))
 
-    def _values(self, block: int) -> BlockLogprobs:
-        if self._chosen is not None:
-            return self._chosen
+    def _values(self, block: int) -> StoredValues:
         store, blocks = self._context.store, self._plan.rows.blocks
         table = store.read_table(part_file("reference", block, blocks)).replace_schema_metadata(None)
         names = [part_file(f"rejects/{kind}", block, blocks) for kind in ("data", "reference")]
         rejects = [store.read_table(name, ["row_id", "code"]) for name in names if store.exists(name)]
         if self._texts is not None:
             table = _beside(table, self._texts.block(block).table.select(["row_id", *TOKEN_IDS, *MASKS]))
-        return BlockLogprobs.of(weighted(table, self._export.ld_alpha), rejects)
+        return StoredValues.of(weighted(table, self._export.ld_alpha), rejects)
 
-    def _table(self, plan: SetPlan, source: pa.Table, piece: RowSlice, values: BlockLogprobs) -> pa.Table:
+    def _table(self, plan: SetPlan, source: pa.Table, piece: RowSlice, values: StoredValues) -> pa.Table:
         """The output rows of some input rows."""
-        if self._chosen is not None:
-            places = self._chosen.places
-            units = [[item for item in unit if item.source.row_id in places] for unit in piece.units]
-            piece = replace(piece, units=units)
         items, text = piece.items, self._plan.renderer.text
         pairs = [as_scored(item, text) for item in items] if plan.columns.built else []
         given, ids = per_item(source, piece.units), [item.source.row_id for item in items]
@@ -176,9 +173,37 @@ class DatasetWriter:
         columns["pair_id"] = pa.array([getattr(item, "pair_id", None) for item in items], pa.string())
         return pa.table([columns[name] for name in plan.schema.names], schema=plan.schema)
 
+    def _chosen_table(self, plan: SetPlan, source: pa.Table, piece: RowSlice) -> pa.Table:
+        """The chosen pairs of some input rows. Rows whose columns are passed on are not read as pairs again."""
+        assert self._chosen is not None
+        found, row_of_each = self._chosen.among(piece.rows)
+        columns = {plan.kept[name]: source[name].take(row_of_each) for name in plan.source.names}
+        if plan.columns.built:
+            ids, text = set(found["row_id"].to_pylist()), self._plan.renderer.text
+            pairs = [as_scored(item, text) for item in piece.items if item.source.row_id in ids]
+            columns |= built_columns(plan.columns, pairs, text)
+        columns |= {name: found[name] for name in self._export.added().names if name in found.column_names}
+        columns["status"] = pa.array(["scored"] * len(found), pa.string())
+        return pa.table([columns[name] for name in plan.schema.names], schema=plan.schema)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChosenPairs:
+    """Scored pairs in the order of the data. `table`: row_id, pair_id, pair_digest and values; `rows`: the number of
+    each one's row among the rows of all sets, ascending."""
+
+    table: pa.Table
+    rows: NDArray[np.int64]
+
+    def among(self, rows: Sequence[int]) -> tuple[pa.Table, pa.Array]:
+        """The pairs of `rows` (ascending), and for each of them the place of its row in `rows`."""
+        first, last = np.searchsorted(self.rows, (rows[0], rows[-1] + 1))
+        own = self.rows[first:last]
+        return self.table.slice(first, last - first), pa.array(np.searchsorted(np.asarray(rows), own))
+
 
 @dataclass(frozen=True, slots=True)
-class BlockLogprobs:
+class StoredValues:
     """What stage one says of the rows of a block, by row_id."""
 
     table: pa.Table
@@ -186,7 +211,7 @@ class BlockLogprobs:
     codes: Mapping[str, str]
 
     @classmethod
-    def of(cls, table: pa.Table, rejects: Sequence[pa.Table]) -> BlockLogprobs:
+    def of(cls, table: pa.Table, rejects: Sequence[pa.Table]) -> StoredValues:
         places = {row_id: place for place, row_id in enumerate(table["row_id"].to_pylist())}
         codes = {row["row_id"]: row["code"] for reject in rejects for row in reject.to_pylist()}
         return cls(table, places, codes)

@@ -21,6 +21,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -432,13 +433,15 @@ class Export:
         return pa.schema([*labels, *ids, *masks, *values, *lists, *ranks, ("status", pa.string())])
 
 
-@dataclass(frozen=True, slots=True)
 class RowSlice:
-    """Some consecutive rows of one block: their numbers among all rows, and what each gives."""
+    """Some consecutive rows of one block: their numbers among all rows, and what each gives, read when it is needed."""
 
-    block: int
-    rows: Sequence[int]
-    units: Sequence[Unit]
+    def __init__(self, block: int, rows: Sequence[int], reader: _ForwardReader) -> None:
+        self.block, self.rows, self._reader = block, rows, reader
+
+    @cached_property
+    def units(self) -> Sequence[Unit]:
+        return self._reader.units(self.rows)
 
     @property
     def items(self) -> list[Pair | Rejected]:
@@ -491,7 +494,7 @@ class RunRows:
             last = min(start + SLICE_ROWS, (start // size + 1) * size, stop)
             sample = self._plan.rows.sample
             rows = range(start, last) if sample is None else sample[start:last]
-            yield RowSlice(start // size, rows, reader.units(rows))
+            yield RowSlice(start // size, rows, reader)
             start = last
 
     def _position(self, row: int) -> int:

@@ -20,6 +20,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,7 +33,7 @@ from dpo_score.engine.prepare import resolve_plan
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError, IdentityError, UsageError
 from dpo_score.export.contract import contract
-from dpo_score.export.dataset import BlockLogprobs, DatasetWriter
+from dpo_score.export.dataset import ChosenPairs, DatasetWriter
 from dpo_score.export.layout import VALUES
 from dpo_score.export.precompute import (
     config_of_run,
@@ -52,7 +53,7 @@ from dpo_score.storage.fingerprint import diff, listed
 from dpo_score.storage.manifest import Manifest
 
 SELECTION, REASONS = "selection.json", "selection.parquet"
-COPIED = ("row_id", "pair_digest", *(f"{name}{suffix}" for name in VALUES for suffix in ("", "_shared")))
+COPIED = ("row_id", "pair_id", "pair_digest", *(f"{name}{suffix}" for name in VALUES for suffix in ("", "_shared")))
 """Columns of OUT's reference parts that go into the data set, or that its weighted sums are made of."""
 
 
@@ -70,17 +71,17 @@ def write_selection(out: str, selected: Selected, folder: str, progress: Progres
     )
     if not len(kept):
         raise ConfigError("the rule keeps no pair: there is no data set to write")
-    rows = TextSource(config, plan.datasets).rows(kept["row_id"].to_list())
-    plan = replace(plan, rows=replace(plan.rows, sample=tuple(rows), limit=None, share=(0, 1)))
+    rows = np.array(TextSource(config, plan.datasets).rows(kept["row_id"]), np.int64)
+    plan = replace(plan, rows=replace(plan.rows, sample=tuple(np.unique(rows).tolist()), limit=None, share=(0, 1)))
     export = replace(export_of(plan, "trl", None), emit_ids=False, per_token=False, selection=selected.summary)
-    values = BlockLogprobs.of(_values(source, kept.to_arrow()), ())
+    chosen = ChosenPairs(_values(source, kept.to_arrow()), rows)
     with run_context(config, progress, folder) as context:
         store = context.store
         if store.exists(SELECTION):
             _refuse_other_request(store, selected.summary)
         else:
             refuse_foreign_files(store, folder, restart=False)
-        writer = DatasetWriter(context, plan, export, values)
+        writer = DatasetWriter(context, plan, export, chosen)
         due = writer.pending()
         with progress.stage("data set", plan.rows.wanted, plan.rows.wanted - sum(s.stop - s.start for s in due)):
             for shard in due:
@@ -114,8 +115,12 @@ def _plan_of_run(source: Store, manifest: Manifest, config: RunConfig, progress:
 
 
 def _values(source: Store, kept: pa.Table) -> pa.Table:
-    """OUT's reference values of the kept rows, with their score and rank."""
-    wanted, found = kept["row_id"].combine_chunks(), []
+    """OUT's reference values of the kept pairs, with their score and rank; both are in the order of the data.
+
+    UsageError where OUT lacks one of them.
+    """
+    wanted = kept["row_id"].combine_chunks()
+    found: list[pa.Table] = []
     for _, record in sorted(read_records(source, "reference").items()):
         for file in record.files if isinstance(record, CommitRecord) else ():
             if not file.name.startswith("reference/"):
@@ -123,12 +128,16 @@ def _values(source: Store, kept: pa.Table) -> pa.Table:
             with source.open_table(file.name) as opened:
                 columns = [name for name in COPIED if name in opened.schema_arrow.names]
             table = source.read_table(file.name, columns).replace_schema_metadata(None)
-            found.append(table.filter(pc.is_in(table["row_id"].cast(wanted.type), value_set=wanted)))
+            begun = sum(part.num_rows for part in found)
+            next_ones = wanted.slice(begun, len(table))  # no more than these can be in this part
+            found.append(table.filter(pc.is_in(table["row_id"].cast(wanted.type), value_set=next_ones)))
     table = pa.concat_tables(found)
-    place = {row_id: i for i, row_id in enumerate(kept["row_id"].to_pylist())}
-    order = pa.array([place[row_id] for row_id in table["row_id"].to_pylist()], pa.int64())
+    if not table["row_id"].cast(wanted.type).combine_chunks().equals(wanted):
+        raise UsageError(
+            f"{source.url()} lacks the reference's values of kept pairs: `dpo-score verify` says what is gone"
+        )
     for name in ("select_score", "select_rank"):
-        table = table.append_column(name, kept[name].take(order))
+        table = table.append_column(name, kept[name])
     return table
 
 

@@ -58,9 +58,9 @@ class TextSource:
             }
 
     def rows(self, row_ids: Iterable[str]) -> list[int]:
-        """The numbers of the rows that these ids come from, ascending, each once."""
+        """The number, among the rows of all sets, of the row that each of these ids comes from."""
         offsets = self._offsets()
-        return sorted({self._position(row_id, offsets) for row_id in row_ids})
+        return [self._position(row_id, offsets) for row_id in row_ids]
 
     def _offsets(self) -> dict[int, tuple[int, DataFile]]:
         """File index → rows (as the run counts them) before the file, and the file."""
