@@ -441,7 +441,11 @@ class Selection:
     @property
     def reasons(self) -> NDArray[np.str_]:
         """The reason of each pair in words."""
-        return _REASONS[self.reason_codes]
+        return self.reasons_of(slice(None))
+
+    def reasons_of(self, pairs: slice) -> NDArray[np.str_]:
+        """The reasons of some pairs: words take more room than all else that is known of a million of them."""
+        return _REASONS[self.reason_codes[pairs]]
 
     @property
     def kept(self) -> NDArray[np.bool_]:

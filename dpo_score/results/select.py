@@ -342,7 +342,7 @@ def selection_frames(run: RunRows, selection: Selection) -> Iterator[pl.DataFram
     The scored rows come in the order of the data, in pieces; the others follow. UsageError where OUT holds other rows
     than those that were judged.
     """
-    start, row_ids = 0, pl.Series(run.pairs.row_ids)
+    start, row_ids, kept = 0, pl.Series(run.pairs.row_ids), selection.kept
     changed = UsageError("the scores changed while pairs were selected, by another run: run the same command after it")
     for where in run.where():
         piece = slice(start, start + len(where))
@@ -352,8 +352,8 @@ def selection_frames(run: RunRows, selection: Selection) -> Iterator[pl.DataFram
         yield where.with_columns(
             pl.Series("select_score", selection.scores[piece], nan_to_null=True),
             pl.Series("select_rank", selection.ranks[piece]).replace(0, None),
-            pl.Series("kept", selection.kept[piece]),
-            pl.Series("reason", selection.reasons[piece].tolist(), pl.String),
+            pl.Series("kept", kept[piece]),
+            pl.Series("reason", selection.reasons_of(piece).tolist(), pl.String),
             pl.lit(None, pl.String).alias("code"),
         )
     if start != len(run.pairs):
