@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -377,6 +378,44 @@ def test_a_policy_taken_out_of_everything_but_the_summary_is_missed(out: Path) -
     assert "'better', which the manifest does not name" in damaged(out)["summary.json"]
 
 
+@pytest.mark.parametrize("left", ["everything", "two blocks", "nothing"])
+def test_a_policy_that_the_summary_alone_forgot_is_named_with_what_is_stored_of_it(out: Path, left: str) -> None:
+    remade(out, "summary.json", lambda fields: fields["policies"].pop("better"))
+    if left == "two blocks":
+        (out / "commits/scores/better/00002-of-00003.json").unlink()
+        (out / "scores/better/part-00002-of-00003.parquet").unlink()
+    if left == "nothing":
+        for folder in ("scores/better", "commits/scores/better"):
+            shutil.rmtree(out / folder)
+    said = {
+        "everything": "not summed up; summary.json has no such policy: summary.json does not say why",
+        "two blocks": "rows 128 to 129 of 130 are missing, counted from 0; summary.json has no such policy: "
+        "summary.json does not say why",
+        "nothing": "pipeline.yaml asks for this policy, and summary.json names it neither as scored nor failed",
+    }
+    assert said[left] in damaged(out)["scores/better"]
+
+
+def test_what_was_checked_is_counted_and_said_as_json(out: Path) -> None:
+    store = open_store(out)
+    files = [name for name in store.list() if name != "commits/manifest.json" and not name.startswith(".work")]
+    sound = {"out": str(out), "files": len(files), "rows": 4 * 129, "damage": []}
+    assert verify(str(out)).to_json() == sound
+    (out / "README.md").write_text("altered")
+    what = "missing or altered since the run wrote it"
+    assert verify(str(out)).to_json() == {**sound, "damage": [{"file": "README.md", "what": what}]}
+
+
+def test_a_part_that_is_no_parquet_any_more_is_said_with_what_reading_it_says(out: Path) -> None:
+    store = open_store(out)
+    data = b"PAR1 and nothing more PAR1"
+    store.write_bytes(BETTER[1], data)
+    file = FileRecord(BETTER[1], len(data), 64, hashlib.sha256(data).hexdigest())
+    files = tuple(file if known.name == file.name else known for known in record_of(out, BETTER[0]).files)
+    resealed(out, BETTER[0], files=files)
+    assert "damaged Parquet file" in damaged(out)[BETTER[1]]
+
+
 # whatever a file holds: one finding with its name, and the others are checked
 
 
@@ -386,6 +425,7 @@ ODD = (
     ("summary.json", '{"data": {"rows": 1e13}}'),
     ("summary.json", '{"data": {"rows": [1]}, "policies": {"better": 3, "own": {"overall": null}}}'),
     ("summary.json", "NaN"),
+    ("summary.json", '{"data": {"rows": 130}, "skipped": null, "failed": [1]}'),
     ("commits/scores/better/00001-of-00003.json", DEEP),
     ("commits/scores/better/00001-of-00003.json", "[]"),
     ("commits/manifest.json", DEEP),
