@@ -40,6 +40,7 @@ from dpo_score.export.layout import (
     shards_of,
     splits_of,
 )
+from dpo_score.results.source_text import TextSource
 from dpo_score.storage.base import FileRecord
 from dpo_score.storage.commits import CommitRecord, StoredRecord, commit, read_records, record_name
 from dpo_score.storage.fingerprint import diff, digest, listed
@@ -57,7 +58,7 @@ class DatasetWriter:
     `plan` names their rows.
     """
 
-    def __init__(self, context: RunContext, plan: RunPlan, export: Export, chosen: ChosenPairs | None = None) -> None:
+    def __init__(self, context: RunContext, plan: RunPlan, export: Export, chosen: ScoredPairs | None = None) -> None:
         self._context, self._plan, self._export, self._chosen = context, plan, export, chosen
         self.shards = tuple(shards_of(splits_of(plan.datasets), plan.rows))
         self.identity = digest({"reference": plan.references[0].identity, "export": export.fields()})
@@ -146,10 +147,15 @@ class DatasetWriter:
         index, plan = self._rows.set_of(shard.start), self._plan_of(shard)
         originals = OriginalRows(self._plan.datasets[index], plan.source, self._rows.first_row(index))
         for block, pieces in groupby(self._rows.slices(shard.start, shard.stop), key=lambda piece: piece.block):
-            values = None if self._chosen is not None else self._values(block)
+            values = self._chosen or self._values(block)
+            if isinstance(values, StoredValues) and not values.codes and not plan.columns.built:
+                values = ScoredPairs(values.table, self._numbers(values.table["row_id"]))
             for piece in pieces:
                 source = originals.take(piece.rows)
-                yield self._table(plan, source, piece, values) if values else self._chosen_table(plan, source, piece)
+                if isinstance(values, ScoredPairs):
+                    yield self._scored_table(plan, source, piece, values)
+                else:
+                    yield self._table(plan, source, piece, values)
                 self._context.progress.rows(len(piece.rows))
 
     def _values(self, block: int) -> StoredValues:
@@ -173,10 +179,9 @@ class DatasetWriter:
         columns["pair_id"] = pa.array([getattr(item, "pair_id", None) for item in items], pa.string())
         return pa.table([columns[name] for name in plan.schema.names], schema=plan.schema)
 
-    def _chosen_table(self, plan: SetPlan, source: pa.Table, piece: RowSlice) -> pa.Table:
-        """The chosen pairs of some input rows. Rows whose columns are passed on are not read as pairs again."""
-        assert self._chosen is not None
-        found, row_of_each = self._chosen.among(piece.rows)
+    def _scored_table(self, plan: SetPlan, source: pa.Table, piece: RowSlice, values: ScoredPairs) -> pa.Table:
+        """The same where all pairs are scored: rows whose columns are passed on are not read as pairs again."""
+        found, row_of_each = values.among(piece.rows)
         columns = {plan.kept[name]: source[name].take(row_of_each) for name in plan.source.names}
         if plan.columns.built:
             ids, text = set(found["row_id"].to_pylist()), self._plan.renderer.text
@@ -186,9 +191,14 @@ class DatasetWriter:
         columns["status"] = pa.array(["scored"] * len(found), pa.string())
         return pa.table([columns[name] for name in plan.schema.names], schema=plan.schema)
 
+    def _numbers(self, row_ids: pa.ChunkedArray) -> NDArray[np.int64]:
+        """The number of each pair's row among the rows of all sets."""
+        source = TextSource(self._plan.config, self._plan.datasets)
+        return np.array(source.row_of_each(row_ids.to_pylist()), np.int64)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ChosenPairs:
+class ScoredPairs:
     """Scored pairs in the order of the data. `table`: row_id, pair_id, pair_digest and values; `rows`: the number of
     each one's row among the rows of all sets, ascending."""
 

@@ -33,7 +33,7 @@ from dpo_score.engine.prepare import resolve_plan
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError, IdentityError, UsageError
 from dpo_score.export.contract import contract
-from dpo_score.export.dataset import ChosenPairs, DatasetWriter
+from dpo_score.export.dataset import DatasetWriter, ScoredPairs
 from dpo_score.export.layout import VALUES
 from dpo_score.export.precompute import (
     config_of_run,
@@ -71,10 +71,10 @@ def write_selection(out: str, selected: Selected, folder: str, progress: Progres
     )
     if not len(kept):
         raise ConfigError("the rule keeps no pair: there is no data set to write")
-    rows = np.array(TextSource(config, plan.datasets).rows(kept["row_id"]), np.int64)
+    rows = np.array(TextSource(config, plan.datasets).row_of_each(kept["row_id"]), np.int64)
     plan = replace(plan, rows=replace(plan.rows, sample=tuple(np.unique(rows).tolist()), limit=None, share=(0, 1)))
     export = replace(export_of(plan, "trl", None), emit_ids=False, per_token=False, selection=selected.summary)
-    chosen = ChosenPairs(_values(source, kept.to_arrow()), rows)
+    chosen = ScoredPairs(_values(source, kept.to_arrow()), rows)
     with run_context(config, progress, folder) as context:
         store = context.store
         if store.exists(SELECTION):

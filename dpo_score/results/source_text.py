@@ -58,7 +58,11 @@ class TextSource:
             }
 
     def rows(self, row_ids: Iterable[str]) -> list[int]:
-        """The number, among the rows of all sets, of the row that each of these ids comes from."""
+        """The numbers of the rows that these ids come from, ascending, each once."""
+        return sorted(set(self.row_of_each(row_ids)))
+
+    def row_of_each(self, row_ids: Iterable[str]) -> list[int]:
+        """The number, among the rows of all sets, of the row that each id comes from."""
         offsets = self._offsets()
         return [self._position(row_id, offsets) for row_id in row_ids]
 
