@@ -191,11 +191,16 @@ def _memory(work: Sequence[ModelWork], longest: int) -> str:
     here = work[0].numerics.device_kind == "cpu"
     peaks = [peak_bytes(d.source.config, d.numerics, parameters(d.source), longest) for d in work]
     bound = max(peak + (clone if here else 0) for peak, clone in zip(peaks, clones, strict=True))
-    said = f"at most {bound / 2**30:.2f} GiB beside the program itself: weights, one pack, scratch"
+    said = f"at most {_gib(bound)} GiB beside the program itself: weights, one pack, scratch"
     if not any(clones):
         return said
     what = "clones of what adapters change"
-    return f"{said}, {what}" if here else f"{said}; {max(clones) / 2**30:.2f} GiB on the host: {what}"
+    return f"{said}, {what}" if here else f"{said}; {_gib(max(clones))} GiB on the host: {what}"
+
+
+def _gib(size: int) -> str:
+    """Bytes in GiB. A configuration may state sizes that no floating-point number holds."""
+    return f"{size / 2**30:.2f}" if size < 2**80 else "more than 2⁵⁰"
 
 
 def _clones(item: ModelWork, work: Sequence[ModelWork]) -> int:

@@ -105,6 +105,8 @@ def chosen_names(store: Store, manifest: Manifest, asked: str | None, out: str) 
     if asked in (None, "", "all"):
         return known
     names = [name.strip() for name in str(asked).split(",") if name.strip()]
+    if not names:
+        raise UsageError(f"--policies {asked!r} names no policy: name some of {', '.join(known)}, or leave it out")
     for name in names:
         if name not in known:
             raise UsageError(f"{out} has no scored policy {name!r}; {nearest(name, known)}")

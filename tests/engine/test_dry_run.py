@@ -187,3 +187,7 @@ def test_rows_are_sampled_in_short_runs_over_all_of_the_data(runner: Runner, tmp
 def test_few_rows_are_all_looked_at(runner: Runner, tmp_path: Path, count: int) -> None:
     data = write_rows(tmp_path / "few.parquet", preference_rows(count))
     assert preview.dry_run(runner.config(data, None), Progress(quiet=True))["sampled"].startswith(f"{count} rows")
+
+
+def test_a_bound_that_no_floating_point_number_holds_is_said_in_words() -> None:
+    assert (preview._gib(3 * 2**29), preview._gib(10**400)) == ("1.50", "more than 2⁵⁰")

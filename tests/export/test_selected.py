@@ -87,7 +87,7 @@ def test_a_folder_of_something_else_is_refused(out: str, tmp_path: Path, data: P
 
 def test_changed_data_and_an_empty_selection(out: str, tmp_path: Path, data: Path) -> None:
     with pytest.raises(ConfigError, match="keeps no pair"):
-        write(out, tmp_path / "none", "margins > 1e9", None)
+        write(out, tmp_path / "none", "margins > 1000000000", None)
     write_rows(data, preference_rows(30, seed=6))
     with pytest.raises(UsageError, match="have changed since"):
         write(out, tmp_path / "kept")

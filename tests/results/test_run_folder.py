@@ -18,7 +18,7 @@ from dpo_score.errors import ConfigError, DamageError, UsageError
 from dpo_score.results import cache_admin
 from dpo_score.results.groups import read_policies
 from dpo_score.results.rescore import rescore
-from dpo_score.results.run_folder import STEP, open_out, read_scored, step_of
+from dpo_score.results.run_folder import STEP, chosen_names, open_out, read_scored, step_of
 from dpo_score.results.status import status
 from dpo_score.results.verify.verify import verify
 from tests.run_fixtures import preference_rows, write_rows
@@ -75,6 +75,13 @@ def test_policies_hold_what_is_equal_once(out: Path) -> None:
     assert shared == {"ref_chosen_logps", "ref_rejected_logps", "chosen_tokens", "rejected_tokens"}
     for name, values in alone.rows.values.items():
         assert np.array_equal(values, second.rows.values[name], equal_nan=True)
+
+
+@pytest.mark.parametrize("asked", [" ", ",", " , "])
+def test_a_list_of_policies_that_names_none_is_refused(out: Path, asked: str) -> None:
+    with pytest.raises(UsageError, match="names no policy: name some of better, worse"):
+        chosen_names(*open_out(str(out)), asked, str(out))
+    assert chosen_names(*open_out(str(out)), "", str(out)) == ["better", "worse"]
 
 
 def test_the_cache_is_verified_file_by_file(runner: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
