@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from dpo_score.data.pictures import pillow
 from dpo_score.data.types import Ids, Problem, TokenSequence
-from dpo_score.errors import ModelError
+from dpo_score.errors import DpoScoreError, ModelError
 from dpo_score.logprobs.attention.interface import Unshareable
 from dpo_score.logprobs.encoder_decoder import EncoderDecoderPath, start_token
 from dpo_score.logprobs.forked import ForkedPath
@@ -254,7 +254,9 @@ class Probe:
             if numerics.one_row or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
                 raise
             what = "the fast path does" if numerics.path == "fast" else "padded batches do"
-            sentence = f"{what} not fit {type(self.model).__name__}: {error}"
+            own = isinstance(error, Unshareable | DpoScoreError)
+            why = str(error) if own else f"its own code fails there ({type(error).__name__}: {error})"
+            sentence = f"{what} not fit {type(self.model).__name__}: {why}"
             if isinstance(error, Unshareable):
                 self.packs_refused = sentence
             return Outcome(False, None, sentence)

@@ -383,9 +383,11 @@ def _state_policy(
 ) -> ModelSource:
     base = policy.base or policy_base
     if base is None:
+        beside = path.is_file() and (path.parent / "config.json").is_file()
+        what = "weights alone (the config.json beside it is not read)" if beside else "a checkpoint without config.json"
         text = (
-            f"policy {policy.name!r}: {path} is a checkpoint without config.json, so its architecture and tokenizer "
-            "must come from a base: say `base: reference` in the policy (or --policy-base reference), or another MODEL"
+            f"policy {policy.name!r}: {path} is {what}, so its architecture and tokenizer must come from a base: say "
+            "`base: reference` in the policy (or --policy-base reference), or another MODEL"
         )
         # a folder of transformers' own file names may be one whose config.json is still to come
         known = path.is_file() or files.lone_states(path) or files.trainer_layout(path) is not None

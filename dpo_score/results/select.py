@@ -176,8 +176,8 @@ def _column_names(store: Store, part: str) -> list[str]:
 
 
 def _bare(column: str, names: Sequence[str]) -> str:
-    """COLUMN of POLICY.COLUMN."""
-    for name in names:
+    """COLUMN of POLICY.COLUMN; where one policy's name begins another's, the longer one's."""
+    for name in sorted(names, key=len, reverse=True):
         if column.startswith(f"{name}."):
             return column.removeprefix(f"{name}.")
     return column
@@ -440,7 +440,7 @@ class Selected:
 def select(source: str | pl.DataFrame, request: Request) -> Selected:
     """Apply one rule to a run, or to a frame of score columns. Raises UsageError, ConfigError."""
     rule = parse_rule(request.rule)
-    if request.keep is None and not rule.is_filter and not rule.columns:
+    if request.keep is None and not rule.is_filter:
         raise ConfigError(f"--rule {rule.name} puts pairs in order: say how many to keep (--keep 10%, or a number)")
     run = _rows(source, request, rule.reads(settings_of(request)), rule.columns)
     settings = _settled(request, run, source)

@@ -109,6 +109,17 @@ def test_an_expression_reads_one_policy_or_the_mean_over_them(out: str) -> None:
     )
 
 
+def test_a_policy_whose_name_begins_anothers_has_its_own_columns(out: str) -> None:
+    names = {"a": "better", "a.b": "worse"}
+    both = pl.concat(scores(out, name).with_columns(policy=pl.lit(alias)) for alias, name in names.items())
+    mean, longer, shorter = (
+        select(both, Request(rule, 39)).frame["select_score"].to_numpy()
+        for rule in ("margins + 0", '"a.b.margins" + 0', '"a.margins" + 0')
+    )
+    assert longer == pytest.approx(scores(out, "worse")["margins"].to_numpy())
+    assert mean == pytest.approx((longer + shorter) / 2)
+
+
 @pytest.mark.parametrize(
     ("request_", "error", "said"),
     [
