@@ -149,7 +149,7 @@ class DatasetWriter:
         for block, pieces in groupby(self._rows.slices(shard.start, shard.stop), key=lambda piece: piece.block):
             values = self._chosen or self._values(block)
             if isinstance(values, StoredValues) and not values.codes and not plan.columns.built:
-                values = ScoredPairs(values.table, self._numbers(values.table["row_id"]))
+                values = ScoredPairs(values.table, self._row_numbers(values.table["row_id"]))
             for piece in pieces:
                 source = originals.take(piece.rows)
                 if isinstance(values, ScoredPairs):
@@ -180,7 +180,8 @@ class DatasetWriter:
         return pa.table([columns[name] for name in plan.schema.names], schema=plan.schema)
 
     def _scored_table(self, plan: SetPlan, source: pa.Table, piece: RowSlice, values: ScoredPairs) -> pa.Table:
-        """The same where all pairs are scored: rows whose columns are passed on are not read as pairs again."""
+        """The same for rows of which only scored pairs are written: they are read as pairs again only where a column is
+        built from the text that was scored."""
         found, row_of_each = values.among(piece.rows)
         columns = {plan.kept[name]: source[name].take(row_of_each) for name in plan.source.names}
         if plan.columns.built:
@@ -191,7 +192,7 @@ class DatasetWriter:
         columns["status"] = pa.array(["scored"] * len(found), pa.string())
         return pa.table([columns[name] for name in plan.schema.names], schema=plan.schema)
 
-    def _numbers(self, row_ids: pa.ChunkedArray) -> NDArray[np.int64]:
+    def _row_numbers(self, row_ids: pa.ChunkedArray) -> NDArray[np.int64]:
         """The number of each pair's row among the rows of all sets."""
         source = TextSource(self._plan.config, self._plan.datasets)
         return np.array(source.row_of_each(row_ids.to_pylist()), np.int64)

@@ -33,7 +33,7 @@ from dpo_score.engine.prepare import resolve_plan
 from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError, IdentityError, UsageError
 from dpo_score.export.contract import contract
-from dpo_score.export.dataset import DatasetWriter, ScoredPairs
+from dpo_score.export.dataset import DatasetWriter, ScoredPairs, weighted
 from dpo_score.export.layout import VALUES
 from dpo_score.export.precompute import (
     config_of_run,
@@ -74,7 +74,7 @@ def write_selection(out: str, selected: Selected, folder: str, progress: Progres
     rows = np.array(TextSource(config, plan.datasets).row_of_each(kept["row_id"]), np.int64)
     plan = replace(plan, rows=replace(plan.rows, sample=tuple(np.unique(rows).tolist()), limit=None, share=(0, 1)))
     export = replace(export_of(plan, "trl", None), emit_ids=False, per_token=False, selection=selected.summary)
-    chosen = ScoredPairs(_values(source, kept.to_arrow()), rows)
+    chosen = ScoredPairs(weighted(_values(source, kept.to_arrow()), export.ld_alpha), rows)
     with run_context(config, progress, folder) as context:
         store = context.store
         if store.exists(SELECTION):
@@ -128,8 +128,7 @@ def _values(source: Store, kept: pa.Table) -> pa.Table:
             with source.open_table(file.name) as opened:
                 columns = [name for name in COPIED if name in opened.schema_arrow.names]
             table = source.read_table(file.name, columns).replace_schema_metadata(None)
-            begun = sum(part.num_rows for part in found)
-            next_ones = wanted.slice(begun, len(table))  # no more than these can be in this part
+            next_ones = wanted.slice(sum(part.num_rows for part in found), len(table))  # both are in the data's order
             found.append(table.filter(pc.is_in(table["row_id"].cast(wanted.type), value_set=next_ones)))
     table = pa.concat_tables(found)
     if not table["row_id"].cast(wanted.type).combine_chunks().equals(wanted):

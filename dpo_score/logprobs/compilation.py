@@ -47,8 +47,10 @@ def run_apart(program: str, seconds: float) -> str | None:
 
 
 def _error_line(said: str) -> str | None:
-    """The line that names the error, which torch follows by advice; without a traceback the last line."""
+    """The line that names the error: the first after a traceback's indented ones, as torch adds advice below it; the
+    last line where there is no traceback."""
     _, traceback, after = said.rpartition("Traceback (most recent call last):")
-    lines = [line for line in after.splitlines() if line.strip() and not (traceback and line[0].isspace())]
-    found = lines[0 if traceback else -1] if lines else None
-    return None if found is None else found.strip()[:200]
+    lines = [line for line in after.splitlines() if line.strip()]
+    if traceback:
+        lines = [line for line in lines if not line[0].isspace()][:1]
+    return lines[-1].strip()[:200] if lines else None

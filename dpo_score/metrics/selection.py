@@ -164,7 +164,7 @@ def parse_rule(text: str) -> Rule:
     if name == "all":
         raise ConfigError("--rule all compares the rules and keeps no pairs: name one rule to keep pairs by it")
     if re.fullmatch(r"[\w:-]*", text.strip()) or name in _PLAIN:
-        column = f"; a column alone is an expression when a sum is made of it ('{text.strip()} + 0')"
+        column = f"; to keep pairs by a stored column alone, write it as a sum: '{text.strip()} + 0'"
         hint = column if re.fullmatch(r"[a-z_]+", text.strip()) else ""
         raise ConfigError(f"--rule {text}: {nearest(name, rule_names())}; `--rule all` compares them{hint}")
     return _expression(text)

@@ -14,6 +14,7 @@ from dpo_score.engine.progress import Progress
 from dpo_score.errors import ConfigError, IdentityError, UsageError
 from dpo_score.export.selected import write_selection
 from dpo_score.results.select import Request, select
+from tests.exported import export
 from tests.run_fixtures import Runner, preference_rows, write_rows
 
 
@@ -54,6 +55,21 @@ def test_the_kept_rows_with_the_values_of_the_run(out: str, tmp_path: Path, forw
     source = pl.read_parquet(tmp_path / "pairs.parquet")
     rows = [int(row_id.split(":")[1]) for row_id in written["row_id"]]
     assert written.select("prompt", "chosen", "rejected", "subset").rows() == source[rows].rows()
+
+
+def test_the_values_of_a_length_desensitised_loss_are_those_that_precompute_writes(
+    tmp_path: Path, data: Path, runner: Runner
+) -> None:
+    """Their contract names ld_alpha, so a trainer takes them for sums in which later tokens count less."""
+    runner(data, tmp_path / "ld", loss_param=["ld_alpha=0.25"])
+    write(str(tmp_path / "ld"), tmp_path / "kept")
+    export(data, runner.models["reference"], tmp_path / "whole", loss_param=["ld_alpha=0.25"])
+    kept, whole = (pl.read_parquet(tmp_path / name / "data/*.parquet") for name in ("kept", "whole"))
+    stored = pl.concat(pl.read_parquet(part) for part in (tmp_path / "ld/reference").glob("*.parquet"))
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        ours, precomputed, plain = (dict(frame.select("row_id", name).rows()) for frame in (kept, whole, stored))
+        assert ours == pytest.approx({row_id: precomputed[row_id] for row_id in ours}, rel=1e-5)
+        assert max(abs(value - plain[row_id]) for row_id, value in ours.items()) > 1.0
 
 
 def test_every_row_of_the_run_is_in_the_list_of_reasons(out: str, tmp_path: Path) -> None:
