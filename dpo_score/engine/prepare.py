@@ -48,6 +48,7 @@ from dpo_score.errors import ConfigError, ModelError
 from dpo_score.logprobs.numerics import present, remarks, resolve_numerics, ways, with_own_softmax
 from dpo_score.losses.parse import ResolvedLoss, parse_loss
 from dpo_score.models.limits import text_limits
+from dpo_score.models.memory import kept_bytes
 from dpo_score.models.numerics import Numerics
 from dpo_score.models.resolve import ModelSource, Resolver, resolve_policy
 from dpo_score.results.groups import check_slices
@@ -147,7 +148,8 @@ def resolve_plan(
     warn_of_lengths([source for _, source in models.sources], text.max_length, context.progress.warn)
     limits = text_limits(models.first.config, text.max_length) if models.first else None
     renderer = renderer_of(config, tokenizer, text, limits, processor)
-    pictures = None if processor is None else PictureInputs(processor)
+    room = kept_bytes() if processor is not None and len(models.sources) > 1 else 0
+    pictures = None if processor is None else PictureInputs(processor, room)
 
     numerics = _decide_numerics(config, context, found, models, datasets, pictures)
     rows = _decide_blocks(config, found, models, datasets, numerics)

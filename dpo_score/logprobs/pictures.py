@@ -12,8 +12,10 @@ Shapes: P tokens of a prompt, T of a pack, H hidden size, A axes of positions (3
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -43,6 +45,10 @@ DECODERS = ("language_model", "text_model")
 SILENT = frozenset({"use_cache", "past_key_values", "return_dict", "output_attentions", "output_hidden_states"})
 """Arguments of a decoder that say how it is called, not with what."""
 READ = frozenset({"inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks", "deepstack_visual_embeds"})
+NAMES = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
+"""Settings of a model that change no feature."""
+NOT_KEPT = ("last_hidden_state", "hidden_states", "attentions")
+"""What a tower gives beside the features that a wrapper puts among its embeddings."""
 
 
 class PicturePath:
@@ -167,17 +173,21 @@ class _Handed(Exception):
 
 
 class SharedPictures:
-    """Packs of prompts with pictures through the decoder of a wrapper. `prompts_seen` counts passes of the tower."""
+    """Packs of prompts with pictures through the decoder of a wrapper. `prompts_seen` counts passes of the tower:
+    none for pictures that a model with the same tower has seen, as long as what it made of them is kept."""
 
     def __init__(self, text: PackedPath, pictures: PictureInputs) -> None:
         self._text, self.parts, self.pictures = text, text.parts, pictures
         self.forwards = self.prompts_seen = 0
+        self._tower = ""
         decoder = next((part for name in DECODERS if (part := getattr(text.parts.body, name, None)) is not None), None)
         if decoder is None:
             raise attention.Unshareable(f"{type(text.parts.body).__name__} has no part that takes embeddings alone")
         if text.rules:
             raise attention.Unshareable("its positions depend on the length of the whole row")
         self.decoder = decoder
+        if pictures.kept.room and hasattr(text.parts.body, "get_image_features"):
+            self._tower = tower_digest(text.parts.body, decoder)
 
     def plan(self, sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
         return packing.plan(sequences, self._text.numerics.batch_tokens)
@@ -210,14 +220,46 @@ class SharedPictures:
         ids = sequence.prompt.astype(np.int64)
         inputs = wrapper_inputs(self.parts, self.parts.body, self.pictures, ids, sequence.media)
         hook = self.decoder.register_forward_pre_hook(stop, with_kwargs=True)
-        self.prompts_seen += 1
         try:
-            self.parts.body(**inputs, use_cache=False)
+            with self._seen_once(sequence.media):
+                self.parts.body(**inputs, use_cache=False)
         except _Handed:
             return _states(handed)
         finally:
             hook.remove()
         raise attention.Unshareable("the wrapper did not call its decoder")
+
+    @contextmanager
+    def _seen_once(self, media: Media | None) -> Iterator[None]:
+        """Inside, the body's features of these pictures are those that are kept; where there are none it makes them."""
+        if not self._tower:
+            self.prompts_seen += 1
+            yield
+            return
+        body, kept, own = self.parts.body, self.pictures.kept, self.parts.body.get_image_features
+        wide = is_wide(self.parts.model)
+        calls = 0
+
+        def features(*args: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            key = (self._tower, media, str(self.parts.device), str(self.parts.model.dtype), wide, calls)
+            known = kept.get(key)
+            if known is not None:
+                kind, fields = known
+                return kind(**_each_tensor(fields, lambda tensor: tensor.to(self.parts.device)))
+            self.prompts_seen += 1
+            made = own(*args, **named)
+            if isinstance(made, Mapping):
+                fields = {name: value for name, value in made.items() if name not in NOT_KEPT}
+                kept.put(key, (type(made), _each_tensor(fields, Tensor.cpu)), _bytes_of(fields))
+            return made
+
+        body.get_image_features = features
+        try:
+            yield
+        finally:
+            del body.get_image_features
 
     def _hidden(self, pack: packing.Pack, prompts: Sequence[PromptStates], begins: Sequence[int]) -> Tensor:
         """Hidden states [T, H] of a pack; `begins`: where each prompt begins, and the end of the pack."""
@@ -242,6 +284,37 @@ class SharedPictures:
                 **_deep(pack, prompts, spans, device),
             )
         return states.last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+def tower_digest(body: Any, decoder: Any) -> str:
+    """BLAKE2b (hex) of the weights and settings of all of a wrapper's body but its decoder; "" where weights are not
+    in memory. Equal ones make the same features of the same pictures, whatever was trained behind them."""
+    behind = {id(tensor) for tensor in (*decoder.parameters(), *decoder.buffers())}
+    settings = {name: value for name, value in body.config.to_dict().items() if name not in ("text_config", *NAMES)}
+    found = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, tensor in (*body.named_parameters(), *body.named_buffers()):
+        if id(tensor) in behind:
+            continue
+        if tensor.is_meta:
+            return ""
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with every tensor in it changed; in it are mappings, tuples, lists, tensors and what is none of them."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: _each_tensor(item, change) for name, item in value.items()}
+    return type(value)(_each_tensor(item, change) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _bytes_of(value: Any) -> int:
+    sizes: list[int] = []
+    _each_tensor(value, lambda tensor: sizes.append(tensor.nbytes) or tensor)  # type: ignore[func-returns-value]
+    return sum(sizes)
 
 
 def _states(handed: Mapping[str, Any]) -> PromptStates:

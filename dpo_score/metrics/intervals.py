@@ -10,7 +10,7 @@ distributions; it has neither Tango's interval nor cluster-robust means, so thos
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
 from typing import Any, TypeAlias
@@ -179,7 +179,17 @@ def mean_test(values: Floats, clusters: Clusters | None = None) -> MeanTest:
 
     Var = Σ_g S_g²/(1 − n_g/n) / n² with S_g = Σ_{i∈g} (x_i − x̄). For clusters of one row this is s²/n with n − 1
     degrees of freedom. Clusters of uneven size, and few of them that carry most of the error, leave fewer.
+
+    Computed on values times a power of two, which changes no digit: squares of losses near 1e-200 would be 0.
     """
+    exponent = int(np.frexp(np.abs(values).max(initial=0.0))[1])
+    found = _mean_test(np.ldexp(values, -exponent), clusters)
+    error = None if found.error is None else math.ldexp(found.error, exponent)
+    return replace(found, mean=math.ldexp(found.mean, exponent), error=error)
+
+
+def _mean_test(values: Floats, clusters: Clusters | None) -> MeanTest:
+    """`mean_test` of values of which the largest is about 1."""
     centre, n = mean(values), len(values)
     residuals, sizes = values - centre, np.ones(n)
     if clusters is not None and n:

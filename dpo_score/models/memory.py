@@ -94,6 +94,11 @@ def token_bytes(config: Mapping[str, Any], dtype: str) -> int:
     return ITEM_BYTES[dtype] * (4 * hidden + 6 * width + 3 * middle * visits) + 4 * 3 * hidden
 
 
+def kept_bytes() -> int:
+    """Host memory for features of pictures that wait for the run's next models: a sixteenth, 4 GiB at most."""
+    return min(_host_memory() // 16, 2**32)
+
+
 def total_memory(device: str) -> int:
     """Bytes of memory the device has in all; for the CPU what this process may use (its cgroup's limit counts)."""
     import torch

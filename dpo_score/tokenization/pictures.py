@@ -102,11 +102,39 @@ AHEAD = 4
 """Prompts whose pictures are decoded and resized while those before them are computed with."""
 
 
-class PictureInputs:
-    """The inputs of prompts with pictures. Bytes are read for the sequences of a block and dropped after it."""
+class KeptFeatures:
+    """What towers made of pictures, for the next models of the run that have the same tower; `room` bytes at most.
 
-    def __init__(self, processor: PictureProcessor) -> None:
+    What comes first stays: models go over the data in one order, so a newer entry in an older one's place would be
+    gone, too, before it is asked for.
+    """
+
+    def __init__(self, room: int = 0) -> None:
+        self.room = room
+        self.used = 0
+        self._found: dict[Any, Any] = {}
+
+    def get(self, key: Any) -> Any:
+        """None for what is not kept."""
+        return self._found.get(key)
+
+    def put(self, key: Any, value: Any, size: int) -> None:
+        """`size`: the bytes of `value`. It is not kept where there is no room."""
+        if key not in self._found and self.used + size <= self.room:
+            self._found[key] = value
+            self.used += size
+
+
+class PictureInputs:
+    """The inputs of prompts with pictures. Bytes are read for the sequences of a block and dropped after it.
+
+    `kept`: features of pictures, from one model of a run to the next.
+    """
+
+    def __init__(self, processor: PictureProcessor, room: int = 0) -> None:
+        """`room`: bytes that `kept` may take."""
         self.processor = processor
+        self.kept = KeptFeatures(room)
         self._bytes: dict[str, bytes] = {}
         self._made: dict[str, bytes] = {}
         self._threads: ThreadPoolExecutor | None = None

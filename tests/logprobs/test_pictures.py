@@ -26,7 +26,7 @@ from dpo_score.logprobs.scorer import PairScorer, make_path
 from dpo_score.logprobs.self_check import check_model
 from dpo_score.logprobs.types import SequenceLogps
 from dpo_score.models.numerics import Numerics
-from dpo_score.tokenization.pictures import AHEAD, PictureInputs, load_processor
+from dpo_score.tokenization.pictures import AHEAD, KeptFeatures, PictureInputs, load_processor
 from dpo_score.tokenization.render import Renderer
 from tests.vision import FAMILIES, encoded, picture, save_vision, write_pairs
 
@@ -107,6 +107,59 @@ def test_packs_give_the_values_of_the_wrapper_and_the_tower_sees_each_prompt_onc
         np.testing.assert_allclose(other, one, atol=5e-6)
     assert shared._shared.prompts_seen == len(FILES)
     assert shared.forwards == 2  # one pack of texts, one of prompts with pictures
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_next_model_with_the_same_tower_takes_what_the_first_made_of_the_pictures(
+    family: str, setting: Callable[[str], Setting]
+) -> None:
+    case = setting(family)
+    pictured = [sequence for sequence in case.sequences() if sequence.media is not None]
+    inputs = PictureInputs(case.processor, room=2**24)
+
+    def found(model: Any, inputs: PictureInputs) -> tuple[list[np.ndarray[Any, Any]], int]:
+        path = make_path(model, case.numerics(), pictures=inputs)
+        assert isinstance(path, PicturePath)
+        assert path._shared is not None
+        return through(path, pictured), path._shared.prompts_seen
+
+    def equal(some: Sequence[np.ndarray[Any, Any]], others: Sequence[np.ndarray[Any, Any]]) -> bool:
+        return all(np.array_equal(one, other) for one, other in zip(some, others, strict=True))
+
+    values, seen = found(case.model, inputs)
+    assert seen == len(FILES)
+    assert equal(values, found(case.model, PictureInputs(case.processor))[0])
+    assert 0 < inputs.kept.used <= inputs.kept.room
+
+    trained = copy.deepcopy(case.model)  # the decoder alone was trained
+    decoder = next(part for name in pictures.DECODERS if (part := getattr(trained.model, name, None)) is not None)
+    with torch.no_grad():
+        for weight in decoder.parameters():
+            weight += 0.01 * torch.randn_like(weight)
+    values, seen = found(trained, inputs)
+    assert seen == 0
+    alone, _ = found(trained, PictureInputs(case.processor))
+    assert equal(values, alone)
+    assert not equal(values, found(case.model, inputs)[0])
+
+    tower = next(
+        p for name, p in trained.model.named_parameters() if "language_model" not in name and "text_" not in name
+    )
+    with torch.no_grad():
+        tower += 0.5
+    values, seen = found(trained, inputs)
+    assert seen == len(FILES)
+    assert equal(values, found(trained, PictureInputs(case.processor))[0])
+
+
+def test_features_are_kept_as_long_as_there_is_room() -> None:
+    kept = KeptFeatures(room=100)
+    kept.put("a", "made of a", 60)
+    kept.put("b", "made of b", 60)
+    kept.put("c", "made of c", 40)
+    kept.put("c", "again", 40)
+    assert [kept.get(name) for name in "abc"] == ["made of a", None, "made of c"]
+    assert kept.used == 100
 
 
 def test_inputs_are_made_ahead_in_the_order_of_the_packs(setting: Callable[[str], Setting]) -> None:

@@ -64,6 +64,18 @@ def test_copying_every_pair_does_not_make_us_surer() -> None:
     assert naive.high - naive.low < 0.5 * (once.high - once.low)
 
 
+@pytest.mark.parametrize("exponent", [-1000, -360, -30, 0, 30, 500, 1000])
+def test_the_unit_of_the_values_does_not_matter(exponent: int) -> None:
+    """Losses of 1e-107, whose squares are next to nothing, are not a division by zero; no digit changes."""
+    draw = np.random.default_rng(4)
+    values, clusters = draw.lognormal(size=40), draw.geometric(0.2, 40)
+    for labels in (None, clusters):
+        plain, other = mean_test(values, labels), mean_test(np.ldexp(values, exponent), labels)
+        assert plain.error is not None
+        assert other.error == math.ldexp(plain.error, exponent) > 0.0
+        assert (other.mean, other.df, other.p) == (math.ldexp(plain.mean, exponent), plain.df, plain.p)
+
+
 def test_the_robust_error_by_hand() -> None:
     """Clusters {1, 2}, {3}, {6}: residual sums −3, 0, 3 around 3; Var = (9/(1 − 2/4) + 9/(1 − 1/4)) / 16."""
     test = mean_test(np.array([1.0, 2.0, 3.0, 6.0]), np.array(["a", "a", "b", "c"]))
