@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("kind", ["ENOSPC", "EIO", "EACCES"])
 def test_a_fault_at_a_call(world: World, golden: Golden, kind: str) -> None:
-    for number in golden.points(consecutive=2, spread=2):
+    for number in golden.points(consecutive=1, spread=1):
         world.clean()
         ended = world.run(kind=kind, call=number)
         assert "Traceback" not in ended.errors, (number, ended.errors)

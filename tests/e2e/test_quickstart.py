@@ -19,7 +19,7 @@ from tests.e2e.readme import PROJECT, own_commands
 
 pytestmark = pytest.mark.slow
 
-LIMIT = None if os.environ.get("DPO_SCORE_QUICKSTART") == "full" else 40
+LIMIT = None if os.environ.get("DPO_SCORE_QUICKSTART") == "full" else 20
 WHOLE = (["quickstart"], ["run", "pipelines/quickstart.yaml", "--quiet"])
 """Commands of the pages that score all pairs of the quickstart."""
 

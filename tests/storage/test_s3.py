@@ -73,7 +73,7 @@ def test_one_run_at_a_time(server: Server) -> None:
 def test_a_run_continues_where_it_was_killed(server: Server) -> None:
     golden = open_store(f"{BUCKET}/golden")
     run(golden)
-    for number in range(1, 9):
+    for number in (1, 3, 6, 8):
         url = f"{BUCKET}/killed-{number}"
         command = [sys.executable, "-c", DYING_RUN, url, str(number)]
         child = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, timeout=120)

@@ -101,6 +101,7 @@ def test_a_data_set_precomputed_by_workers(ray: Any, runner: Any, data: Path, tm
     assert found["there"] == found["here"] != {}
 
 
+@pytest.mark.skipif(os.environ.get("DPO_SCORE_CRASH") != "full", reason="crash/test_kill_ray.py kills workers")
 def test_a_worker_killed_in_the_middle_costs_nothing_but_its_block(
     ray: Any, runner: Any, data: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -111,7 +112,7 @@ def test_a_worker_killed_in_the_middle_costs_nothing_but_its_block(
     verify(str(out)).raise_damage()
 
 
-def test_begun_locally_finished_on_ray_after_ctrl_c_on_ray(
+def test_begun_locally_finished_on_ray(
     ray: Any, runner: Any, data: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out, config = tmp_path / "out", runner.config(data, tmp_path / "out")
@@ -119,11 +120,7 @@ def test_begun_locally_finished_on_ray_after_ctrl_c_on_ray(
     with pytest.raises(Interrupted) as stopped:
         local.run(config, ctrl_c)
     assert stopped.value.exit_code == 130
-    with pytest.raises(Interrupted) as stopped:
-        engines.run(on_ray(config), AtRow(2, lambda: os.kill(os.getpid(), signal.SIGINT)))
-    assert stopped.value.exit_code == 130
-    assert workers() == []
-    local.run(config.model_copy(update={"limit": 64 * (BLOCKS - 1)}), QUIET)
+    local.run(config.model_copy(update={"limit": 64 * (BLOCKS - 3)}), QUIET)
     engines.run(on_ray(config), QUIET)
     assert results(out) == whole
 

@@ -64,7 +64,7 @@ class Command:
 def test_ctrl_c_and_the_same_command_again(
     address: str, runner: Runner, models: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    data = write_rows(tmp_path / "pairs.parquet", preference_rows(64 * 8))
+    data = write_rows(tmp_path / "pairs.parquet", preference_rows(64 * 4))
     command = Command(address, data, tmp_path, models)
     code, said = command.interrupted()
     assert (code, "the same command resumes" in said) == (130, True), said
@@ -73,8 +73,8 @@ def test_ctrl_c_and_the_same_command_again(
     assert done
     code, said = command.run()
     assert code == 0, said
-    assert "reference: 512 rows" in said
-    assert "better: 512 rows" in said
+    assert "reference: 256 rows" in said
+    assert "better: 256 rows" in said
     again = {path.name: path.stat().st_mtime_ns for path in command.out.glob("commits/reference/*.json")}
     assert {name: again[name] for name in done} == done
     verify(str(command.out)).raise_damage()
