@@ -8,9 +8,10 @@ import pytest
 
 from tests.fuzz import BOMB, LOOP, failures
 
-SECONDS = 20.0
+SECONDS = 60.0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_nothing_odd_ends_a_command_in_a_traceback(tmp_path: Path) -> None:
     assert list(failures(tmp_path, SECONDS)) == []
