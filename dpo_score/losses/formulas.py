@@ -74,7 +74,7 @@ class LossSettings:
     params: Mapping[str, float] = field(default_factory=dict)
 
 
-def f_score(delta: Array, divergence: str, f_alpha: float = 0.5) -> Array:
+def f_score(delta: Array, divergence: str, f_alpha: float) -> Array:
     """s(Δ) = f'(e^Δ) up to a constant that cancels. f-DPO, arXiv 2309.16240."""
     if divergence == "forward_kl":
         return 1.0 - exp(-delta)

@@ -40,7 +40,7 @@ def load_tokenizer(name_or_folder: str, revision: str | None = None, trust_remot
         refuse_remote_code(name_or_folder, files, "AutoTokenizer", "tokenizer", "name another with --tokenizer.")
     load = partial(AutoTokenizer.from_pretrained, revision=revision, trust_remote_code=trust_remote_code, use_fast=True)
     try:
-        tokenizer = _guarded(partial(load, name_or_folder))
+        tokenizer = _guarded(lambda: _tried(load(name_or_folder)))
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).split("\n", 1)[0][:300]
         raise ModelError(
@@ -62,6 +62,14 @@ def load_tokenizer(name_or_folder: str, revision: str | None = None, trust_remot
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{name_or_folder}: its config.json or tokenizer holds a wrong value: {reason}") from None
     return checked(tokenizer, name_or_folder)
+
+
+def _tried(tokenizer: Any) -> Any:
+    """`tokenizer` itself after a first text: some settings, as model_max_length, are not looked at before."""
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        tokenizer("a", verbose=False)
+        special_ids(tokenizer)
+    return tokenizer
 
 
 def checked(tokenizer: Any, name: str) -> Any:

@@ -6,6 +6,9 @@ and four answers a picture as VLFeedback has them, which make six pairs. Both wa
 over the same pairs, in CPU seconds of this process, so that other work on the machine counts for neither. TRL's way:
 its vision collator (every picture once an answer), the whole forward, and the log-softmax over all logits, without
 gradients; ours: reading, processor, tower once a prompt, packs.
+
+Then a policy whose tower is the reference's, in the LLaVA and in the shape of SmolVLM-256M, where the tower is most of
+the work: the reference, the policy after it, and the policy by itself.
 """
 
 from __future__ import annotations
@@ -23,7 +26,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
+    LlamaConfig,
+    LlavaConfig,
+)
 from transformers import LlavaForConditionalGeneration as Model
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
@@ -58,6 +70,33 @@ def model_folder(folder: Path) -> Path:
     token = made.convert_tokens_to_ids("<image>")
     config = LlavaConfig(vision_config=tower, text_config=text, image_token_id=token, vision_feature_layer=-2)
     Model(config).save_pretrained(folder)
+    return folder
+
+
+def tiled_folder(folder: Path) -> Path:
+    """Tower, decoder and vocabulary of SmolVLM-256M; a picture is one tile of 512 × 512, which becomes 64 tokens."""
+    special = {
+        "image_token": "<image>",
+        "fake_image_token": "<fake_token_around_image>",
+        "global_image_token": "<global-img>",
+        "end_of_utterance_token": "<end_of_utterance>",
+    }
+    made = vision.tokenizer(special, "<image>")
+    sides = {"size": {"longest_edge": 512}, "max_image_size": {"longest_edge": 512}}
+    Idefics3ImageProcessorPil(**sides, do_image_splitting=False).save_pretrained(folder)
+    vision._save_texts(folder, made, "Idefics3Processor", {"image_seq_len": 64})
+    text = {"model_type": "llama", "vocab_size": 49_280, "hidden_size": 576, "intermediate_size": 1536}
+    text |= {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    tower = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    torch.manual_seed(0)
+    config = Idefics3Config(
+        text_config={**text, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257},
+        vision_config={**tower, "image_size": 512, "patch_size": 16},
+        image_token_id=made.convert_tokens_to_ids("<image>"),
+        scale_factor=4,
+        pad_token_id=made.pad_token_id,
+    )
+    Idefics3ForConditionalGeneration(config).save_pretrained(folder)
     return folder
 
 
@@ -125,6 +164,34 @@ def main(count: int) -> None:
             files = make_pairs(path, count, answers)
             print(f"\n{shape}")
             compared(path, files, model, load_processor(str(folder)))
+        print("\na policy with the reference's tower")
+        make_pairs(path, count // 4, 2)
+        after_a_reference("LLaVA", path, folder, count // 4)
+        (folder / "tiled").mkdir()
+        after_a_reference("SmolVLM", path, tiled_folder(folder / "tiled"), count // 4)
+
+
+def after_a_reference(name: str, path: Path, folder: Path, count: int) -> None:
+    """CPU seconds a pair of a reference, of a policy after it, and of the policy by itself; the policy's values."""
+    reference = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    policy, processor = copy.deepcopy(reference), load_processor(str(folder))
+    with torch.no_grad():
+        policy.get_output_embeddings().weight.add_(0.01)
+    kept = PictureInputs(processor, room=2**30)
+    seconds: dict[str, float] = {}
+    values: dict[str, list[float]] = {}
+    for who, model, inputs in (
+        ("reference", reference, kept),
+        ("policy after it", policy, kept),
+        ("policy by itself", policy, PictureInputs(processor)),
+    ):
+        before = time.process_time()
+        values[who] = ours(path, model, processor, inputs)
+        seconds[who] = time.process_time() - before
+    each = ", ".join(f"{who} {spent / count:.2f}" for who, spent in seconds.items())
+    same = "equal values" if values["policy after it"] == values["policy by itself"] else "OTHER VALUES"
+    size = f"{kept.kept.used / count / 2**20:.2f} MiB a picture"
+    print(f"{name}: CPU seconds a pair: {each} ({size}, {same})", flush=True)
 
 
 def compared(path: Path, files: list[bytes], model: Any, processor: Any) -> None:

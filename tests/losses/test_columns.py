@@ -138,6 +138,11 @@ def test_a_pair_without_scored_tokens_has_no_length_normalised_loss() -> None:
     assert (found["loss"], found["loss_code"]) == (None, None)
 
 
+def test_one_scored_token_is_enough_for_a_length_normalised_loss() -> None:
+    found = row(derive_table(pair(-1.0, -2.0, -1.0, -2.0, nc=1), loss("ipo", beta=0.5)))
+    assert found["loss"] == 1.0  # (0 − 1/(2β))²
+
+
 def test_without_a_reference() -> None:
     scores = table().drop_columns([name for name in table().column_names if name.startswith("ref_")])
     simpo, cpo = (derive_table(scores, loss(name)) for name in ("simpo", "cpo"))

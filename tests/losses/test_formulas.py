@@ -112,8 +112,8 @@ def test_policy_equal_to_reference_has_loss_ln_2_exactly(name: str) -> None:
 
 def test_f_scores_by_hand() -> None:
     delta = np.array([0.7])
-    assert f_score(delta, "forward_kl")[0] == pytest.approx(1 - math.exp(-0.7))
-    assert f_score(delta, "js_divergence")[0] == pytest.approx(math.log(2 * math.exp(0.7) / (1 + math.exp(0.7))))
+    assert f_score(delta, "forward_kl", 0.5)[0] == pytest.approx(1 - math.exp(-0.7))
+    assert f_score(delta, "js_divergence", 0.5)[0] == pytest.approx(math.log(2 * math.exp(0.7) / (1 + math.exp(0.7))))
     assert f_score(delta, "alpha_divergence", 0.5)[0] == pytest.approx((math.exp(-0.35) - 1) / -0.5)
     assert f_score(np.array([0.0]), "alpha_divergence", 0.5)[0] == 0.0
     assert f_score(np.array([-1e6]), "alpha_divergence", 0.5)[0] == pytest.approx(-2 * (math.exp(80) - 1))

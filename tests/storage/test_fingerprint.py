@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_score.storage.fingerprint import ABSENT, FieldChange, Identities, canonical_json, diff, digest, listed
+from dpo_score.storage.fingerprint import (
+    ABSENT,
+    SHOWN_CHANGES,
+    FieldChange,
+    Identities,
+    canonical_json,
+    diff,
+    digest,
+    listed,
+)
 
 SCALARS = st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from([0.5, 1.0]) | st.text("ab.", max_size=2)
 VALUES = st.recursive(
@@ -52,6 +61,15 @@ def test_differences_name_the_field_and_both_values() -> None:
         FieldChange("files[1]", '{"name":"b"}', ABSENT),
         FieldChange("seed", ABSENT, "0"),
     )
+
+
+def test_a_list_that_was_empty_differs_by_what_it_has_now() -> None:
+    assert diff({"files": []}, {"files": ["a"]}) == (FieldChange("files[0]", ABSENT, '"a"'),)
+    assert diff({"files": ["a"]}, {"files": []}) == (FieldChange("files[0]", '"a"', ABSENT),)
+
+
+def test_as_many_changes_as_are_shown_leave_none_out() -> None:
+    assert listed(diff({str(i): i for i in range(SHOWN_CHANGES)}, {})).count("\n") == SHOWN_CHANGES - 1
 
 
 def test_long_values_and_long_lists_are_cut_in_messages() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,31 @@ def test_a_lease_of_a_host_that_is_silent_ends(store: Store, kind: str, age: flo
 @pytest.mark.parametrize("kind", ["lease", "share-0-of-2", "turn"])
 def test_a_lease_of_a_dead_process_of_this_host_ends_at_once(store: Store, kind: str) -> None:
     leave(store, kind, str(locks.owner()["host"]), time.time(), dead_pid())
+    take_all(store)
+
+
+def test_a_dead_process_of_this_host_is_not_waited_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "WATCH_SECONDS", 40.0)
+    monkeypatch.setattr(locks.time, "sleep", lambda seconds: pytest.fail("it waits for a process that is dead"))
+    leave(store, "lease", str(locks.owner()["host"]), time.time(), dead_pid())
+    take_all(store)
+
+
+def test_a_host_that_stays_silent_while_it_is_watched_loses_its_lease(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(locks, "POLL_SECONDS", 0.01)
+    leave(store, "lease", "another host", time.time() - 3 * locks.TAKEOVER_SECONDS)
+    take_all(store)
+
+
+def test_a_lease_of_a_live_process_of_this_host_holds_and_one_of_an_earlier_life_of_ours_does_not(store: Store) -> None:
+    here = str(locks.owner()["host"])
+    leave(store, "lease", here, time.time(), os.getppid())
+    with pytest.raises(UsageError, match=f"pid {os.getppid()} on host {re.escape(here)}, started then"):
+        take_all(store)
+    leave(store, "lease", here, time.time(), os.getpid())  # its token is none that this process holds
     take_all(store)
 
 

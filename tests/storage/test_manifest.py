@@ -223,6 +223,14 @@ def test_another_schema_version_is_refused_whatever_it_holds(store: LocalStore, 
         open_manifest(store, REQUEST)
 
 
+@pytest.mark.parametrize("content", ["[]", "3", "null"])
+def test_a_manifest_that_is_no_object_is_damage(store: LocalStore, content: str) -> None:
+    for name in (MANIFEST, MANIFEST_COPY):
+        store.write_bytes(name, content.encode())
+    with pytest.raises(DamageError, match=MANIFEST):
+        read_manifest(store)
+
+
 def test_a_damaged_manifest_is_restored_from_its_twin(store: LocalStore) -> None:
     manifest = open_manifest(store, REQUEST)
     path = store.path(MANIFEST)

@@ -143,6 +143,15 @@ def test_settings_that_are_no_settings_are_one_sentence(content: str, tmp_path: 
         load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize("value", [[1024], {}, "1024"])
+def test_a_setting_that_is_not_looked_at_before_a_first_text_is_tried_at_load(value: Any, tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": value}))
+    with pytest.raises(ModelError, match=f"{tmp_path}: its config.json or tokenizer holds a wrong value: '>' not"):
+        load_tokenizer(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["processor_config.json", "preprocessor_config.json"])
 def test_code_of_a_processor_is_refused_by_the_same_rule(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(json.dumps({"auto_map": {"AutoProcessor": "evil.Evil"}}))

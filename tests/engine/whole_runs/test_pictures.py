@@ -12,7 +12,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dpo_score import precompute, run, score
+from dpo_score.data.types import TokenSequence
 from dpo_score.errors import IdentityError, ModelError
+from dpo_score.logprobs.pictures import PromptStates, SharedPictures
 from tests.tiny import save_tiny
 from tests.vision import encoded, picture, save_vision, write_pairs
 
@@ -52,6 +54,36 @@ def test_an_adapter_on_text_and_tower_is_scored_as_peft_scores_it(models: Path, 
     for ours, theirs in zip(scored(tmp_path / "out"), again.to_dicts(), strict=True):
         assert abs(ours["margins_nats"] - theirs["margins_nats"]) < 1e-3
         assert abs(ours["margins_nats"]) > 1e-3
+
+
+def test_a_policy_behind_the_same_tower_takes_what_the_reference_made_of_the_pictures(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter on the text alone leaves the tower as it is; the values are those of a run that keeps nothing."""
+    passes: list[int] = []
+
+    def counted(self: SharedPictures, sequence: TokenSequence) -> PromptStates:
+        before = self.prompts_seen
+        found = states(self, sequence)
+        passes.append(self.prompts_seen - before)
+        return found
+
+    states = SharedPictures.prompt_states
+    model = AutoModelForImageTextToText.from_pretrained(models / "base")
+    lora = LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|v_proj)", init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(tmp_path / "text")
+    data, base = pairs(tmp_path / "pairs.parquet", 6), str(models / "base")
+    policies = {"text": f"{base}+{tmp_path / 'text'}", "both": f"{base}+{models / 'adapter'}"}
+    options: dict[str, Any] = {"data": data, "reference": base, "policy": policies, "dtype": "float32"}
+    monkeypatch.setattr(SharedPictures, "prompt_states", counted)
+    kept = run(**options, out=tmp_path / "kept", cache_dir=str(tmp_path / "c2"))
+    with_kept, passes[:] = list(passes), []
+    monkeypatch.setattr("dpo_score.engine.prepare.kept_bytes", lambda: 0)
+    alone = run(**options, out=tmp_path / "alone", cache_dir=str(tmp_path / "c3"))
+    assert sum(passes) == len(passes) == len(with_kept)
+    assert sum(with_kept) <= len(with_kept) - 5  # of 5 pictures, for one of two policies
+    assert kept.scores("text").equals(alone.scores("text"))
+    assert kept.scores("both").equals(alone.scores("both"))
 
 
 def test_a_changed_picture_is_another_request_and_the_cache_does_not_answer_for_it(
