@@ -173,6 +173,29 @@ def test_numbers_in_lists_are_finite(out: Path, value: float) -> None:
     assert damaged(out) == {part: "column policy_chosen_token_logps holds a number that is not finite"}
 
 
+def test_a_reference_of_its_own_lost_the_same_rows_of_the_data(out: Path) -> None:
+    name = "commits/reference/own/00000-of-00003.json"
+    resealed(out, name, counts={**record_of(out, name).counts, "rejected/data/null_field": 2})
+    assert damaged(out)[name] == "covers other pairs than commits/reference/00000-of-00003.json"
+
+
+def test_rows_are_of_the_file_that_their_number_names(runner: Runner, tmp_path: Path) -> None:
+    """Two files: what is said of a row is compared with what is said of the others of its file."""
+    out = tmp_path / "out"
+    (tmp_path / "d").mkdir()
+    files = [
+        write_rows(tmp_path / "d" / name, preference_rows(5)[:n]) for name, n in (("a.parquet", 5), ("b.parquet", 4))
+    ]
+    runner(files[0].parent, out, path="plain")
+    assert damaged(out) == {}
+    part, record = "reference/part-00000-of-00001.parquet", "commits/reference/00000-of-00001.json"
+    table = open_store(out).read_table(part)
+    named = table["source_file"].to_pylist()
+    assert sorted(set(named)) == ["a.parquet", "b.parquet"]
+    rewritten(out, record, part, with_column(table, "source_file", ["b.parquet", *named[1:]]))
+    assert "file 0 is" in damaged(out)[part]
+
+
 def test_what_the_data_hold_is_theirs(runner: Runner, tmp_path: Path) -> None:
     rows = [{**row, "q": float("nan") if i == 2 else 1.0} for i, row in enumerate(preference_rows(5))]
     runner(write_rows(tmp_path / "pairs.parquet", rows), tmp_path / "out", path="plain", keep_columns="q")
@@ -351,6 +374,25 @@ def test_a_grid_follows_from_the_scores(out: Path, grid: Path) -> None:
     sound["rows"][0]["accuracy"]["value"] = 0.999
     store.write_json(f"{name}/summary.json", sealed(sound))
     assert f"{name}/summary.json" in damaged(out) or part in damaged(out)
+
+
+def test_rows_that_only_the_summary_counts_are_missed(out: Path) -> None:
+    remade(out, "summary.json", lambda fields: fields["policies"]["own"]["overall"].update(scored=130))
+    assert damaged(out)["scores/own"] == "holds 129 rows, summary.json counts 130"
+
+
+def test_the_card_says_what_the_summary_says(out: Path) -> None:
+    card = out / "README.md"
+    text = card.read_text()
+    assert "129" in text
+    store = open_store(out)
+    card.write_text(text.replace("129", "128"))
+    manifest = read_manifest(store)
+    assert manifest is not None
+    file = FileRecord("README.md", card.stat().st_size, 0, store.sha256("README.md"))
+    outputs = tuple(file if known.name == "README.md" else known for known in manifest.outputs)
+    save_manifest(store, replace(manifest, outputs=outputs))
+    assert list(damaged(out)) == ["README.md"]
 
 
 def test_parts_and_policies_that_nothing_names(out: Path) -> None:
