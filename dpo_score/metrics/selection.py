@@ -33,8 +33,9 @@ LOGPS = ("policy_chosen_logps", "policy_rejected_logps")
 JUDGED = (*MARGINS, *LOGPS)
 SQUARES = ("policy_chosen_log_sum_sq_probs", "policy_rejected_log_sum_sq_probs")
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-EVERYTHING = (*JUDGED, *SQUARES, *REFERENCE)
-"""The stored columns that rules read of each judge, and of the reference."""
+TOKENS = ("chosen_tokens", "rejected_tokens")
+EVERYTHING = (*JUDGED, *SQUARES, *REFERENCE, *TOKENS)
+"""The stored columns that rules read of each judge, of the reference, and of the pair."""
 UNREAD: Floats = np.empty(0)
 """In place of a column that no rule asked for: whoever computes with it fails."""
 
@@ -79,13 +80,14 @@ class Candidates:
     """The scored pairs of a run, one element a pair.
 
     `prompts`: each pair's prompt, as a place in `prompt_keys` (digests); pairs of one prompt are kept or left out
-    together. `subsets`: each pair's subset, as a place in `subset_names`, −1 without one.
+    together. `subsets`: each pair's subset, as a place in `subset_names`, −1 without one. `*_tokens`: NaN for null;
+    UNREAD where no rule reads them.
     `stored`: the columns that an expression or an outside score may name (a polars frame of as many rows).
     """
 
     row_ids: Sequence[str] | pl.Series
     prompts: NDArray[np.int64]
-    prompt_keys: Sequence[str] | pl.Series
+    prompt_keys: Sequence[str]
     subsets: NDArray[np.int64]
     subset_names: Sequence[str]
     chosen_tokens: Floats
@@ -197,7 +199,7 @@ def _margin_columns(settings: Settings) -> tuple[str, ...]:
     """What `_margin` reads."""
     if not settings.per_token:
         return ("margins",) if settings.scaled else ("margins_nats",)
-    return (*LOGPS, *REFERENCE, *(MARGINS if settings.scaled else ()))
+    return (*LOGPS, *REFERENCE, *TOKENS, *(MARGINS if settings.scaled else ()))
 
 
 def _margin(candidates: Candidates, judge: Judge, settings: Settings) -> Floats:
@@ -415,7 +417,7 @@ _PLAIN: Mapping[str, Rule] = {
             "answers that the policies are likely to write themselves",
             "arXiv 2406.11827 (WPO)",
             _on_policy,
-            lambda settings: (*LOGPS, *SQUARES),
+            lambda settings: (*LOGPS, *SQUARES, *TOKENS),
         ),
         Rule("random", "pairs by chance: the control", "none", _random, lambda settings: ()),
     )
@@ -516,8 +518,10 @@ def _in_order(
     """The rows in units of one prompt each, first the one to keep first, within a unit by score; the units' sizes."""
     if not len(rows):
         return rows, rows
-    prompts, unit_of = np.unique(candidates.prompts[rows], return_inverse=True)
-    sizes = np.bincount(unit_of)
+    sizes = np.bincount(candidates.prompts[rows], minlength=len(candidates.prompt_keys))
+    prompts = np.flatnonzero(sizes)
+    unit_of = (np.cumsum(sizes > 0) - 1)[candidates.prompts[rows]]
+    sizes = sizes[prompts]
     score = np.bincount(unit_of, scores[rows]) / sizes
     best_first = np.lexsort((_draws(candidates, settings.seed + 1)[prompts], -score))
     if settings.by_subset or settings.length_match:

@@ -7,6 +7,7 @@ set of the kept pairs is written by `export/selected.py`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from dpo_score.metrics.selection import (
     JUDGED,
     REFERENCE,
     SQUARES,
+    TOKENS,
     UNREAD,
     Candidates,
     Judge,
@@ -42,11 +44,13 @@ from dpo_score.storage.base import Store
 from dpo_score.storage.fingerprint import digest
 from dpo_score.storage.manifest import Manifest
 
-OF_THE_PAIR = ("row_id", "prompt_digest", "subset", "chosen_tokens", "rejected_tokens", "tied")
+OF_THE_PAIR = ("row_id", "prompt_digest", "subset", "tied")
 """Columns that every rule reads."""
+KEY = ("prompt_high", "prompt_low")
+"""The two halves of a prompt's digest as numbers: a third of the memory of its text."""
 WHERE = ("row_id", "dataset", "source_file", "source_row", "pair_id", "subset")
 """Columns of the result that say where a row comes from."""
-SHARED = frozenset((*OF_THE_PAIR, *WHERE, *REFERENCE, "id", "group_id"))
+SHARED = frozenset((*OF_THE_PAIR, *WHERE, *REFERENCE, *TOKENS, *KEY, "id", "group_id"))
 """Columns that are the same in the scores of all policies; of the others each policy has its own, POLICY.COLUMN."""
 OUT_OF_FOLD = "each pair is judged by the policy that did not train on its fold"
 MAYBE_TRAINED = "they may have trained on these pairs; --folds judges each pair by a policy that did not"
@@ -136,7 +140,7 @@ def read_run(
     blocks = _blocks(store, names)
     _check_stored(store, blocks, stored, out)
     columns = dict.fromkeys((*OF_THE_PAIR, *reads, *stored))
-    read = (_read(store, block, columns) for block in blocks)
+    read = (_compact(_read(store, block, columns)) for block in blocks)
     pairs = _candidates(pl.concat(read, how="diagonal_relaxed"), names, reads, named, folds)
     rejects = _rejects(store, names, pairs.row_ids)
     return_memory()
@@ -145,6 +149,42 @@ def read_run(
         return (_read(store, block, WHERE) for block in blocks)
 
     return RunRows(pairs, where, rejects, names, _identity(manifest, names))
+
+
+class DigestKeys(Sequence[str]):
+    """The digests of prompts as 32 hexadecimal digits each, held as their two halves."""
+
+    def __init__(self, high: NDArray[np.uint64], low: NDArray[np.uint64]) -> None:
+        self._high, self._low = high, low
+
+    def __len__(self) -> int:
+        return len(self._high)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return DigestKeys(self._high[place], self._low[place])
+        return f"{int(self._high[place]):016x}{int(self._low[place]):016x}"
+
+    def __iter__(self) -> Iterator[str]:
+        for at in range(0, len(self), 1 << 14):  # a few at a time, as text they are large
+            halves = np.stack((self._high[at : at + (1 << 14)], self._low[at : at + (1 << 14)]), axis=1)
+            digits = halves.astype(">u8").tobytes().hex()
+            yield from (digits[start : start + 32] for start in range(0, len(digits), 32))
+
+
+def _compact(frame: pl.DataFrame) -> pl.DataFrame:
+    """The same pairs with KEY in the place of prompt_digest, and subsets as categories."""
+    key = "prompt_digest" if "prompt_digest" in frame.columns else "row_id"
+    digests = frame[key].fill_null("")
+    odd = ~digests.str.contains("^[0-9a-f]{32}$")
+    if odd.any():  # row ids, for one, where an older run stored no digest
+        other = [hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for text in digests.filter(odd)]
+        digests = digests.scatter(odd.arg_true(), other)
+    halves = [digests.str.slice(at, 16).str.to_integer(base=16, dtype=pl.UInt64) for at in (0, 16)]
+    frame = frame.drop("prompt_digest", strict=False).with_columns(
+        half.alias(n) for n, half in zip(KEY, halves, strict=True)
+    )
+    return frame.with_columns(pl.col("subset").cast(pl.Categorical)) if "subset" in frame.columns else frame
 
 
 def _blocks(store: Store, names: Sequence[str]) -> list[dict[str, str]]:
@@ -227,22 +267,21 @@ def _candidates(
 ) -> Candidates:
     """The pairs as arrays. `frame` has a policy's own columns as POLICY.COLUMN; `named` ones are kept as they are."""
     stored = frame.select(c for c in frame.columns if c in named or _bare(c, names) in named)
-    key = "prompt_digest" if "prompt_digest" in frame.columns else "row_id"
-    prompts, prompt_keys = _places(frame[key].fill_null(""))
-    frame = frame.drop("prompt_digest", strict=False)  # memory
+    prompts, prompt_keys = _places(*(frame[name].to_numpy() for name in KEY))
+    frame = frame.drop(KEY)
     judges = [_judge(frame, name, reads) for name in names]
     without = pl.Series([None], dtype=pl.String).new_from_index(0, len(frame))
-    subset = frame["subset"].cast(pl.String) if "subset" in frame.columns else without
-    subsets = subset.drop_nulls().unique().sort()
+    subset = frame["subset"] if "subset" in frame.columns else without
+    subsets = subset.unique().drop_nulls().cast(pl.String).sort()
     tied = frame["tied"].fill_null(False).cast(pl.Boolean).to_numpy() if "tied" in frame.columns else None
     return Candidates(
         row_ids=frame["row_id"],
         prompts=prompts,
         prompt_keys=prompt_keys,
-        subsets=subset.cast(pl.Enum(subsets)).to_physical().cast(pl.Int64).fill_null(-1).to_numpy(),
+        subsets=subset.cast(pl.Enum(subsets)).to_physical().cast(pl.Int32).fill_null(-1).to_numpy(),
         subset_names=subsets.to_list(),
-        chosen_tokens=_numbers(frame, "chosen_tokens"),
-        rejected_tokens=_numbers(frame, "rejected_tokens"),
+        chosen_tokens=_numbers(frame, "chosen_tokens") if "chosen_tokens" in reads else UNREAD,
+        rejected_tokens=_numbers(frame, "rejected_tokens") if "rejected_tokens" in reads else UNREAD,
         tied=np.zeros(len(frame), np.bool_) if tied is None else tied,
         judges=judges if folds is None else [_out_of_fold(stored, judges, folds)],
         stored=_with_means(stored, names, named),
@@ -303,10 +342,15 @@ def _out_of_fold(frame: pl.DataFrame, judges: Sequence[Judge], folds: Folds) -> 
     return Judge("out of fold", *(mixed(field) for field in (*fields, *squares)))
 
 
-def _places(texts: pl.Series) -> tuple[NDArray[np.int64], pl.Series]:
-    """Each text's place among the different texts in order; and these texts."""
-    places = texts.rank("dense").cast(pl.Int64).to_numpy() - 1
-    return places, texts[np.unique(places, return_index=True)[1]]
+def _places(high: NDArray[np.uint64], low: NDArray[np.uint64]) -> tuple[NDArray[np.int64], DigestKeys]:
+    """Each digest's place among the different ones in order; and these."""
+    order = np.lexsort((low, high))
+    first = np.ones(len(order), np.bool_)
+    first[1:] = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
+    places = np.empty(len(order), np.int64)
+    places[order] = np.cumsum(first) - 1
+    kept = order[first]
+    return places, DigestKeys(high[kept], low[kept])
 
 
 def _rejects(store: Store, names: Sequence[str], scored: Sequence[str] | pl.Series) -> pl.DataFrame:
@@ -320,7 +364,9 @@ def _rejects(store: Store, names: Sequence[str], scored: Sequence[str] | pl.Seri
     if not tables:
         return pl.DataFrame(schema=dict.fromkeys(columns, pl.String)).with_columns(pl.col("source_row").cast(pl.Int64))
     found = pl.concat(tables).unique("row_id", keep="first", maintain_order=True)
-    return found.join(pl.DataFrame({"row_id": scored}), on="row_id", how="anti", maintain_order="left")
+    row_ids = pl.Series("row_id", scored)
+    after_all = row_ids.filter(row_ids.is_in(found["row_id"].implode()))  # few: a set of all would be large
+    return found.filter(~pl.col("row_id").is_in(after_all.implode()))
 
 
 def _identity(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
@@ -469,6 +515,7 @@ def compare(source: str | pl.DataFrame, request: Request) -> dict[str, Any]:
 
 def _rows(source: str | pl.DataFrame, request: Request, reads: Sequence[str], named: Sequence[str] = ()) -> RunRows:
     named = (*named, *(request.score_columns or ()))
+    reads = (*reads, *(TOKENS if request.length_match else ()))
     if isinstance(source, str):
         return read_run(source, request.policies, reads, named, request.folds)
     return from_frame(source, request.policies, named, request.folds)
@@ -543,4 +590,4 @@ def from_frame(
     rejects = joined.filter(~scored).select("row_id", pl.lit(None, pl.String).alias("code"))
     joined = joined.filter(scored)
     where = joined.select(name for name in WHERE if name in joined.columns)
-    return RunRows(_candidates(joined, names, EVERYTHING, named), lambda: iter([where]), rejects, names, {})
+    return RunRows(_candidates(_compact(joined), names, EVERYTHING, named), lambda: iter([where]), rejects, names, {})

@@ -12,7 +12,17 @@ import pytest
 import dpo_score
 from dpo_score.cli.main import main
 from dpo_score.errors import ConfigError, UsageError
-from dpo_score.results.select import Folds, Request, compare, parse_folds, parse_keep, parse_score_columns, select
+from dpo_score.results.select import (
+    Folds,
+    Request,
+    _compact,
+    _places,
+    compare,
+    parse_folds,
+    parse_keep,
+    parse_score_columns,
+    select,
+)
 from tests.run_fixtures import WORDS, Runner, preference_rows, write_rows
 
 
@@ -27,6 +37,21 @@ def out(tmp_path: Path, runner: Runner) -> str:
     policies = [f"{name}={runner.models[name]}" for name in ("better", "worse")]
     runner(data, tmp_path / "out", policy=policies, keep_columns="fold")
     return str(tmp_path / "out")
+
+
+def test_digests_as_numbers_are_the_digests_in_their_order() -> None:
+    """What is no digest, as a row id is where none is stored, gets one of its own."""
+    digests = ["f" * 32, "00" * 16, "0123456789abcdef" * 2, "f" * 32, "0" * 31 + "1", "8" + "0" * 31]
+    frame = _compact(pl.DataFrame({"row_id": [f"0:{i}" for i in range(6)], "prompt_digest": digests}))
+    places, keys = _places(frame["prompt_high"].to_numpy(), frame["prompt_low"].to_numpy())
+    assert list(keys) == [keys[i] for i in range(5)] == sorted(set(digests))
+    assert list(keys[1:3]) == sorted(set(digests))[1:3]
+    assert [keys[place] for place in places.tolist()] == digests
+    odd = _compact(pl.DataFrame({"row_id": ["0:0", "0:1", "0:0"], "prompt_digest": ["A" * 32, None, "A" * 32]}))
+    places, keys = _places(odd["prompt_high"].to_numpy(), odd["prompt_low"].to_numpy())
+    assert (places[0], len(keys)) == (places[2], 2)
+    bare = _compact(pl.DataFrame({"row_id": ["0:0", "0:1"], "subset": ["a", None]}))
+    assert bare.columns == ["row_id", "subset", "prompt_high", "prompt_low"]
 
 
 def scores(out: str, policy: str) -> pl.DataFrame:
