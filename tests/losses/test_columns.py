@@ -210,6 +210,7 @@ def test_losses_over_the_whole_set_are_left_to_rescore() -> None:
         derive_table(table(), loss("aot"))
     found = derive_table(table(), loss("aot"), whole_set=True)
     assert found.schema.field("loss").metadata == {b"scope": b"whole set"}
+    assert not found.schema.field("margins").metadata
 
 
 def test_a_missing_row_takes_no_rank_in_a_loss_over_the_whole_set() -> None:

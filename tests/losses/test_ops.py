@@ -55,6 +55,11 @@ def test_clamp_max_has_slope_one_up_to_the_limit() -> None:
     assert dual.slope.tolist() == [1.0, 1.0, 0.0]
 
 
+def test_partners_are_looked_up_by_value_whatever_is_differentiated() -> None:
+    x, other = np.array([2.0, 1.0]), np.array([10.0, 20.0])
+    assert rank_partner(Dual(x, np.ones(2)), Dual(other, np.ones(2))).tolist() == [20.0, 10.0]
+
+
 def test_rank_partner_pairs_by_rank() -> None:
     x, other = np.array([3.0, 1.0, 2.0]), np.array([10.0, 30.0, 20.0])
     assert rank_partner(x, other).tolist() == [30.0, 10.0, 20.0]

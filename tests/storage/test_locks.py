@@ -127,6 +127,31 @@ def test_a_lease_of_a_live_process_of_this_host_holds_and_one_of_an_earlier_life
     take_all(store)
 
 
+def test_of_two_that_begin_at_one_instant_the_second_to_write_is_refused(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither had seen the other's lease: it is written only where there is none."""
+    fields = {"pid": os.getppid(), "host": "first", "machine": "first", "start": "then", "renewed": time.time()}
+    store.write_json(".work/lease-000001.json", {**fields, "token": "of the first"})
+    monkeypatch.setattr(locks, "newest", lambda *asked: 0)
+    with pytest.raises(UsageError, match="on host first, started then"):
+        locks.acquire(store)
+    assert store.read_json(".work/lease-000001.json")["token"] == "of the first"
+
+
+def test_a_newer_lease_that_appears_meanwhile_wins(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"pid": os.getppid(), "host": "newer", "machine": "newer", "start": "then", "renewed": time.time()}
+    store.write_json(".work/lease-000005.json", fields)
+    store.write_json(".work/turn-000009.json", fields)  # of another kind: no matter
+    seen = locks.newest
+    answers = [0]
+    monkeypatch.setattr(locks, "newest", lambda *asked: answers.pop() if answers else seen(*asked))
+    with pytest.raises(UsageError, match="on host newer, started then"):
+        locks.acquire(store)
+    assert not store.exists(".work/lease-000001.json")
+    assert store.exists(".work/lease-000005.json")
+
+
 @pytest.mark.parametrize("kind", ["lease", "share-0-of-2"])
 def test_a_lease_that_is_renewed_holds(store: Store, kind: str) -> None:
     leave(store, kind, "another host", time.time() - 1)

@@ -103,7 +103,7 @@ def test_a_block_of_a_shorter_limit_is_redone(store: LocalStore) -> None:
 
 def test_a_record_of_another_identity_is_refused_and_kept(store: LocalStore) -> None:
     committed(store, identity=OTHER)
-    with pytest.raises(IdentityError, match=r"00003-of-00012.*--restart"):
+    with pytest.raises(IdentityError, match=r"00003-of-00012.*\(rows 192 to 256, another identity.*--restart"):
         resume(store)
     assert set(store.list()) == {NAME, PART, REJECTS}
 
@@ -130,6 +130,18 @@ def test_damage_is_set_aside_and_the_block_is_free_again(store: LocalStore, vict
     assert ("damaged or missing" in warning) == (victim != NAME)  # of a record, what is wrong with it
     assert bool([n for n in store.list(".work/quarantine") if victim.replace("/", "~") in n]) == (harm != "delete")
     assert resume(store) == (Action.REDO, None)
+
+
+def test_what_is_altered_and_what_is_missing_are_both_named_and_what_is_kept(store: LocalStore) -> None:
+    committed(store)
+    store.path(REJECTS).unlink()
+    shim.flip(store.path(PART), 400)
+    action, warning = resume(store)
+    assert action is Action.QUARANTINE
+    assert warning is not None
+    assert f"damaged or missing: {PART}, {REJECTS}; kept " in warning
+    kept = warning.split("; kept ")[1].removesuffix(" for inspection, the block is computed again").split(", ")
+    assert len(kept) == 2
 
 
 def test_every_flipped_bit_of_a_data_file_is_found(store: LocalStore) -> None:
