@@ -7,7 +7,8 @@ what stage one committed: nothing is computed here but the LD-weighted sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -21,6 +22,7 @@ from dpo_score.engine.context import RunContext
 from dpo_score.engine.environment import versions
 from dpo_score.engine.plan import SCHEMA_VERSION, RunPlan
 from dpo_score.engine.resume import refuse_changed_input
+from dpo_score.engine.threads import prefetch
 from dpo_score.errors import IdentityError
 from dpo_score.export.input_rows import OriginalRows
 from dpo_score.export.layout import (
@@ -101,10 +103,11 @@ class DatasetWriter:
         """One file and its record. Raises DataError when an input changed meanwhile, StorageError."""
         schema = common_schema(plan.schema for plan in self._planned()) or self._plan_of(shard).schema
         names = renamed(schema.names, dict(self._export.renames))
-        parts = (fitted(table, schema).rename_columns(names) for table in self._grouped(shard))
         final = pa.schema([column.with_name(name) for column, name in zip(schema, names, strict=True)])
         metadata = {"dpo_score.schema": str(SCHEMA_VERSION), "dpo_score.identity": self.identity}
-        file = self._context.store.write_tables(shard.name, final, parts, metadata)
+        with closing(prefetch(self._grouped(shard))) as groups:  # made while the one before is compressed
+            parts = (fitted(table, schema).rename_columns(names) for table in self._counted(groups))
+            file = self._context.store.write_tables(shard.name, final, parts, metadata)
         refuse_changed_input(self._context, self._plan, shard.start, shard.stop)
         commit(self._context.store, self._record(shard, file))
 
@@ -132,18 +135,26 @@ class DatasetWriter:
     def _plan_of(self, shard: Shard) -> SetPlan:
         return self._planned()[self._rows.set_of(shard.start)]
 
-    def _grouped(self, shard: Shard) -> Iterator[pa.Table]:
-        """Tables large enough to be a row group each."""
-        waiting: list[pa.Table] = []
-        for table in self._tables(shard):
-            waiting.append(table)
-            if sum(t.nbytes for t in waiting) > GROUP_BYTES:
-                yield pa.concat_tables(waiting)
-                waiting = []
-        if waiting:
-            yield pa.concat_tables(waiting)
+    def _counted(self, groups: Iterable[tuple[int, pa.Table]]) -> Iterator[pa.Table]:
+        for rows, table in groups:
+            yield table
+            self._context.progress.rows(rows)
 
-    def _tables(self, shard: Shard) -> Iterator[pa.Table]:
+    def _grouped(self, shard: Shard) -> Iterator[tuple[int, pa.Table]]:
+        """Tables large enough to be a row group each, and how many input rows each is made of."""
+        waiting: list[pa.Table] = []
+        rows = 0
+        for count, table in self._tables(shard):
+            waiting.append(table)
+            rows += count
+            if sum(t.nbytes for t in waiting) > GROUP_BYTES:
+                yield rows, pa.concat_tables(waiting)
+                waiting, rows = [], 0
+        if waiting:
+            yield rows, pa.concat_tables(waiting)
+
+    def _tables(self, shard: Shard) -> Iterator[tuple[int, pa.Table]]:
+        """The output rows of a few input rows, and how many these are."""
         index, plan = self._rows.set_of(shard.start), self._plan_of(shard)
         originals = OriginalRows(self._plan.datasets[index], plan.source, self._rows.first_row(index))
         for block, pieces in groupby(self._rows.slices(shard.start, shard.stop), key=lambda piece: piece.block):
@@ -153,10 +164,10 @@ class DatasetWriter:
             for piece in pieces:
                 source = originals.take(piece.rows)
                 if isinstance(values, ScoredPairs):
-                    yield self._scored_table(plan, source, piece, values)
+                    table = self._scored_table(plan, source, piece, values)
                 else:
-                    yield self._table(plan, source, piece, values)
-                self._context.progress.rows(len(piece.rows))
+                    table = self._table(plan, source, piece, values)
+                yield len(piece.rows), table
 
     def _values(self, block: int) -> StoredValues:
         store, blocks = self._context.store, self._plan.rows.blocks

@@ -20,6 +20,7 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -33,6 +34,7 @@ from dpo_score.data.layout import split_names
 from dpo_score.data.pictures import read_again
 from dpo_score.data.types import Pair, Problem, Rejected
 from dpo_score.engine.plan import SCHEMA_VERSION, RowBlocks, RunPlan
+from dpo_score.engine.threads import prefetch
 from dpo_score.errors import ConfigError, nearest
 from dpo_score.export.input_rows import OriginalRows, source_schema
 from dpo_score.results.schemas import IDS, MASK
@@ -522,7 +524,8 @@ def plan_set(plan: RunPlan, rows: RunRows, export: Export, index: int) -> SetPla
         source = pa.schema([field for field in source if field.name != media.column])
     found, texts = BuiltColumns({}), export.consumer.texts
     if texts:
-        found = columns_to_build(survey(_surveyed(plan, rows, index, source), plan.renderer.text), source)
+        with closing(prefetch(_surveyed(plan, rows, index, source))) as read:
+            found = columns_to_build(survey(read, plan.renderer.text), source)
     kept = kept_names(source.names, {*found.built, *added.names, *(() if texts else TEXTS)})
     return SetPlan(source, found, kept, _output_schema(source, found, kept, added))
 

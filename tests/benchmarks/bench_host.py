@@ -118,8 +118,10 @@ def run_once(asked: Mapping[str, Any]) -> dict[str, Any]:
     from dpo_score.config.load import load_config
     from dpo_score.engine.progress import Progress
     from dpo_score.export.precompute import precompute
+    from dpo_score.heap import collect_garbage_rarely
 
     import_module("dpo_score.logprobs.scorer")
+    collect_garbage_rarely()  # as the command does
     options = {key: asked[key] for key in ("data", "reference", "out", "cache_dir", "limit", "threads")}
     options |= {"text_processes": asked["processes"]}
     config = load_config(None, options, environment={})
