@@ -110,10 +110,9 @@ def spoiled(draw: random.Random, data: bytes) -> bytes:
     if kind == 2:
         return draw.choice(WHOLE_FILES)
     try:
-        fields = json.loads(data)
-    except ValueError:
+        return json.dumps(changed(draw, json.loads(data))).encode()
+    except (ValueError, RecursionError):  # no JSON, or spoiled before
         return data + bytes(draw.randrange(256) for _ in range(20))
-    return json.dumps(changed(draw, fields)).encode()
 
 
 def changed(draw: random.Random, value: Any) -> Any:
@@ -316,7 +315,7 @@ def failures(home: Path, seconds: float, seed: int = 0) -> Iterator[str]:
     while time.monotonic() < until:
         draw = random.Random(seed)
         offline = patch("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # a name that is no folder may be a hub's
-        with offline, tempfile.TemporaryDirectory(dir=home) as place:
+        with offline, tempfile.TemporaryDirectory(dir=home) as place, contextlib.chdir(place):
             command = KINDS[seed % len(KINDS)](fuzz, draw, Path(place))
             if (wrong := failure_of(command)) is not None:
                 yield f"seed {seed}: {' '.join(command)[:500]}\n{wrong}"
