@@ -97,7 +97,9 @@ def _as_date(value: Any) -> Any:
 
 Columns = Annotated[dict[str, str], BeforeValidator(_as_map)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
-AtLeastOne = Annotated[int | None, Field(ge=1)]
+AtLeastOne = Annotated[int | None, Field(ge=1, lt=2**62)]
+Processes = Annotated[int | None, Field(ge=1, le=65_536)]
+"""Threads, processes or devices: more than any machine has, and less than what torch cannot count."""
 
 
 class Spec(BaseModel):
@@ -214,7 +216,7 @@ class TextSpec(Spec):
     tokenizer: Annotated[str | None, Setting(MODELS, "a tokenizer other than the reference's")] = None
     max_length: Annotated[
         int | None,
-        Field(ge=2),
+        Field(ge=2, lt=2**62),
         Setting(FIRST, "cut prompt + answer to N tokens (default: the model's limit; TRL's own default is 1024)"),
     ] = None
     render: Annotated[
@@ -253,7 +255,7 @@ class ComputeSpec(Spec):
     ] = "auto"
     ray_address: Annotated[str | None, Setting(COMPUTE, "address of a running Ray cluster")] = None
     workers: Annotated[
-        AtLeastOne, Setting(COMPUTE, "number of workers, with Ray or --tensor-parallel (default: what fits)")
+        Processes, Setting(COMPUTE, "number of workers, with Ray or --tensor-parallel (default: what fits)")
     ] = None
     device: Annotated[str, Setting(COMPUTE, "auto, cpu, cuda, cuda:1 or mps")] = "auto"
     dtype: Annotated[
@@ -266,15 +268,17 @@ class ComputeSpec(Spec):
     path: Annotated[
         Literal["auto", "fast", "plain"], Setting(COMPUTE, "fast: packed sequences; plain: padded, one answer a row")
     ] = "auto"
-    threads: Annotated[AtLeastOne, Setting(COMPUTE, "CPU threads (default: all)")] = None
+    threads: Annotated[Processes, Setting(COMPUTE, "CPU threads (default: all)")] = None
     text_processes: Annotated[
-        int | None, Field(ge=0), Setting(COMPUTE, "processes that read and tokenise rows (default: some beside a GPU)")
+        int | None,
+        Field(ge=0, le=65_536),
+        Setting(COMPUTE, "processes that read and tokenise rows (default: some beside a GPU)"),
     ] = None
     stats: Annotated[Names, Setting(COMPUTE, "also for each answer: wpo, entropy, top1; a comma list")] = ()
     per_token: Annotated[bool, Setting(COMPUTE, "keep the log-probability of every token")] = False
     device_map: Annotated[str | None, Setting(COMPUTE, "auto: spread one model over devices (accelerate)")] = None
     tensor_parallel: Annotated[
-        int, Field(ge=1), Setting(COMPUTE, "split one model over N devices; G devices hold G/N copies")
+        int, Field(ge=1, le=65_536), Setting(COMPUTE, "split one model over N devices; G devices hold G/N copies")
     ] = 1
     quantization: Annotated[
         Literal["int8", "nf4"] | None, Setting(MODELS, "load the models with fewer bits (bitsandbytes)")
@@ -292,8 +296,8 @@ class ComputeSpec(Spec):
         if value == "auto":
             return value
         number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
-        if type(number) is not int or number < 1:
-            raise ValueError("give the most tokens that a pack may hold as a whole number from 1 on, or auto")
+        if type(number) is not int or not 1 <= number < 2**31:
+            raise ValueError("give the most tokens that a pack may hold as a whole number from 1 to 2 billion, or auto")
         return number
 
     @field_validator("stats")
@@ -349,7 +353,7 @@ class RunConfig(Spec):
     emit_ids: Annotated[bool, Setting(OUTPUT, "precompute: write token ids beside the values")] = False
     limit: Annotated[AtLeastOne, Setting(FIRST, "only the first N rows")] = None
     sample: Annotated[AtLeastOne, Setting(DATA, "N rows drawn at random with --seed")] = None
-    seed: Annotated[int, Setting(DATA, "for --sample and --pairing random")] = 0
+    seed: Annotated[int, Field(ge=0), Setting(DATA, "for --sample and --pairing random")] = 0
     max_bad_rows: Annotated[
         float | int | None, Setting(DATA, "a share (< 1) or a count of rejected rows; more ends with exit code 3")
     ] = None

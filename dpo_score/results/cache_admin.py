@@ -38,6 +38,9 @@ def gc(cache_dir: str | None, max_age_days: float | None, max_bytes: int | None)
     """Remove by age and by size; with neither, nothing is removed and the way to say so is named."""
     if max_age_days is None and max_bytes is None:
         raise ConfigError("cache gc removes nothing unasked: add --max-age-days N, --max-bytes N, or both")
+    for option, value in (("--max-age-days", max_age_days), ("--max-bytes", max_bytes)):
+        if value is not None and not value >= 0:  # nan is no number of days either
+            raise ConfigError(f"cache gc {option} {value}: give a number from 0 on; 0 removes all that is kept")
     seconds = None if max_age_days is None else max_age_days * DAY
     removed = open_cache(cache_url(cache_dir) or cache_folder(cache_dir)).gc(max_age=seconds, max_bytes=max_bytes)
     return f"removed {removed.files:,} files, {removed.bytes:,} bytes"

@@ -65,6 +65,8 @@ def test_underscores_and_dashes_are_one_spelling(capsys: pytest.CaptureFixture[s
         (["verify", "no-such-folder"], 2, "holds no run"),
         (["rescore", "no-such-folder"], 2, "holds no run"),
         (["cache", "gc"], 2, "removes nothing unasked"),
+        (["cache", "gc", "--max-bytes", "-5"], 2, "--max-bytes -5: give a number from 0 on"),
+        (["cache", "gc", "--max-age-days", "nan"], 2, "--max-age-days nan: give a number from 0 on"),
     ],
 )
 def test_a_mistake_ends_with_its_code_and_one_paragraph(
