@@ -69,8 +69,8 @@ def consumer_of(name: str, config: RunConfig, datasets: Sequence[Dataset], encod
     rule = rule_unlike_trl(config, datasets, encoder_decoder) if consumer.texts else None
     if rule is not None:
         raise ConfigError(
-            f"--to trl: {rule}, so its trainer would put other tokens behind these values. Use --to ids for a trainer "
-            "of your own, which gets the very ids that were scored"
+            f"--to {name}: {rule}, so its trainer would put other tokens behind these values. Use --to ids for a "
+            "trainer of your own, which gets the very ids that were scored"
         )
     return consumer
 

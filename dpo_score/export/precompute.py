@@ -103,7 +103,7 @@ def precompute(
     """Stage one for `config`, and the data set when `config.out` is set. Policies are left out, but for the
     references that they bring along when only the cache is filled.
 
-    `to`: who reads the data set (`exports.CONSUMERS`); `rename`: "column=name,…". Raises UsageError before any work,
+    `to`: who reads the data set (`layout.CONSUMERS`); `rename`: "column=name,…". Raises UsageError before any work,
     StorageError, Interrupted.
     """
     _refuse_no_model(config)

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any
+
+from dpo_score.errors import DamageError
 
 
 class Kernel(StrEnum):
@@ -87,6 +89,28 @@ class Numerics:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Numerics:
-        """The inverse of `to_json`; keys of later versions are ignored, a missing key is a KeyError."""
+        """The inverse of `to_json`; keys of later versions are ignored. DamageError for a wrong or missing value."""
         given = {"tensor_parallel": 1, "one_row": False, **record}
+        for name, holds in _VALUES.items():
+            if not holds(given.get(name)):
+                raise DamageError(f"stored numerics hold {name}: {given.get(name)!r:.60}, which it cannot be")
         return cls(**{f.name: given[f.name] for f in fields(cls)})
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 1 <= value < 2**31
+
+
+_VALUES: Mapping[str, Callable[[Any], bool]] = {
+    "device": lambda value: isinstance(value, str),
+    "device_kind": lambda value: isinstance(value, str),
+    "dtype": lambda value: value in ("float32", "float16", "bfloat16"),
+    "path": lambda value: value in ("fast", "plain"),
+    "kernel": lambda value: value in list(Kernel),
+    "compile": lambda value: isinstance(value, bool),
+    "batch_tokens": _count,
+    "threads": _count,
+    "tensor_parallel": _count,
+    "one_row": lambda value: isinstance(value, bool),
+}
+"""What each field of a record may hold."""

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from dpo_score.config.schema import ComputeSpec
-from dpo_score.errors import ConfigError
+from dpo_score.errors import ConfigError, DamageError
 from dpo_score.logprobs import compilation
 from dpo_score.logprobs import matmul as gemm
 from dpo_score.logprobs import numerics as numerics_module
 from dpo_score.logprobs.attention import flash_flex as attention_gpu
 from dpo_score.logprobs.numerics import in_effect, may_share, present, resolve_numerics
 from dpo_score.models import memory
-from dpo_score.models.numerics import Kernel, Numerics
+from dpo_score.models.numerics import _VALUES, Kernel, Numerics
 from tests.tiny import tiny_config
 
 LLAMA = tiny_config("llama").to_dict()
@@ -40,6 +40,11 @@ def test_what_is_asked_for_is_kept():
 def test_the_record_reads_back():
     numerics = resolve_numerics(ComputeSpec(device="cpu"), LLAMA, None)
     assert Numerics.from_json({**numerics.to_json(), "added_later": 1}) == numerics
+    assert set(_VALUES) == {field.name for field in fields(Numerics)}
+    for name in _VALUES:
+        for odd in ([], "?", 0, 1.5, 10**30, None) if name not in ("device", "device_kind") else (3, None):
+            with pytest.raises(DamageError, match=f"stored numerics hold {name}: "):
+                Numerics.from_json({**numerics.to_json(), name: odd})
 
 
 @pytest.mark.parametrize(("rows", "compiled"), [(100, False), (10**7, True)])

@@ -93,7 +93,7 @@ def _others(store: Store, config: RunConfig) -> list[PolicySpec]:
 def finish(out: str, progress: Progress, without: Sequence[str] = (), allowed: Collection[str] = ()) -> Outcome:
     """The summary, the card and the report of what the shares left, and state `complete`. Computes nothing.
 
-    `without`: policies to leave out. `allowed`: what the user consents to (pair_texts.CONSENT).
+    `without`: policies to leave out. `allowed`: what the user consents to (source_text.CONSENT).
     UsageError naming the blocks that are missing, or too many.
     """
     config = _begun_at(out, allowed)

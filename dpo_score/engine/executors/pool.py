@@ -26,7 +26,7 @@ from dpo_score.storage.manifest import read_manifest
 
 POLL_SECONDS = 0.5
 SLOW_SECONDS = 20.0
-LONGEST_RUN = 32
+LARGEST_BATCH = 32
 """Blocks given out at once: a large row group is read once for them, and what is lost is asked for again soon."""
 ATTEMPTS = 3
 """How many workers may die while they compute a block before the run ends."""
@@ -43,7 +43,7 @@ class WorkerHandle(Protocol):
         """Ask it to resolve the numerics; its answer is a report."""
 
     def work(self, assignment: Assignment) -> None:
-        """Ask it to compute a run of blocks; its answers are reports, then None."""
+        """Ask it to compute a batch of blocks; its answers are reports, then None."""
 
     def answer(self) -> WorkerReady | Report | None:
         """Its next answer. Raises the worker's own error, or LostError."""
@@ -77,37 +77,38 @@ class BlockQueue:
     """Blocks of one task that no worker has yet, in order: given out in batches, long at first and short at the end."""
 
     def __init__(self, blocks: Sequence[int]) -> None:
-        self._runs: deque[list[int]] = deque([list(blocks)] if blocks else [])
+        self._batches: deque[list[int]] = deque([list(blocks)] if blocks else [])
         self._losses: Counter[int] = Counter()
 
     def __len__(self) -> int:
-        return sum(map(len, self._runs))
+        return sum(map(len, self._batches))
 
     def take(self, workers: int) -> tuple[int, ...]:
-        """The next run for one of `workers`; empty when nothing is left."""
-        if not self._runs:
+        """The next batch for one of `workers`; empty when nothing is left."""
+        if not self._batches:
             return ()
-        size = max(1, min(LONGEST_RUN, len(self) // (2 * max(workers, 1))))
-        first = self._runs[0]
+        size = max(1, min(LARGEST_BATCH, len(self) // (2 * max(workers, 1))))
+        first = self._batches[0]
         taken, rest = first[:size], first[size:]
         if rest:
-            self._runs[0] = rest
+            self._batches[0] = rest
         else:
-            self._runs.popleft()
+            self._batches.popleft()
         return tuple(taken)
 
     def put_back(self, blocks: Iterable[int]) -> None:
-        """Blocks whose worker died, the one it worked on first. StorageError when that happens to a block too often."""
-        run = list(blocks)
-        if not run:
+        """Blocks that a worker was given and did not commit, the one it worked on first. StorageError when that happens
+        to a block too often."""
+        batch = list(blocks)
+        if not batch:
             return
-        self._losses[run[0]] += 1
-        if self._losses[run[0]] >= ATTEMPTS:
+        self._losses[batch[0]] += 1
+        if self._losses[batch[0]] >= ATTEMPTS:
             raise StorageError(
-                f"block {run[0]} was being computed by {ATTEMPTS} workers when they died (out of memory is the usual "
+                f"block {batch[0]} was being computed by {ATTEMPTS} workers when they died (out of memory is the usual "
                 "cause: a smaller --batch-tokens in a new output folder needs less). The same command resumes"
             )
-        self._runs.appendleft(run)
+        self._batches.appendleft(batch)
 
 
 @dataclass(eq=False)

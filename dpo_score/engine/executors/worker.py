@@ -33,7 +33,7 @@ from dpo_score.storage.stage import Stage
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A run of blocks of one task. `numerics`: those of the task, None where it needs no model."""
+    """A batch of blocks of one task. `numerics`: those of the task, None where it needs no model."""
 
     stage: Stage
     identity: str

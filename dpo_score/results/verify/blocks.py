@@ -203,7 +203,7 @@ def _metadata(block: Block) -> Damage:
     for name, table in block.tables.items():
         told = table.schema.metadata or {}
         for key, value in ((b"dpo_score.identity", block.record.identity), (b"dpo_score.schema", str(SCHEMA_VERSION))):
-            if told.get(key, value.encode()) != value.encode():
+            if told.get(key) != value.encode():
                 yield name, f"its {key.decode()} is not {value}"
         if REDONE in table.column_names and not pc.all(pc.equal(table[REDONE], "float32"), min_count=0).as_py():
             yield name, f"column {REDONE} holds another number format than float32"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_score.engine.executors.pool import ATTEMPTS, LONGEST_RUN, BlockQueue
+from dpo_score.engine.executors.pool import ATTEMPTS, LARGEST_BATCH, BlockQueue
 from dpo_score.errors import StorageError
 
 
@@ -15,7 +15,7 @@ def test_every_block_once_in_contiguous_runs(count: int, workers: int) -> None:
     backlog, taken = BlockQueue(range(7, 7 + count)), []
     while run := backlog.take(workers):
         assert list(run) == list(range(run[0], run[0] + len(run)))
-        assert len(run) <= LONGEST_RUN
+        assert len(run) <= LARGEST_BATCH
         taken += run
     assert taken == list(range(7, 7 + count))
     assert not backlog
